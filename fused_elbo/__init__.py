@@ -1,0 +1,30 @@
+"""fused_elbo: the ELBO of a Gaussian VAE, σ and β decoupled, as one fused call.
+
+>>> from fused_elbo import decoupled_elbo
+>>> x, recon, mu, logvar = torch.rand(8, 784), torch.rand(8, 784), torch.randn(8, 16), torch.randn(8, 16)
+>>> loss, distortion, rate, sigma = decoupled_elbo(recon, x, mu, logvar, beta=4.0)
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from . import sigma
+from .backends import BackendUnavailable, backend
+from .functional import ELBO, decoupled_elbo, gaussian_kl, gaussian_nll
+from .modules import DecoupledELBO, LearnedSigmaELBO
+
+try:
+    __version__ = version("fused-elbo")
+except PackageNotFoundError:  # run from a source tree that is not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "ELBO",
+    "BackendUnavailable",
+    "DecoupledELBO",
+    "LearnedSigmaELBO",
+    "backend",
+    "decoupled_elbo",
+    "gaussian_kl",
+    "gaussian_nll",
+    "sigma",
+]

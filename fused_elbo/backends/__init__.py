@@ -1,0 +1,82 @@
+"""The backends: which there are, which serves a device, and the one explicit choice, `with fused_elbo.backend(…)`.
+
+Left alone, PyTorch's dispatcher chooses by device: CPU tensors go to the C++ kernels, which are built at the first
+call; where no kernel serves a device, the reference does.
+"""
+
+from __future__ import annotations
+
+import warnings
+from types import TracebackType
+
+import torch
+
+from . import cpp
+from .base import BackendUnavailable, Status
+
+NAMES = ("cpp", "reference")  # in the order of choice
+
+# Read once, in forward. A plain global, since Dynamo guards on it, but cannot trace a ContextVar and silently ignores a
+# thread-local.
+forced: str | None = None
+
+
+class backend:
+    """Force one backend: `with fused_elbo.backend("reference"): …`
+
+    name: "cpp" (the C++ kernels, for CPU tensors) or "reference" (plain PyTorch, any device).
+
+    The choice is made in forward and holds for its backward. It is one setting of the whole process, every thread
+    included, and works inside and outside torch.compile.
+
+    Raises ValueError for an unknown name, and `fused_elbo.BackendUnavailable` (at once, not at the first call) if the
+    backend cannot serve here.
+
+    >>> with fused_elbo.backend("reference"):
+    ...     nats = fused_elbo.gaussian_kl(torch.zeros(2, 8), torch.zeros(2, 8))
+    """
+
+    def __init__(self, name: str) -> None:
+        if name not in NAMES:
+            raise ValueError(f"backend: unknown name {name!r}; the backends are {', '.join(map(repr, NAMES))}")
+        self.name = name
+        self.before: str | None = None
+
+    def __enter__(self) -> None:
+        global forced
+        if self.name == "cpp" and not torch.compiler.is_compiling():
+            cpp.load()
+        self.before, forced = forced, self.name
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global forced
+        forced = self.before
+
+
+_warned: set[str] = set()
+
+
+def load_for(device: str) -> bool:
+    """Get the kernels for a type of device registered; False if there are none, told to the user once."""
+    if device != "cpu":
+        return False
+    try:
+        cpp.load()
+    except BackendUnavailable as error:
+        if device not in _warned:
+            _warned.add(device)
+            warnings.warn(
+                f"fused_elbo runs in plain PyTorch, slower, because its C++ kernels cannot be used: {error} "
+                f"(`python -m fused_elbo` tells more)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return False
+    return True
+
+
+def statuses() -> list[Status]:
+    """Every backend with its state, for the doctor. Builds what can be built."""
+    return [cpp.status(build=True), Status("reference", True, "plain PyTorch, any device")]

@@ -1,0 +1,128 @@
+"""What the public functions refuse, before any work: every message names the argument and shows what was passed.
+
+Only what the host knows is checked (shapes, dtypes, devices, Python numbers); values inside tensors never are, since
+looking at them would wait for the device.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .reference import REDUCTIONS
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def shape(t: Tensor) -> tuple[int, ...]:
+    return tuple(t.shape)
+
+
+def tensor(name: str, value: object, like: Tensor | None = None) -> None:
+    """A floating-point tensor, on the device of `like`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.dtype not in DTYPES:
+        hint = "; scale images to [0, 1] first: x.float() / 255" if value.dtype == torch.uint8 else ""
+        raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {value.dtype}{hint}")
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{name}: on {value.device}, but the other tensors are on {like.device}")
+
+
+def pair(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
+    """Two tensors of one shape (B, …), with B and everything after it at least 1."""
+    tensor(name_a, a)
+    tensor(name_b, b, like=a)
+    if a.shape != b.shape:
+        raise ValueError(f"{name_a} and {name_b} must have the same shape, got {shape(a)} and {shape(b)}")
+    if a.dim() == 0:
+        raise ValueError(f"{name_a}: expected a batch dimension, got a 0-d tensor; use {name_a}.unsqueeze(0)")
+    if a.numel() == 0:
+        what = "an empty batch" if a.shape[0] == 0 else "no elements in a sample"
+        raise ValueError(f"{name_a}: {what}, shape {shape(a)}")
+
+
+def same_batch(recon: Tensor, mu: Tensor) -> None:
+    if recon.shape[0] != mu.shape[0]:
+        raise ValueError(f"recon and mu must have the same batch size, got {shape(recon)} and {shape(mu)}")
+    if recon.device != mu.device:
+        raise ValueError(f"mu: on {mu.device}, but the other tensors are on {recon.device}")
+
+
+def number(name: str, value: object, minimum: float = -math.inf) -> None:
+    """A finite Python number, at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    if isinstance(value, (int, float)) and not (minimum <= value < math.inf and value > -math.inf):
+        least = "" if minimum == -math.inf else f" of at least {minimum:g}"
+        raise ValueError(f"{name}: expected a finite number{least}, got {value!r}")
+
+
+def weight(value: object, batch: int, like: Tensor) -> None:
+    """β: a number, a 0-d tensor or one value per sample."""
+    if isinstance(value, Tensor):
+        tensor("beta", value, like)
+        if value.dim() > 0 and value.shape != (batch,):
+            raise ValueError(f"beta: expected a number, shape () or ({batch},), one per sample, got shape {shape(value)}")
+    else:
+        number("beta", value, 0)
+
+
+def capacity(value: object, beta: object, reduction: str, like: Tensor) -> None:
+    if reduction == "none":
+        raise ValueError('capacity: is held against the batch mean, so it excludes reduction="none"')
+    if isinstance(beta, Tensor) and beta.dim() > 0:
+        raise ValueError(f"capacity: is held against the batch mean, so it excludes a beta per sample, got {shape(beta)}")
+    if not isinstance(value, Tensor):
+        number("capacity", value, 0)
+        return
+    tensor("capacity", value, like)
+    if value.dim() > 0:
+        raise ValueError(f"capacity: expected a number or a 0-d tensor, got shape {shape(value)}")
+    if value.requires_grad:
+        raise ValueError("capacity: has no gradient here; pass capacity.detach()")
+
+
+def reduction(value: object) -> int:
+    if value not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {', '.join(map(repr, REDUCTIONS))}, got {value!r}")
+    return REDUCTIONS.index(value)  # type: ignore[arg-type]
+
+
+def log_sigma(value: object, recon: Tensor) -> None:
+    """() or (1,): one σ; (B,): one per image; any other shape: broadcasts against recon from the right."""
+    tensor("log_sigma", value, recon)
+    assert isinstance(value, Tensor)
+    batch = recon.shape[0]
+    if value.dim() == 1:
+        if value.shape[0] not in (1, batch):
+            raise ValueError(
+                f"log_sigma: a 1-D log_sigma is one value or one per image, so (1,) or ({batch},), got {shape(value)}; "
+                f"for one per feature or channel give the other dimensions too, as (1, D) or (C, 1, 1)"
+            )
+        return
+    fits = value.dim() <= recon.dim() and all(
+        a in (1, b) for a, b in zip(reversed(value.shape), reversed(recon.shape), strict=False)
+    )
+    if not fits:
+        raise ValueError(f"log_sigma: shape {shape(value)} does not broadcast to recon's {shape(recon)}")
+
+
+def prior(value: object, mu: Tensor) -> None:
+    if not (isinstance(value, (tuple, list)) and len(value) == 2):
+        raise TypeError(f"prior: expected a pair (mu_p, logvar_p) of tensors, got {type(value).__name__}")
+    for name, t in zip(("prior[0], mu_p", "prior[1], logvar_p"), value, strict=True):
+        tensor(name, t, mu)
+        fits = t.dim() <= mu.dim() and all(
+            a in (1, b) for a, b in zip(reversed(t.shape), reversed(mu.shape), strict=False)
+        )
+        if not fits:
+            raise ValueError(f"{name}: shape {shape(t)} does not broadcast to mu's {shape(mu)}")
+
+
+def device_served(x: Tensor) -> None:
+    if backends.forced == "cpp" and x.device.type != "cpu":
+        raise ValueError(f'backend: "cpp" was asked for, which serves CPU tensors, but the tensors are on {x.device}')

@@ -1,0 +1,137 @@
+"""The operators: what autograd and torch.compile see, and the contract of every backend.
+
+    stats      reads the data once                     -> stats [3, B]: S_i, KL_i, Σ_k max(KL_ik, free_bits)
+    forward    stats and the O(B) arithmetic after it  -> loss, distortion, rate, sigma, stats
+    grads      reads the data again, writes gradients  -> one tensor for each bit of `mask`, in the order of Gradients
+
+`recon, target` or `mu, logvar` may be absent together. `sigma_mode` is a `sigma.Kind`, `reduction` an index into
+`reference.REDUCTIONS`. A number may come as a tensor on the device (beta, capacity, log_sigma) or, where that is None,
+as a Python value; the tensor wins. Returned numbers have the compute dtype (fp64 if any input is fp64, else fp32);
+gradients have their input's dtype and the strides of `torch.empty_like(input)`. Outputs that `mask` does not ask for,
+and `sigma` where σ varies inside a sample, have shape (0,).
+
+Registered here: the schemas, the fakes, the vmap rules, and the default implementation. The default gets a device's
+kernels loaded at the first call and then dispatches again, to them; where there are none it runs the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, reference
+from .sigma import Kind
+
+_INPUTS = "Tensor? recon, Tensor? target, Tensor? mu, Tensor? logvar, Tensor? log_sigma, Tensor? prior_mu, Tensor? prior_logvar"
+_KNOBS = "Tensor? beta, Tensor? capacity"
+_VALUES = (
+    "int sigma_mode, bool softclip, float log_sigma_value, float min_log_sigma, float free_bits, "
+    "float beta_value, float? capacity_value, int reduction"
+)
+SCHEMAS = {
+    "stats": f"({_INPUTS}, float free_bits) -> Tensor",
+    "forward": f"({_INPUTS}, {_KNOBS}, {_VALUES}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "grads": (
+        f"(Tensor? grad_loss, Tensor? grad_distortion, Tensor? grad_rate, {_INPUTS}, {_KNOBS}, Tensor stats, {_VALUES}, "
+        f"int mask) -> ({', '.join(['Tensor'] * len(reference.Gradients._fields))})"
+    ),
+}
+
+_library = torch.library.Library("fused_elbo", "DEF")
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+stats = torch.ops.fused_elbo.stats.default
+forward = torch.ops.fused_elbo.forward.default
+grads = torch.ops.fused_elbo.grads.default
+
+
+# ------------------------------------------------------------------------------------------------- shapes (the fakes)
+
+
+def _some(*tensors: Tensor | None) -> Tensor:
+    return next(t for t in tensors if t is not None)
+
+
+@torch.library.register_fake("fused_elbo::stats", lib=_library)
+def _stats_fake(recon, target, mu, logvar, log_sigma, prior_mu, prior_logvar, free_bits):
+    x = _some(recon, mu)
+    return x.new_empty((3, x.shape[0]), dtype=reference.compute_dtype(recon, target, mu, logvar))
+
+
+@torch.library.register_fake("fused_elbo::forward", lib=_library)
+def _forward_fake(recon, target, mu, logvar, log_sigma, prior_mu, prior_logvar, beta, capacity, sigma_mode, *values):
+    x = _some(recon, mu)
+    dtype, reduction = reference.compute_dtype(recon, target, mu, logvar), reference.REDUCTIONS[values[-1]]
+    reduced = (x.shape[0],) if reduction == "none" else ()
+    given = () if log_sigma is None else tuple(log_sigma.shape)
+    sigma = {Kind.GIVEN: given, Kind.BATCH: (), Kind.IMAGE: (x.shape[0],), Kind.ELEMENT: (0,)}[Kind(sigma_mode)]
+    shapes = (reduced, reduced, reduced, sigma, (3, x.shape[0]))
+    return tuple(x.new_empty(shape, dtype=dtype) for shape in shapes)
+
+
+@torch.library.register_fake("fused_elbo::grads", lib=_library)
+def _grads_fake(g_loss, g_distortion, g_rate, recon, target, mu, logvar, log_sigma, p_mu, p_logvar, beta, *rest):
+    inputs = (recon, target, mu, logvar, log_sigma, p_mu, p_logvar, beta)
+    return _masked(inputs, rest[-1], torch.empty_like, _some(recon, mu))
+
+
+def _masked(values: Sequence[Any], mask: int, make: Callable[..., Tensor], device_of: Tensor) -> tuple[Tensor, ...]:
+    return tuple(
+        make(value) if mask >> i & 1 else device_of.new_empty(0, dtype=torch.float32) for i, value in enumerate(values)
+    )
+
+
+# -------------------------------------------------------------------------------------------- default implementations
+
+
+def _grads_by_reference(*args: Any) -> tuple[Tensor, ...]:
+    """The reference behind the operator's contract: masked outputs, with empty_like's strides."""
+    inputs, mask = (*args[3:10], args[10]), args[-1]
+    gradients = reference.grads(*args[:-1])
+
+    def like_input(pair: tuple[Tensor, Tensor]) -> Tensor:
+        return torch.empty_like(pair[0]).copy_(pair[1])
+
+    return _masked(list(zip(inputs, gradients, strict=True)), mask, like_input, _some(inputs[0], inputs[2]))
+
+
+_BY_REFERENCE = {"stats": reference.stats, "forward": reference.forward, "grads": _grads_by_reference}
+
+
+def _default(name: str) -> Callable[..., Any]:
+    operator, by_reference = globals()[name], _BY_REFERENCE[name]
+    tensor_at = [i for i, argument in enumerate(operator._schema.arguments) if argument.name in ("recon", "mu")]
+
+    def implementation(*args: Any) -> Any:
+        device = _some(*(args[i] for i in tensor_at)).device
+        return operator(*args) if backends.load_for(device.type) else by_reference(*args)
+
+    return implementation
+
+
+# ------------------------------------------------------------------------------------------------------------- vmap
+
+
+def _vmap_rule(name: str) -> Callable[..., Any]:
+    """One fused call per slice of the mapped dimension: every slice is a batch with sums and a σ of its own."""
+    operator = globals()[name]
+
+    def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        def at(i: int) -> list[Any]:
+            return [a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)]
+
+        slices = [operator(*at(i)) for i in range(info.batch_size)]
+        if isinstance(slices[0], Tensor):
+            return torch.stack(slices), 0
+        return tuple(map(torch.stack, zip(*slices, strict=True))), (0,) * len(slices[0])
+
+    return rule
+
+
+for _name in SCHEMAS:
+    _library.impl(_name, _default(_name), "CompositeExplicitAutograd")
+    torch.library.register_vmap(f"fused_elbo::{_name}", _vmap_rule(_name), lib=_library)
