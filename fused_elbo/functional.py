@@ -173,7 +173,8 @@ def _sigma_arguments(
         per_image = log_sigma.shape[0] == log_sigma.numel() == batch and log_sigma.dim() in (1, recon.dim())
         if per_image:
             return log_sigma.reshape(batch), Kind.GIVEN, False, 0.0, min_log_sigma
-        return log_sigma, Kind.ELEMENT, False, 0.0, min_log_sigma
+        shape = (1,) * (recon.dim() - log_sigma.dim()) + tuple(log_sigma.shape)
+        return log_sigma.reshape(shape), Kind.ELEMENT, False, 0.0, min_log_sigma
     mode = modes.resolve(sigma)
     if isinstance(mode, Optimal):
         kind = Kind.IMAGE if mode.per_image else Kind.BATCH

@@ -4,7 +4,8 @@
     forward    stats and the O(B) arithmetic after it  -> loss, distortion, rate, sigma, stats
     grads      reads the data again, writes gradients  -> one tensor for each bit of `mask`, in the order of Gradients
 
-`recon, target` or `mu, logvar` may be absent together. `sigma_mode` is a `sigma.Kind`, `reduction` an index into
+`recon, target` or `mu, logvar` may be absent together. Where σ varies inside a sample, log_sigma has as many
+dimensions as recon, each of recon's size or 1. `sigma_mode` is a `sigma.Kind`, `reduction` an index into
 `reference.REDUCTIONS`. A number may come as a tensor on the device (beta, capacity, log_sigma) or, where that is None,
 as a Python value; the tensor wins. Returned numbers have the compute dtype (fp64 if any input is fp64, else fp32);
 gradients have their input's dtype and the strides of `torch.empty_like(input)`. Outputs that `mask` does not ask for,
@@ -90,7 +91,7 @@ def _masked(values: Sequence[Any], mask: int, make: Callable[..., Tensor], devic
 
 def _grads_by_reference(*args: Any) -> tuple[Tensor, ...]:
     """The reference behind the operator's contract: masked outputs, with empty_like's strides."""
-    inputs, mask = (*args[3:10], args[10]), args[-1]
+    inputs, mask = args[3:11], args[-1]
     gradients = reference.grads(*args[:-1])
 
     def like_input(pair: tuple[Tensor, Tensor]) -> Tensor:

@@ -48,7 +48,8 @@ def rows(x: Tensor, dtype: torch.dtype) -> Tensor:  # [B, *any] -> [B, D]
 def excess(t: Tensor) -> Tensor:
     """exp(t) − 1 − t, which is t²/2 near 0, where the literal formula (and expm1(t) − t) has cancelled."""
     series = torch.ones_like(t)
-    for n in range(9, 2, -1):  # t²/2 (1 + t/3 (1 + t/4 (… (1 + t/9))))
+    last = 18 if t.dtype == torch.float64 else 9
+    for n in range(last, 2, -1):  # t²/2 (1 + t/3 (1 + t/4 (… )))
         series = 1 + series * t / n
     # Both branches are evaluated, so the one not taken must stay finite or its NaN would reach the second derivative.
     near = t.abs() < 0.5

@@ -1,0 +1,233 @@
+// The operators of fused_elbo/ops.py for CPU tensors, against LibTorch's stable ABI: tensors in, plain structures to
+// the kernels, tensors out. Arguments were validated in Python; the order of arguments is the schema's.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+
+#include "elbo.h"
+#include "layout.h"
+
+namespace elbo {
+namespace {
+
+using OptTensor = std::optional<Tensor>;
+
+// The values of a 0-d or 1-D tensor, few enough to hold as doubles; none if there is no tensor.
+std::vector<double> values_of(const OptTensor& t) {
+  if (!t) return {};
+  const int64_t n = t->dim() == 0 ? 1 : t->size(0);
+  const Span span{
+      static_cast<char*>(t->data_ptr()), t->scalar_type(), static_cast<int64_t>(t->element_size()),
+      t->dim() == 0 ? 0 : t->stride(0)};
+  std::vector<double> values(n);
+  for (int64_t i = 0; i < n; ++i) values[i] = *read<double>(span, i, 0, 1, &values[i]);
+  return values;
+}
+
+Tensor tensor_of(
+    const std::vector<double>& values, const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like) {
+  Tensor t = torch::stable::new_empty(like, sizes, dtype);
+  const Span span{static_cast<char*>(t.data_ptr()), dtype, static_cast<int64_t>(t.element_size()), 0};
+  if (!values.empty()) {
+    double* direct = write_to<double>(span, 0, 0, nullptr);
+    if (direct) std::copy(values.begin(), values.end(), direct);
+    written(span, 0, 0, static_cast<int64_t>(values.size()), values.data());
+  }
+  return t;
+}
+
+// The tensors of a call, in an order in which they can be walked together, kept alive beside what the kernels see.
+struct Inputs {
+  Tensor recon, target, mu, logvar, prior_mu, prior_logvar, log_sigma;
+  Data data;
+  Latents latents;
+  Broadcast element_sigma;
+  int64_t batch = 0;
+  bool is_double = false;
+
+  Inputs(
+      const OptTensor& r, const OptTensor& t, const OptTensor& m, const OptTensor& l, const OptTensor& element_log_sigma,
+      const OptTensor& p_m, const OptTensor& p_l, double free_bits) {
+    for (const OptTensor* x : {&r, &t, &m, &l}) is_double |= *x && (*x)->scalar_type() == ScalarType::Double;
+    if (r) {
+      batch = r->size(0);
+      recon = leader(*r);
+      target = in_order_of(*t, recon);
+      data.dims = sample_size(recon);
+      data.recon = span_of(recon);
+      data.target = span_of(target);
+    }
+    if (r && element_log_sigma) {
+      const bool full = element_log_sigma->numel() == recon.numel();
+      log_sigma = full ? in_order_of(*element_log_sigma, recon) : torch::stable::contiguous(*element_log_sigma);
+      element_sigma = broadcast(log_sigma, recon);
+      data.log_sigma = &element_sigma;
+    }
+    if (m) {
+      batch = m->size(0);
+      mu = leader(*m);
+      logvar = in_order_of(*l, mu);
+      latents.dims = sample_size(mu);
+      latents.mu = span_of(mu);
+      latents.logvar = span_of(logvar);
+      latents.free_bits = free_bits;
+    }
+    if (m && p_m) {
+      prior_mu = in_order_of(*p_m, mu);
+      prior_logvar = in_order_of(*p_l, mu);
+      latents.has_prior = true;
+      latents.prior_mu = span_of(prior_mu);
+      latents.prior_logvar = span_of(prior_logvar);
+    }
+  }
+
+  Inputs(const Inputs&) = delete;  // data points into it
+
+  ScalarType dtype() const {
+    return is_double ? ScalarType::Double : ScalarType::Float;
+  }
+
+  const Tensor& any() const {
+    return data.dims ? recon : mu;
+  }
+};
+
+Tensor run_stats(const Inputs& in) {
+  const Stats stats = (in.is_double ? elbo_stats<double> : elbo_stats<float>)(in.batch, in.data, in.latents);
+  std::vector<double> all(stats.s);
+  all.insert(all.end(), stats.kl.begin(), stats.kl.end());
+  all.insert(all.end(), stats.kl_clamped.begin(), stats.kl_clamped.end());
+  return tensor_of(all, {3, in.batch}, in.dtype(), in.any());
+}
+
+// What forward hands on and grads reads, so that both see the same rounded numbers.
+Stats read_stats(const Tensor& stats) {
+  const std::vector<double> all = values_of(torch::stable::flatten(stats));
+  const auto row = [&](int64_t k) {
+    const int64_t batch = stats.size(1);
+    return std::vector<double>(all.begin() + k * batch, all.begin() + (k + 1) * batch);
+  };
+  return {row(0), row(1), row(2)};
+}
+
+Knobs knobs_of(
+    const OptTensor& log_sigma, const OptTensor& beta, const OptTensor& capacity, int64_t sigma_mode, bool softclip,
+    double log_sigma_value, double min_log_sigma, double beta_value, std::optional<double> capacity_value,
+    int64_t reduction) {
+  Knobs knobs{sigma_mode, softclip, log_sigma_value, min_log_sigma, beta_value, capacity_value, reduction, {}, {}};
+  if (capacity) knobs.capacity = values_of(capacity)[0];
+  if (sigma_mode == kGiven) knobs.log_sigma = values_of(log_sigma);
+  knobs.beta = values_of(beta);
+  return knobs;
+}
+
+OptTensor element_sigma(const OptTensor& log_sigma, int64_t sigma_mode) {
+  return sigma_mode == kElement ? log_sigma : std::nullopt;
+}
+
+// ------------------------------------------------------------------------------------------------------- operators
+
+Tensor stats(
+    OptTensor recon, OptTensor target, OptTensor mu, OptTensor logvar, OptTensor log_sigma, OptTensor prior_mu,
+    OptTensor prior_logvar, double free_bits) {
+  return run_stats(Inputs(recon, target, mu, logvar, log_sigma, prior_mu, prior_logvar, free_bits));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
+    OptTensor recon, OptTensor target, OptTensor mu, OptTensor logvar, OptTensor log_sigma, OptTensor prior_mu,
+    OptTensor prior_logvar, OptTensor beta, OptTensor capacity, int64_t sigma_mode, bool softclip,
+    double log_sigma_value, double min_log_sigma, double free_bits, double beta_value,
+    std::optional<double> capacity_value, int64_t reduction) {
+  const Inputs in(
+      recon, target, mu, logvar, element_sigma(log_sigma, sigma_mode), prior_mu, prior_logvar, free_bits);
+  const Tensor stats = run_stats(in);
+  const Knobs knobs = knobs_of(
+      log_sigma, beta, capacity, sigma_mode, softclip, log_sigma_value, min_log_sigma, beta_value, capacity_value,
+      reduction);
+  const Outputs out = elbo_finalize(read_stats(stats), in.data.dims, in.latents.dims, knobs);
+
+  const auto made = [&](const std::vector<double>& values, bool per_sample) {
+    const std::vector<int64_t> sizes = per_sample ? std::vector<int64_t>{static_cast<int64_t>(values.size())}
+                                                  : std::vector<int64_t>{};
+    return tensor_of(values, sizes, in.dtype(), in.any());
+  };
+  const bool each = reduction == kNone;
+  const bool sigma_each = sigma_mode == kImage || sigma_mode == kElement || (log_sigma && log_sigma->dim() == 1);
+  return {
+      made(out.loss, each), made(out.distortion, each), made(out.rate, each), made(out.sigma, sigma_each), stats};
+}
+
+using EightTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+EightTensors grads(
+    OptTensor grad_loss, OptTensor grad_distortion, OptTensor grad_rate, OptTensor recon, OptTensor target,
+    OptTensor mu, OptTensor logvar, OptTensor log_sigma, OptTensor prior_mu, OptTensor prior_logvar, OptTensor beta,
+    OptTensor capacity, Tensor stats, int64_t sigma_mode, bool softclip, double log_sigma_value, double min_log_sigma,
+    double free_bits, double beta_value, std::optional<double> capacity_value, int64_t reduction, int64_t mask) {
+  const Inputs in(
+      recon, target, mu, logvar, element_sigma(log_sigma, sigma_mode), prior_mu, prior_logvar, free_bits);
+  const Knobs knobs = knobs_of(
+      log_sigma, beta, capacity, sigma_mode, softclip, log_sigma_value, min_log_sigma, beta_value, capacity_value,
+      reduction);
+  const Weights weights = elbo_weights(
+      read_stats(stats), in.data.dims, in.latents.dims, knobs,
+      {values_of(grad_loss), values_of(grad_distortion), values_of(grad_rate)});
+
+  enum Bit { kRecon, kTarget, kMu, kLogvar, kLogSigma, kPriorMu, kPriorLogvar, kBeta };
+  const auto wanted = [mask](Bit bit) { return (mask >> bit & 1) != 0; };
+  std::optional<Output> outputs[kBeta + 1];
+  const auto output = [&](Bit bit, const OptTensor& input, const Tensor& lead) {
+    if (!wanted(bit)) return Span{};
+    outputs[bit].emplace(*input, lead);
+    return span_of(outputs[bit]->buffer);
+  };
+
+  Gradients out;
+  std::vector<double> log_sigma_sums;
+  out.recon = output(kRecon, recon, in.recon);
+  out.target = output(kTarget, target, in.recon);
+  out.mu = output(kMu, mu, in.mu);
+  out.logvar = output(kLogvar, logvar, in.mu);
+  out.prior_mu = output(kPriorMu, prior_mu, in.mu);
+  out.prior_logvar = output(kPriorLogvar, prior_logvar, in.mu);
+  if (sigma_mode == kElement && in.element_sigma.dense) {
+    out.log_sigma = output(kLogSigma, log_sigma, in.recon);
+  } else if (sigma_mode == kElement && wanted(kLogSigma)) {
+    out.log_sigma_broadcast = &log_sigma_sums;
+  }
+  (in.is_double ? elbo_grads<double> : elbo_grads<float>)(in.batch, in.data, in.latents, weights, out);
+
+  // Small gradients are made contiguous and copied, for empty_like's strides may be others.
+  const auto small = [&](Bit bit, const OptTensor& input, const std::vector<double>& values) {
+    if (!wanted(bit)) return torch::stable::new_empty(in.any(), {0}, ScalarType::Float);
+    const auto sizes = input->sizes();
+    Tensor result = torch::stable::empty_like(*input);
+    torch::stable::copy_(result, tensor_of(values, {sizes.begin(), sizes.end()}, input->scalar_type(), *input));
+    return result;
+  };
+  const auto large = [&](Bit bit) {
+    return outputs[bit] ? outputs[bit]->finish() : torch::stable::new_empty(in.any(), {0}, ScalarType::Float);
+  };
+  return {
+      large(kRecon),
+      large(kTarget),
+      large(kMu),
+      large(kLogvar),
+      outputs[kLogSigma] ? large(kLogSigma)
+                         : small(kLogSigma, log_sigma, sigma_mode == kElement ? log_sigma_sums : weights.log_sigma),
+      large(kPriorMu),
+      large(kPriorLogvar),
+      small(kBeta, beta, weights.beta)};
+}
+
+}  // namespace
+}  // namespace elbo
+
+STABLE_TORCH_LIBRARY_IMPL(fused_elbo, CPU, m) {
+  m.impl("stats", TORCH_BOX(&elbo::stats));
+  m.impl("forward", TORCH_BOX(&elbo::forward));
+  m.impl("grads", TORCH_BOX(&elbo::grads));
+}

@@ -1,0 +1,170 @@
+// Stage three: the gradients, each element a factor of its sample times what the formula says, in one pass.
+#include "elbo.h"
+#include "tasks.h"
+
+namespace elbo {
+namespace {
+
+// a_i e, and its negative for the target.
+template <class A>
+void data_gradient(const Data& data, A a, int64_t sample, int64_t chunk, const Gradients& out) {
+  for_blocks(chunk, data.dims, [&](int64_t first, int64_t n) {
+    A scratch[4][kBlock];
+    const A* __restrict r = read(data.recon, sample, first, n, scratch[0]);
+    const A* __restrict t = read(data.target, sample, first, n, scratch[1]);
+    if (out.recon.base) {
+      A* __restrict g = write_to(out.recon, sample, first, scratch[2]);
+      for (int64_t i = 0; i < n; ++i) g[i] = a * (r[i] - t[i]);
+      written(out.recon, sample, first, n, scratch[2]);
+    }
+    if (out.target.base) {
+      A* __restrict g = write_to(out.target, sample, first, scratch[3]);
+      for (int64_t i = 0; i < n; ++i) g[i] = a * (t[i] - r[i]);
+      written(out.target, sample, first, n, scratch[3]);
+    }
+  });
+}
+
+// The same where σ varies inside a sample. `log_sigma(first, n, block)` takes the gradient of a block of log σ.
+template <class A, class F>
+void data_gradient_scaled(const Data& data, A w, int64_t sample, int64_t chunk, const Gradients& out, F log_sigma) {
+  for_blocks(chunk, data.dims, [&](int64_t first, int64_t n) {
+    A scratch[6][kBlock];
+    const A* r = read(data.recon, sample, first, n, scratch[0]);
+    const A* t = read(data.target, sample, first, n, scratch[1]);
+    const A* ls = read_log_sigma(*data.log_sigma, sample, first, n, scratch[2]);
+    A* g_recon = out.recon.base ? write_to(out.recon, sample, first, scratch[3]) : scratch[3];
+    A* g_target = out.target.base ? write_to(out.target, sample, first, scratch[4]) : scratch[4];
+    A* g_log_sigma = scratch[5];
+    for_lanes<A>(n, [&](int64_t i, auto lanes) {
+      const auto g = distortion_grad<Vector<A>>(
+          Vector<A>{} + w, load(r + i, lanes) - load(t + i, lanes), load(ls + i, lanes));
+      store(g_recon + i, g.recon, lanes);
+      store(g_target + i, -g.recon, lanes);
+      store(g_log_sigma + i, g.log_sigma, lanes);
+    });
+    if (out.recon.base) written(out.recon, sample, first, n, scratch[3]);
+    if (out.target.base) written(out.target, sample, first, n, scratch[4]);
+    log_sigma(first, n, g_log_sigma);
+  });
+}
+
+// Sums a block of the gradient into those elements of log σ that it came from. In double, for a channel's σ sums over
+// every pixel of every image.
+template <class A>
+void scatter(const Broadcast& log_sigma, int64_t first, int64_t n, const A* g, double* sums) {
+  for_runs(log_sigma, first, n, [&](int64_t offset, int64_t done, int64_t length, int64_t stride) {
+    if (stride == 0) {
+      sums[offset] += sum_lanes<A>(length, [&](int64_t i, auto lanes) { return load(g + done + i, lanes); });
+    } else {
+      for (int64_t k = 0; k < length; ++k) sums[offset + k * stride] += g[done + k];
+    }
+  });
+}
+
+// log σ is broadcast: tasks are dealt to a fixed number of groups, each with sums of its own, added in order at the end.
+template <class A>
+void grads_broadcast(int64_t batch, const Data& data, const Weights& weights, const Gradients& out) {
+  const Broadcast& log_sigma = *data.log_sigma;
+  const bool shared = log_sigma.values.batch_stride == 0;  // by the samples; else each sample is a group
+  const int64_t per_sample = chunks(data.dims), tasks = batch * per_sample;
+  const int64_t groups = shared ? std::min<int64_t>(tasks, 16) : batch;
+  const int64_t width = shared ? log_sigma.numel : log_sigma.numel / batch;
+  std::vector<double> sums(groups * width, 0.0);
+  torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t group = begin; group < end; ++group) {
+      double* own = sums.data() + group * width;
+      for (int64_t task = tasks * group / groups; task < tasks * (group + 1) / groups; ++task) {
+        const int64_t sample = task / per_sample;
+        data_gradient_scaled<A>(
+            data, static_cast<A>(weights.error[sample]), sample, task % per_sample, out,
+            [&](int64_t first, int64_t n, const A* g) { scatter(log_sigma, first, n, g, own); });
+      }
+    }
+  });
+  if (out.log_sigma_broadcast == nullptr) return;
+  auto& result = *out.log_sigma_broadcast;
+  result.assign(log_sigma.numel, 0.0);
+  for (int64_t i = 0; i < groups * width; ++i) result[shared ? i % width : i] += sums[i];
+}
+
+template <class A, bool Prior>
+void latent_gradient(
+    const Latents& latents, A through_loss, A through_rate, int64_t sample, int64_t chunk, const Gradients& out) {
+  const A free_bits = static_cast<A>(latents.free_bits);
+  const Span* wanted[] = {&out.mu, &out.logvar, &out.prior_mu, &out.prior_logvar};
+  for_blocks(chunk, latents.dims, [&](int64_t first, int64_t n) {
+    A scratch[8][kBlock];
+    const A* mu = read(latents.mu, sample, first, n, scratch[0]);
+    const A* logvar = read(latents.logvar, sample, first, n, scratch[1]);
+    const A* prior_mu = Prior ? read(latents.prior_mu, sample, first, n, scratch[2]) : nullptr;
+    const A* prior_logvar = Prior ? read(latents.prior_logvar, sample, first, n, scratch[3]) : nullptr;
+    A* g[4];
+    for (int k = 0; k < 4; ++k) {
+      g[k] = wanted[k]->base ? write_to(*wanted[k], sample, first, scratch[4 + k]) : scratch[4 + k];
+    }
+    for_lanes<A>(n, [&](int64_t i, auto lanes) {
+      using V = Vector<A>;
+      const V m = load(mu + i, lanes), l = load(logvar + i, lanes);
+      V m_p{}, l_p{};
+      if constexpr (Prior) {
+        m_p = load(prior_mu + i, lanes);
+        l_p = load(prior_logvar + i, lanes);
+      }
+      V b = V{} + (through_loss + through_rate);
+      if (free_bits > 0) {
+        const V nats = Prior ? kl<V>(m, l, m_p, l_p) : kl<V>(m, l);
+        b = through_rate + (nats >= free_bits ? V{} + through_loss : V{});
+      }
+      const KlGrad<V> d = Prior ? kl_grad<V>(b, m, l, m_p, l_p) : kl_grad<V>(b, m, l);
+      store(g[0] + i, d.mu, lanes);
+      store(g[1] + i, d.logvar, lanes);
+      if constexpr (Prior) {
+        store(g[2] + i, d.prior_mu, lanes);
+        store(g[3] + i, d.prior_logvar, lanes);
+      }
+    });
+    for (int k = 0; k < 4; ++k) {
+      if (wanted[k]->base) written(*wanted[k], sample, first, n, scratch[4 + k]);
+    }
+  });
+}
+
+}  // namespace
+
+template <class A>
+void elbo_grads(
+    int64_t batch, const Data& data, const Latents& latents, const Weights& weights, const Gradients& out) {
+  const bool data_wanted = out.recon.base || out.target.base || out.log_sigma.base || out.log_sigma_broadcast;
+  if (!data_wanted) {
+    // nothing to write
+  } else if (data.log_sigma == nullptr) {
+    for_chunks(batch, data.dims, [&](int64_t sample, int64_t chunk) {
+      data_gradient<A>(data, static_cast<A>(weights.error[sample]), sample, chunk, out);
+    });
+  } else if (data.log_sigma->dense) {
+    for_chunks(batch, data.dims, [&](int64_t sample, int64_t chunk) {
+      data_gradient_scaled<A>(
+          data, static_cast<A>(weights.error[sample]), sample, chunk, out,
+          [&](int64_t first, int64_t n, const A* g) {
+            if (!out.log_sigma.base) return;
+            A* direct = write_to<A>(out.log_sigma, sample, first, nullptr);
+            if (direct) std::copy_n(g, n, direct);
+            written(out.log_sigma, sample, first, n, g);
+          });
+    });
+  } else {
+    grads_broadcast<A>(batch, data, weights, out);
+  }
+  const auto latent = latents.has_prior ? latent_gradient<A, true> : latent_gradient<A, false>;
+  for_chunks(batch, latents.dims, [&](int64_t sample, int64_t chunk) {
+    latent(
+        latents, static_cast<A>(weights.through_loss[sample]), static_cast<A>(weights.through_rate[sample]), sample,
+        chunk, out);
+  });
+}
+
+template void elbo_grads<float>(int64_t, const Data&, const Latents&, const Weights&, const Gradients&);
+template void elbo_grads<double>(int64_t, const Data&, const Latents&, const Weights&, const Gradients&);
+
+}  // namespace elbo

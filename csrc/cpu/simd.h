@@ -1,0 +1,132 @@
+// Vectors of lanes (GCC/Clang vector extensions), and what the element loops need of them.
+//
+// A vector is 64 bytes wide whatever the machine has: the compiler splits it into what the instruction set offers, so
+// sums are taken in the same order, and have the same bits, everywhere.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "../elbo_math.h"
+
+namespace elbo {
+
+typedef float FloatV __attribute__((vector_size(64)));
+typedef double DoubleV __attribute__((vector_size(64)));
+typedef int32_t IntV __attribute__((vector_size(64)));
+
+// exp for float lanes to about 1 ulp: exp(x) = 2ⁿ exp(r), |r| ≤ ½ log 2, with a degree-6 polynomial for exp(r). libm's
+// scalar expf would cost some ten times as much.
+template <>
+struct Lanes<FloatV> {
+  using Scalar = float;
+  static constexpr int64_t count = 16;
+
+  static ELBO_INLINE FloatV exp(FloatV x) {
+    x = x > 89.0f ? FloatV{} + 89.0f : x;  // overflows to inf below; NaN fails both tests and passes
+    x = x < -104.0f ? FloatV{} - 104.0f : x;
+    const float round_to_int = 12582912.0f;  // 1.5 · 2²³: adding it leaves no bits for a fraction
+    const FloatV shifted = x * 1.44269504f + round_to_int;
+    const FloatV n = shifted - round_to_int;
+    const FloatV r = (x - n * 0.693359375f) - n * -2.12194440e-4f;  // log 2 in two parts, the first exact times n
+    FloatV p = FloatV{} + 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    IntV exponent;
+    std::memcpy(&exponent, &shifted, sizeof exponent);
+    exponent = exponent - 0x4B400000;  // the integer that `shifted` carries in its last bits
+    const IntV half = exponent >> 1;   // 2ⁿ in two factors: n reaches 128, and −150 for subnormal results
+    return p * power_of_two(half) * power_of_two(exponent - half);
+  }
+
+ private:
+  static ELBO_INLINE FloatV power_of_two(IntV n) {
+    const IntV bits = (n + 127) << 23;
+    FloatV f;
+    std::memcpy(&f, &bits, sizeof f);
+    return f;
+  }
+};
+
+// fp64 is for gradient checks, where libm's accuracy counts and its speed does not.
+template <>
+struct Lanes<DoubleV> {
+  using Scalar = double;
+  static constexpr int64_t count = 8;
+
+  static ELBO_INLINE DoubleV exp(DoubleV x) {
+    for (int i = 0; i < count; ++i) x[i] = std::exp(x[i]);
+    return x;
+  }
+};
+
+template <class A>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  using type = FloatV;
+};
+template <>
+struct VectorOf<double> {
+  using type = DoubleV;
+};
+template <class A>
+using Vector = typename VectorOf<A>::type;
+template <class A>
+constexpr int64_t kLanes = Lanes<Vector<A>>::count;
+
+// The first `lanes` lanes of memory, the others 0.
+template <class A>
+ELBO_INLINE Vector<A> load(const A* p, int64_t lanes) {
+  Vector<A> v{};
+  std::memcpy(&v, p, lanes * sizeof(A));
+  return v;
+}
+
+template <class A>
+ELBO_INLINE void store(A* p, Vector<A> v, int64_t lanes) {
+  std::memcpy(p, &v, lanes * sizeof(A));
+}
+
+// How many lanes of a vector are in use: all of them, as a constant that turns loads into one instruction; or fewer.
+template <class A>
+using AllLanes = std::integral_constant<int64_t, kLanes<A>>;
+
+// Calls f(i, lanes) over [0, n), a vector at a time, the last one partly filled.
+template <class A, class F>
+ELBO_INLINE void for_lanes(int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + kLanes<A> <= n; i += kLanes<A>) f(i, AllLanes<A>{});
+  if (i < n) f(i, n - i);
+}
+
+// Σ of f(i, lanes) over [0, n) in an order that only n decides. Four accumulators, or the adds would wait for each
+// other; a plain `omp simd` reduction was not vectorised.
+template <class A, class F>
+ELBO_INLINE A sum_lanes(int64_t n, F f) {
+  constexpr int64_t L = kLanes<A>;
+  Vector<A> sum[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * L <= n; i += 4 * L) {
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) sum[k] += f(i + k * L, AllLanes<A>{});
+  }
+  for (; i + L <= n; i += L) sum[0] += f(i, AllLanes<A>{});
+  if (i < n) {
+    Vector<A> last = f(i, n - i);
+    for (int64_t k = n - i; k < L; ++k) last[k] = 0;  // lanes past the end hold f(0, …), which need not be 0
+    sum[1] += last;
+  }
+  Vector<A> v = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  for (int64_t width = L / 2; width > 0; width /= 2) {
+    for (int64_t k = 0; k < width; ++k) v[k] += v[k + width];
+  }
+  return v[0];
+}
+
+}  // namespace elbo

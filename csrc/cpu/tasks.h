@@ -1,0 +1,80 @@
+// How a batch is cut into tasks for the threads, and log σ inside a sample into runs.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "elbo.h"
+#include "simd.h"
+
+namespace elbo {
+
+// Elements of one partial sum. Cut by index, never by what a thread is given, so that sums do not depend on the number
+// of threads; a multiple of kBlock.
+constexpr int64_t kChunk = 16 * kBlock;
+constexpr int64_t kGrain = 32768;  // elements worth a thread of their own
+
+inline int64_t chunks(int64_t dims) {
+  return (dims + kChunk - 1) / kChunk;
+}
+
+// Calls f(sample, chunk) for all of them, in parallel.
+template <class F>
+inline void for_chunks(int64_t batch, int64_t dims, F f) {
+  const int64_t per_sample = chunks(dims);
+  if (per_sample == 0) return;
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::min(dims, kChunk));
+  torch::stable::parallel_for(0, batch * per_sample, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) f(task / per_sample, task % per_sample);
+  });
+}
+
+// Calls f(first, n) for the blocks of a chunk.
+template <class F>
+ELBO_INLINE void for_blocks(int64_t chunk, int64_t dims, F f) {
+  const int64_t end = std::min(dims, (chunk + 1) * kChunk);
+  for (int64_t d = chunk * kChunk; d < end; d += kBlock) f(d, std::min(kBlock, end - d));
+}
+
+// Cuts elements [first, first + n) of a sample into runs along its innermost dimension and calls
+// f(offset into a sample's log σ, elements before the run, length, stride).
+template <class F>
+inline void for_runs(const Broadcast& log_sigma, int64_t first, int64_t n, F f) {
+  const auto& sizes = log_sigma.sizes;
+  const auto& strides = log_sigma.strides;
+  const int64_t inner = sizes.back(), stride = strides.back();
+  for (int64_t done = 0; done < n;) {
+    int64_t rest = (first + done) / inner, offset = 0;
+    for (int64_t k = static_cast<int64_t>(sizes.size()) - 2; k >= 0; --k) {
+      offset += rest % sizes[k] * strides[k];
+      rest /= sizes[k];
+    }
+    const int64_t start = (first + done) % inner;
+    const int64_t length = std::min(inner - start, n - done);
+    f(offset + start * stride, done, length, stride);
+    done += length;
+  }
+}
+
+// log σ of a block, gathered if it is broadcast.
+template <class A>
+inline const A* read_log_sigma(const Broadcast& log_sigma, int64_t sample, int64_t first, int64_t n, A* scratch) {
+  const Span& values = log_sigma.values;
+  if (log_sigma.dense) return read(values, sample, first, n, scratch);
+  for_runs(log_sigma, first, n, [&](int64_t offset, int64_t done, int64_t length, int64_t stride) {
+    A one;
+    if (stride == 0) {
+      std::fill_n(scratch + done, length, *read(values, sample, offset, 1, &one));
+    } else if (stride == 1) {
+      const A* p = read(values, sample, offset, length, scratch + done);
+      if (p != scratch + done) std::copy_n(p, length, scratch + done);
+    } else {
+      for (int64_t k = 0; k < length; ++k) scratch[done + k] = *read(values, sample, offset + k * stride, 1, &one);
+    }
+  });
+  return scratch;
+}
+
+}  // namespace elbo

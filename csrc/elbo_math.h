@@ -1,0 +1,169 @@
+// The formulas, once, for every C++ target: scalars on host and device, vectors of lanes on the host.
+//
+// V is float, double, or a GCC/Clang vector of them; Lanes<V> says what its scalar is and how it takes exp. Written
+// without branches, so that one text serves a lane, a thread and a vector. Compile with -ffp-contract=off: then every
+// instruction set gives the same bits.
+#pragma once
+
+#include <cmath>
+
+#if defined(__CUDACC__)
+#define ELBO_INLINE __host__ __device__ __forceinline__
+#else
+#define ELBO_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace elbo {
+
+template <class V>
+struct Lanes;
+
+template <>
+struct Lanes<float> {
+  using Scalar = float;
+  static ELBO_INLINE float exp(float x) {
+    return ::expf(x);
+  }
+};
+
+template <>
+struct Lanes<double> {
+  using Scalar = double;
+  static ELBO_INLINE double exp(double x) {
+    return ::exp(x);
+  }
+};
+
+template <class V>
+using Scalar = typename Lanes<V>::Scalar;
+
+// ------------------------------------------------------------------------------------------------------- the rate
+
+// 1 + t/3 (1 + t/4 (1 + …)), so that exp(t) − 1 − t = t²/2 · series. Exact to rounding for |t| < ½.
+template <class V>
+ELBO_INLINE V excess_series(V t) {
+  using A = Scalar<V>;
+  constexpr int last = sizeof(A) == 4 ? 9 : 18;
+  V series = V{} + A(1);
+#pragma GCC unroll 16
+  for (int n = last; n > 2; --n) series = A(1) + series * t * (A(1) / A(n));
+  return series;
+}
+
+template <class V>
+ELBO_INLINE auto is_small(V t) {
+  using A = Scalar<V>;
+  return (t < A(0.5)) & (t > A(-0.5));
+}
+
+// exp(t) − 1 − t. Near 0 it is t²/2, where the literal formula, and expm1(t) − t too, has cancelled.
+template <class V>
+ELBO_INLINE V excess(V t) {
+  using A = Scalar<V>;
+  const V near = A(0.5) * t * t * excess_series(t);
+  const V far = Lanes<V>::exp(t) - A(1) - t;
+  return is_small(t) ? near : far;
+}
+
+// exp(t) − 1
+template <class V>
+ELBO_INLINE V expm1(V t) {
+  using A = Scalar<V>;
+  const V near = t + A(0.5) * t * t * excess_series(t);
+  const V far = Lanes<V>::exp(t) - A(1);
+  return is_small(t) ? near : far;
+}
+
+// KL(N(μ, exp l) ‖ N(0, 1)) of one element
+template <class V>
+ELBO_INLINE V kl(V mu, V logvar) {
+  return Scalar<V>(0.5) * (mu * mu + excess(logvar));
+}
+
+// KL(N(μ, exp l) ‖ N(μ_p, exp l_p)) of one element
+template <class V>
+ELBO_INLINE V kl(V mu, V logvar, V prior_mu, V prior_logvar) {
+  const V d = mu - prior_mu;
+  return Scalar<V>(0.5) * (d * d * Lanes<V>::exp(-prior_logvar) + excess(logvar - prior_logvar));
+}
+
+template <class V>
+struct KlGrad {
+  V mu, logvar, prior_mu, prior_logvar;
+};
+
+// b · ∂KL/∂(…)
+template <class V>
+ELBO_INLINE KlGrad<V> kl_grad(V b, V mu, V logvar) {
+  return {b * mu, b * Scalar<V>(0.5) * expm1(logvar), V{}, V{}};
+}
+
+template <class V>
+ELBO_INLINE KlGrad<V> kl_grad(V b, V mu, V logvar, V prior_mu, V prior_logvar) {
+  using A = Scalar<V>;
+  const V d = mu - prior_mu;
+  const V pull = d * Lanes<V>::exp(-prior_logvar);
+  const V stretch = expm1(logvar - prior_logvar);
+  return {b * pull, b * A(0.5) * stretch, -(b * pull), A(-0.5) * b * (stretch + pull * d)};
+}
+
+// ------------------------------------------------------------------------------------ distortion, σ inside a sample
+
+// e²/σ² + 2 log σ: twice the distortion of one element, less log 2π
+template <class V>
+ELBO_INLINE V scaled_error(V e, V log_sigma) {
+  using A = Scalar<V>;
+  return e * e * Lanes<V>::exp(A(-2) * log_sigma) + A(2) * log_sigma;
+}
+
+template <class V>
+struct DistortionGrad {
+  V recon, log_sigma;
+};
+
+template <class V>
+ELBO_INLINE DistortionGrad<V> distortion_grad(V w, V e, V log_sigma) {
+  using A = Scalar<V>;
+  const V scaled = e * Lanes<V>::exp(A(-2) * log_sigma);
+  return {w * scaled, w * (A(1) - e * scaled)};
+}
+
+// ------------------------------------------------------------------------------------------ O(B): the σ of a group
+
+struct Sigma {
+  double log_sigma;
+  double inverse_variance;
+  double slope;  // ∂ log σ / ∂ ½ log MSE: 1 above the floor, 0 below it, a sigmoid with softclip
+};
+
+ELBO_INLINE Sigma given_sigma(double log_sigma) {
+  return {log_sigma, ::exp(-2.0 * log_sigma), 0.0};
+}
+
+// σ² = MSE = total/n, bounded from below. NaN passes: a floor that hid it would hide a diverged model.
+ELBO_INLINE Sigma optimal_sigma(double total, double n, double min_log_sigma, bool softclip) {
+  const double mse = total / n;
+  if (softclip) {
+    if (mse == 0.0) return {min_log_sigma, ::exp(-2.0 * min_log_sigma), 0.0};
+    const double x = 0.5 * ::log(mse) - min_log_sigma;
+    const double log_sigma = min_log_sigma + (x > 0.0 ? x : 0.0) + ::log1p(::exp(x > 0.0 ? -x : x));
+    return {log_sigma, ::exp(-2.0 * log_sigma), 1.0 / (1.0 + ::exp(-x))};
+  }
+  const double floor = ::exp(2.0 * min_log_sigma);
+  const double variance = mse <= floor ? floor : mse;
+  return {0.5 * ::log(variance), 1.0 / variance, mse > floor ? 1.0 : 0.0};
+}
+
+constexpr double kHalfLog2Pi = 0.91893853320467274178;
+
+// −log p of a sample from its sum of squares
+ELBO_INLINE double distortion(double s, double dims, const Sigma& sigma) {
+  return 0.5 * s * sigma.inverse_variance + dims * (sigma.log_sigma + kHalfLog2Pi);
+}
+
+// ∂ distortion / ∂ log σ
+ELBO_INLINE double distortion_slope(double s, double dims, double inverse_variance) {
+  return dims - s * inverse_variance;
+}
+
+}  // namespace elbo
