@@ -40,18 +40,17 @@ class _Shared(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        *inputs, stats = ctx.saved_tensors
+        inputs, stats = ctx.saved_tensors[:-1], ctx.saved_tensors[-1]
         needs = ctx.needs_input_grad[: _BETA + 1]
+        mask = sum(1 << i for i, needed in enumerate(needs) if needed)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # A backward that is itself differentiated: the formulas, with S and KL as functions of the inputs again.
             element = inputs[4] if ctx.values[0] == ops.Kind.ELEMENT else None
-            stats = reference.stats(*inputs[:4], element, *inputs[5:7], ctx.values[4])
-            gradients = reference.grads(*grad_outputs[:3], *inputs, stats, *ctx.values)
-        elif ctx.backend == "reference":
-            gradients = reference.grads(*grad_outputs[:3], *inputs, stats, *ctx.values)
+            of_stats: tuple[Any, ...] = (*inputs[:4], element, *inputs[5:7], ctx.values[4])
+            stats, grads = reference.stats(*of_stats), ops.grads_by_reference
         else:
-            mask = sum(1 << i for i, needed in enumerate(needs) if needed)
-            gradients = ops.grads(*grad_outputs[:3], *inputs, stats, *ctx.values, mask)
+            grads = ops.grads_by_reference if ctx.backend == "reference" else ops.grads
+        gradients = grads(*grad_outputs[:3], *inputs, stats, *ctx.values, mask)
         return (*(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *[None] * 10)
 
 

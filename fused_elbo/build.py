@@ -256,7 +256,7 @@ def _compile(target: Target) -> None:
     """Compiles in a scratch folder and renames the finished library into place. The caller holds the lock."""
     for stale in target.folder.glob("scratch-*"):
         shutil.rmtree(stale, ignore_errors=True)
-    # A new name each time: the compilers of a killed builder live on for a while, and write where they were told to.
+    # A new name each time: a killed builder's compilers may live on, and on NFS their open files defy removal.
     scratch = Path(tempfile.mkdtemp(prefix="scratch-", dir=target.folder))
     try:
         (scratch / "build.ninja").write_text(ninja_file(target.spec, target.compiler))

@@ -66,16 +66,19 @@ def weight(value: object, batch: int, like: Tensor) -> None:
     if isinstance(value, Tensor):
         tensor("beta", value, like)
         if value.dim() > 0 and value.shape != (batch,):
-            raise ValueError(f"beta: expected a number, shape () or ({batch},), one per sample, got shape {shape(value)}")
+            raise ValueError(
+                f"beta: expected a number, shape () or ({batch},), one per sample, got shape {shape(value)}"
+            )
     else:
         number("beta", value, 0)
 
 
 def capacity(value: object, beta: object, reduction: str, like: Tensor) -> None:
+    why = "capacity: is held against the batch mean, so it excludes"
     if reduction == "none":
-        raise ValueError('capacity: is held against the batch mean, so it excludes reduction="none"')
+        raise ValueError(f'{why} reduction="none"')
     if isinstance(beta, Tensor) and beta.dim() > 0:
-        raise ValueError(f"capacity: is held against the batch mean, so it excludes a beta per sample, got {shape(beta)}")
+        raise ValueError(f"{why} a beta per sample, got {shape(beta)}")
     if not isinstance(value, Tensor):
         number("capacity", value, 0)
         return

@@ -147,9 +147,10 @@ class LearnedSigmaELBO(nn.Module):
     def forward(
         self, recon: Tensor, target: Tensor, mu: Tensor, logvar: Tensor, prior: tuple[Tensor, Tensor] | None = None
     ) -> ELBO:
-        if not self._warned and not torch.compiler.is_compiling() and self.training and not self.log_sigma.requires_grad:
+        frozen = self.training and not self.log_sigma.requires_grad
+        if frozen and not self._warned and not torch.compiler.is_compiling():
             self._warned = True
-            warnings.warn("LearnedSigmaELBO: log_sigma is frozen (requires_grad=False), so σ stays as it is", stacklevel=2)
+            warnings.warn("LearnedSigmaELBO: log_sigma is frozen (requires_grad=False): σ stays as it is", stacklevel=2)
         return decoupled_elbo(
             recon,
             target,

@@ -26,7 +26,10 @@ from torch import Tensor
 from . import backends, reference
 from .sigma import Kind
 
-_INPUTS = "Tensor? recon, Tensor? target, Tensor? mu, Tensor? logvar, Tensor? log_sigma, Tensor? prior_mu, Tensor? prior_logvar"
+_INPUTS = (
+    "Tensor? recon, Tensor? target, Tensor? mu, Tensor? logvar, "
+    "Tensor? log_sigma, Tensor? prior_mu, Tensor? prior_logvar"
+)
 _KNOBS = "Tensor? beta, Tensor? capacity"
 _VALUES = (
     "int sigma_mode, bool softclip, float log_sigma_value, float min_log_sigma, float free_bits, "
@@ -36,8 +39,8 @@ SCHEMAS = {
     "stats": f"({_INPUTS}, float free_bits) -> Tensor",
     "forward": f"({_INPUTS}, {_KNOBS}, {_VALUES}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "grads": (
-        f"(Tensor? grad_loss, Tensor? grad_distortion, Tensor? grad_rate, {_INPUTS}, {_KNOBS}, Tensor stats, {_VALUES}, "
-        f"int mask) -> ({', '.join(['Tensor'] * len(reference.Gradients._fields))})"
+        f"(Tensor? grad_loss, Tensor? grad_distortion, Tensor? grad_rate, {_INPUTS}, {_KNOBS}, Tensor stats, "
+        f"{_VALUES}, int mask) -> ({', '.join(['Tensor'] * len(reference.Gradients._fields))})"
     ),
 }
 
@@ -89,18 +92,18 @@ def _masked(values: Sequence[Any], mask: int, make: Callable[..., Tensor], devic
 # -------------------------------------------------------------------------------------------- default implementations
 
 
-def _grads_by_reference(*args: Any) -> tuple[Tensor, ...]:
+def grads_by_reference(*args: Any) -> tuple[Tensor, ...]:
     """The reference behind the operator's contract: masked outputs, with empty_like's strides."""
-    inputs, mask = args[3:11], args[-1]
-    gradients = reference.grads(*args[:-1])
+    inputs, gradients, mask = args[3:11], reference.grads(*args[:-1]), args[-1]
 
-    def like_input(pair: tuple[Tensor, Tensor]) -> Tensor:
-        return torch.empty_like(pair[0]).copy_(pair[1])
+    def with_strides(pair: tuple[Tensor, Tensor]) -> Tensor:
+        wanted = torch.empty_like(pair[0])
+        return pair[1] if pair[1].stride() == wanted.stride() else wanted.copy_(pair[1])
 
-    return _masked(list(zip(inputs, gradients, strict=True)), mask, like_input, _some(inputs[0], inputs[2]))
+    return _masked(list(zip(inputs, gradients, strict=True)), mask, with_strides, _some(inputs[0], inputs[2]))
 
 
-_BY_REFERENCE = {"stats": reference.stats, "forward": reference.forward, "grads": _grads_by_reference}
+_BY_REFERENCE = {"stats": reference.stats, "forward": reference.forward, "grads": grads_by_reference}
 
 
 def _default(name: str) -> Callable[..., Any]:

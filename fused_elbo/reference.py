@@ -89,7 +89,8 @@ def stats(
             ls = rows(log_sigma.expand(recon.shape), dtype)
             s = (e.square() * (-2 * ls).exp() + 2 * ls).sum(1)
     if mu is not None and logvar is not None:
-        kl = kl_elements(*(None if t is None else rows(t, dtype) for t in (mu, logvar, prior_mu, prior_logvar)))
+        prior = [None if t is None else rows(t, dtype) for t in (prior_mu, prior_logvar)]
+        kl = kl_elements(rows(mu, dtype), rows(logvar, dtype), *prior)
         rate, clamped = kl.sum(1), kl.clamp(min=free_bits).sum(1)
     return torch.stack([s, rate, clamped])
 
@@ -108,6 +109,11 @@ def optimal_log_sigma(total: Tensor, n: float, min_log_sigma: float, softclip: b
 def reduction_weight(reduction: int, batch: int, dims: int) -> float:
     """What a sample's distortion and rate are multiplied by before they are summed."""
     return {_BATCHMEAN: 1 / batch, _SUM: 1.0, _MEAN: 1 / (batch * dims), _NONE: 1.0}[reduction]
+
+
+def knob(tensor: Tensor | None, number: float | None, like: Tensor) -> Tensor:
+    """The tensor, or the number where there is none."""
+    return torch.full_like(like[0], number or 0.0) if tensor is None else tensor.to(like.dtype)
 
 
 def dims_of(recon: Tensor | None, mu: Tensor | None) -> int:
@@ -152,11 +158,11 @@ def forward(
         elif sigma_mode == Kind.IMAGE:
             ls = optimal_log_sigma(s, d, min_log_sigma, softclip)
         else:
-            ls = s.new_full((), log_sigma_value) if log_sigma is None else log_sigma.to(s.dtype)
+            ls = knob(log_sigma, log_sigma_value, s)
         distortion = 0.5 * s * (-2 * ls).exp() + d * (ls + 0.5 * LOG_2PI)
         sigma = ls.detach().exp()
 
-    b = s.new_full((), beta_value) if beta is None else beta.to(s.dtype)
+    b = knob(beta, beta_value, s)
     r = reduction_weight(reduction, batch, dims)
     if reduction == _NONE:
         return distortion + b * kl_clamped, distortion, kl.clone(), sigma, st
@@ -164,8 +170,8 @@ def forward(
     if capacity is None and capacity_value is None:
         loss = distortion + r * (b * kl_clamped).sum()
     else:
-        c = s.new_full((), capacity_value) if capacity is None else capacity.to(s.dtype)
-        loss = distortion + r * batch * b * (kl_clamped.mean() - c).abs()
+        gap = kl_clamped.mean() - knob(capacity, capacity_value, s)
+        loss = distortion + r * batch * b * gap.abs()
     return loss, distortion, r * kl.sum(), sigma, st
 
 
@@ -208,7 +214,7 @@ def grads(
     reduction: int,
 ) -> Gradients:
     """The gradient of grad_loss·loss + grad_distortion·distortion + grad_rate·rate, each in its input's dtype."""
-    s, kl, kl_clamped = stats.unbind(0)
+    s, _, kl_clamped = stats.unbind(0)
     batch, dims = s.shape[0], dims_of(recon, mu)
     r = reduction_weight(reduction, batch, dims)
     zero = s.new_zeros(batch)
@@ -216,31 +222,25 @@ def grads(
         zero if g is None else g.to(s.dtype).expand(batch) * r for g in (grad_loss, grad_distortion, grad_rate)
     )
 
-    data = [None, None, None]
+    g_recon = g_target = g_log_sigma = None
     if recon is not None and target is not None:
-        data = _data_grads(g_loss + g_distortion, recon, target, log_sigma, s, sigma_mode, softclip, log_sigma_value, min_log_sigma)
+        sigma_arguments = (log_sigma, s, sigma_mode, softclip, log_sigma_value, min_log_sigma)
+        g_recon, g_target, g_log_sigma = _data_grads(g_loss + g_distortion, recon, target, *sigma_arguments)
 
-    b = s.new_full((), beta_value) if beta is None else beta.to(s.dtype)
+    b = knob(beta, beta_value, s)
     pull = torch.ones_like(s[0])  # ∂(what β multiplies)/∂(mean of the clamped rate)
     g_beta = g_loss * kl_clamped
     if capacity is not None or capacity_value is not None:
-        c = s.new_full((), capacity_value) if capacity is None else capacity.to(s.dtype)
-        gap = kl_clamped.mean() - c
+        gap = kl_clamped.mean() - knob(capacity, capacity_value, s)
         pull, g_beta = gap.sign(), g_loss * gap.abs()  # summed over the batch below: B r |gap|
-    latents = [None, None, None, None]
+    g_mu = g_logvar = g_prior_mu = g_prior_logvar = None
     if mu is not None and logvar is not None:
-        latents = _latent_grads(g_loss * b * pull, g_rate, mu, logvar, prior_mu, prior_logvar, free_bits, s.dtype)
-
-    return Gradients(
-        data[0],
-        data[1],
-        latents[0],
-        latents[1],
-        data[2],
-        latents[2],
-        latents[3],
-        None if beta is None else g_beta.sum_to_size(beta.shape).to(beta.dtype),
-    )
+        through_loss = g_loss * b * pull
+        prior = (prior_mu, prior_logvar)
+        gradients = _latent_grads(through_loss, g_rate, mu, logvar, *prior, free_bits, s.dtype)
+        g_mu, g_logvar, g_prior_mu, g_prior_logvar = gradients
+    g_beta = None if beta is None else g_beta.sum_to_size(beta.shape).to(beta.dtype)
+    return Gradients(g_recon, g_target, g_mu, g_logvar, g_log_sigma, g_prior_mu, g_prior_logvar, g_beta)
 
 
 def _data_grads(
@@ -266,7 +266,7 @@ def _data_grads(
         g = w * scaled
         g_log_sigma = (w * (1 - e * scaled)).sum_to_size(log_sigma.shape)
     elif sigma_mode == Kind.GIVEN:
-        ls = s.new_full((), log_sigma_value) if log_sigma is None else log_sigma.to(s.dtype)
+        ls = knob(log_sigma, log_sigma_value, s)
         inv_var = (-2 * ls).exp()
         g = (w * inv_var).reshape(per_sample) * e
         if log_sigma is not None:
@@ -297,13 +297,16 @@ def _latent_grads(
 ) -> list[Tensor | None]:
     """[∂μ, ∂l, ∂μ_p, ∂l_p]."""
     per_sample = (mu.shape[0],) + (1,) * (mu.dim() - 1)
-    inputs = (mu, logvar, prior_mu, prior_logvar)
-    m, l, m_p, l_p = (None if t is None else t.to(dtype) for t in inputs)
+    m, l = mu.to(dtype), logvar.to(dtype)
+    m_p, l_p = (None if t is None else t.to(dtype) for t in (prior_mu, prior_logvar))
     b = torch.where(kl_elements(m, l, m_p, l_p) >= free_bits, through_loss.reshape(per_sample), 0.0)
     b = b + through_rate.reshape(per_sample)
-    if m_p is None or l_p is None:
-        gradients = (b * m, b * 0.5 * torch.expm1(l), None, None)
-    else:
-        pull, stretch = (m - m_p) * (-l_p).exp(), torch.expm1(l - l_p)
-        gradients = (b * pull, b * 0.5 * stretch, -b * pull, -0.5 * b * (stretch + pull * (m - m_p)))
-    return [None if g is None or x is None else g.to(x.dtype) for g, x in zip(gradients, inputs, strict=True)]
+    if m_p is None or l_p is None or prior_mu is None or prior_logvar is None:
+        return [(b * m).to(mu.dtype), (b * 0.5 * torch.expm1(l)).to(logvar.dtype), None, None]
+    pull, stretch = (m - m_p) * (-l_p).exp(), torch.expm1(l - l_p)
+    return [
+        (b * pull).to(mu.dtype),
+        (b * 0.5 * stretch).to(logvar.dtype),
+        (-b * pull).to(prior_mu.dtype),
+        (-0.5 * b * (stretch + pull * (m - m_p))).to(prior_logvar.dtype),
+    ]

@@ -21,7 +21,6 @@ import math
 from dataclasses import dataclass
 from enum import IntEnum
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -49,8 +49,8 @@ struct Inputs {
   bool is_double = false;
 
   Inputs(
-      const OptTensor& r, const OptTensor& t, const OptTensor& m, const OptTensor& l, const OptTensor& element_log_sigma,
-      const OptTensor& p_m, const OptTensor& p_l, double free_bits) {
+      const OptTensor& r, const OptTensor& t, const OptTensor& m, const OptTensor& l,
+      const OptTensor& element_log_sigma, const OptTensor& p_m, const OptTensor& p_l, double free_bits) {
     for (const OptTensor* x : {&r, &t, &m, &l}) is_double |= *x && (*x)->scalar_type() == ScalarType::Double;
     if (r) {
       batch = r->size(0);
@@ -141,8 +141,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     OptTensor prior_logvar, OptTensor beta, OptTensor capacity, int64_t sigma_mode, bool softclip,
     double log_sigma_value, double min_log_sigma, double free_bits, double beta_value,
     std::optional<double> capacity_value, int64_t reduction) {
-  const Inputs in(
-      recon, target, mu, logvar, element_sigma(log_sigma, sigma_mode), prior_mu, prior_logvar, free_bits);
+  const Inputs in(recon, target, mu, logvar, element_sigma(log_sigma, sigma_mode), prior_mu, prior_logvar, free_bits);
   const Tensor stats = run_stats(in);
   const Knobs knobs = knobs_of(
       log_sigma, beta, capacity, sigma_mode, softclip, log_sigma_value, min_log_sigma, beta_value, capacity_value,
@@ -150,14 +149,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   const Outputs out = elbo_finalize(read_stats(stats), in.data.dims, in.latents.dims, knobs);
 
   const auto made = [&](const std::vector<double>& values, bool per_sample) {
-    const std::vector<int64_t> sizes = per_sample ? std::vector<int64_t>{static_cast<int64_t>(values.size())}
-                                                  : std::vector<int64_t>{};
+    const std::vector<int64_t> sizes =
+        per_sample ? std::vector<int64_t>{static_cast<int64_t>(values.size())} : std::vector<int64_t>{};
     return tensor_of(values, sizes, in.dtype(), in.any());
   };
   const bool each = reduction == kNone;
   const bool sigma_each = sigma_mode == kImage || sigma_mode == kElement || (log_sigma && log_sigma->dim() == 1);
-  return {
-      made(out.loss, each), made(out.distortion, each), made(out.rate, each), made(out.sigma, sigma_each), stats};
+  return {made(out.loss, each), made(out.distortion, each), made(out.rate, each), made(out.sigma, sigma_each), stats};
 }
 
 using EightTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -167,8 +165,7 @@ EightTensors grads(
     OptTensor mu, OptTensor logvar, OptTensor log_sigma, OptTensor prior_mu, OptTensor prior_logvar, OptTensor beta,
     OptTensor capacity, Tensor stats, int64_t sigma_mode, bool softclip, double log_sigma_value, double min_log_sigma,
     double free_bits, double beta_value, std::optional<double> capacity_value, int64_t reduction, int64_t mask) {
-  const Inputs in(
-      recon, target, mu, logvar, element_sigma(log_sigma, sigma_mode), prior_mu, prior_logvar, free_bits);
+  const Inputs in(recon, target, mu, logvar, element_sigma(log_sigma, sigma_mode), prior_mu, prior_logvar, free_bits);
   const Knobs knobs = knobs_of(
       log_sigma, beta, capacity, sigma_mode, softclip, log_sigma_value, min_log_sigma, beta_value, capacity_value,
       reduction);

@@ -70,7 +70,7 @@ struct Weights {
 // Where gradients go; a span without a base is not wanted.
 struct Gradients {
   Span recon, target, mu, logvar, prior_mu, prior_logvar;
-  Span log_sigma;                           // where log σ is dense
+  Span log_sigma;                                      // where log σ is dense
   std::vector<double>* log_sigma_broadcast = nullptr;  // where it is broadcast: numel values
 };
 

@@ -3,8 +3,8 @@
 #include <cmath>
 #include <numeric>
 
-#include "elbo.h"
 #include "../elbo_math.h"
+#include "elbo.h"
 
 namespace elbo {
 namespace {

@@ -37,8 +37,8 @@ void data_gradient_scaled(const Data& data, A w, int64_t sample, int64_t chunk, 
     A* g_target = out.target.base ? write_to(out.target, sample, first, scratch[4]) : scratch[4];
     A* g_log_sigma = scratch[5];
     for_lanes<A>(n, [&](int64_t i, auto lanes) {
-      const auto g = distortion_grad<Vector<A>>(
-          Vector<A>{} + w, load(r + i, lanes) - load(t + i, lanes), load(ls + i, lanes));
+      const auto g =
+          distortion_grad<Vector<A>>(Vector<A>{} + w, load(r + i, lanes) - load(t + i, lanes), load(ls + i, lanes));
       store(g_recon + i, g.recon, lanes);
       store(g_target + i, -g.recon, lanes);
       store(g_log_sigma + i, g.log_sigma, lanes);
@@ -62,7 +62,8 @@ void scatter(const Broadcast& log_sigma, int64_t first, int64_t n, const A* g, d
   });
 }
 
-// log σ is broadcast: tasks are dealt to a fixed number of groups, each with sums of its own, added in order at the end.
+// log σ is broadcast: tasks are dealt to a fixed number of groups, each with sums of its own, added in order at the
+// end.
 template <class A>
 void grads_broadcast(int64_t batch, const Data& data, const Weights& weights, const Gradients& out) {
   const Broadcast& log_sigma = *data.log_sigma;
@@ -133,8 +134,7 @@ void latent_gradient(
 }  // namespace
 
 template <class A>
-void elbo_grads(
-    int64_t batch, const Data& data, const Latents& latents, const Weights& weights, const Gradients& out) {
+void elbo_grads(int64_t batch, const Data& data, const Latents& latents, const Weights& weights, const Gradients& out) {
   const bool data_wanted = out.recon.base || out.target.base || out.log_sigma.base || out.log_sigma_broadcast;
   if (!data_wanted) {
     // nothing to write
@@ -145,8 +145,7 @@ void elbo_grads(
   } else if (data.log_sigma->dense) {
     for_chunks(batch, data.dims, [&](int64_t sample, int64_t chunk) {
       data_gradient_scaled<A>(
-          data, static_cast<A>(weights.error[sample]), sample, chunk, out,
-          [&](int64_t first, int64_t n, const A* g) {
+          data, static_cast<A>(weights.error[sample]), sample, chunk, out, [&](int64_t first, int64_t n, const A* g) {
             if (!out.log_sigma.base) return;
             A* direct = write_to<A>(out.log_sigma, sample, first, nullptr);
             if (direct) std::copy_n(g, n, direct);

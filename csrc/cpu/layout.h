@@ -1,9 +1,9 @@
 // Which tensors the kernels can walk as they lie, and what becomes of the others.
 //
-// A kernel walks a sample as one dense block, in memory order. So a tensor can be used in place if each sample is dense,
-// whatever the order of its dimensions (contiguous, channels_last, permuted inside the sample) and however far apart
-// the samples are (chunks of a packed tensor). Tensors that are walked together must share that order: the first one,
-// the leader, decides it, and the others are copied into it if they differ.
+// A kernel walks a sample as one dense block, in memory order. So a tensor can be used in place if each sample is
+// dense, whatever the order of its dimensions (contiguous, channels_last, permuted inside the sample) and however far
+// apart the samples are (chunks of a packed tensor). Tensors that are walked together must share that order: the first
+// one, the leader, decides it, and the others are copied into it if they differ.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

@@ -1,0 +1,88 @@
+# `make` lists the targets. Everything is installed into VENV and nothing outside it is changed.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install
+PINS := $(VENV)/constraints.txt
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+CPP = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+
+.PHONY: help demo test lint format clean
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL: # pip does not share an environment with another pip
+
+help: ## list the targets
+	@echo "usage: make TARGET [PYTHON=python3] [VENV=.venv] [ARGS=...]"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-7s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.demo ## install, then train a small VAE; ARGS go to examples/train_vae.py
+	@echo "== Training a small VAE: examples/train_vae.py $(ARGS)"
+	@$(PY) examples/train_vae.py $(ARGS)
+
+test: $(VENV)/.dev ## install, then run the tests; ARGS go to pytest, e.g. ARGS="-k sigma -x"
+	@echo "== Running the tests: pytest $(ARGS)"
+	@$(PY) -m pytest $(ARGS)
+
+lint: $(VENV)/.dev ## check style and types, changing nothing
+	@echo "== ruff check"
+	@$(PY) -m ruff check .
+	@echo "== ruff format --check"
+	@$(PY) -m ruff format --check .
+	@echo "== pyright"
+	@$(PY) -m pyright --pythonpath $(PY)
+	@echo "== clang-format --dry-run"
+	@$(if $(CPP),$(VENV)/bin/clang-format --dry-run -Werror --ferror-limit=20 $(CPP))
+
+format: $(VENV)/.dev ## rewrite Python and C++ in the project's style
+	@$(PY) -m ruff check --fix-only .
+	@$(PY) -m ruff format .
+	@$(if $(CPP),$(VENV)/bin/clang-format -i $(CPP))
+
+clean: ## remove .venv, build leftovers and caches; results in runs/ stay
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -path ./.git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# An empty file in VENV marks each finished step, so that a second run costs nothing, and a change of the requirements
+# or an interrupted step runs it again.
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	@echo "== Installing fused_elbo with what the examples need (minutes, the first time)"
+	@$(PIP) -qq -c $(PINS) -e '.[examples]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	@echo "== Installing fused_elbo with the development tools (minutes, the first time)"
+	@$(PIP) -qq -c $(PINS) -e '.[dev]'
+	@touch $@
+
+# On Linux, PyPI's torch is a CUDA build of several gigabytes. Without a GPU, PyTorch's own index is asked as well:
+# its 2.x.y+cpu counts as newer than PyPI's 2.x.y. Where that index cannot be reached pip goes on without it.
+# --no-deps, so that this one package alone is looked for there; the next step brings what torch needs.
+#
+# A CUDA build requires one Triton release: the pin is left out there.
+$(VENV)/.torch: constraints.txt | $(PY)
+	@if [ "$$(uname -s)" != Linux ]; then \
+		echo "== Installing PyTorch from PyPI"; \
+		$(PIP) -c constraints.txt --no-deps torch; \
+	elif nvidia-smi >/dev/null 2>&1; then \
+		echo "== NVIDIA GPU found: installing PyTorch with CUDA from PyPI (gigabytes, the first time)"; \
+		$(PIP) -c constraints.txt --no-deps torch; \
+	else \
+		echo "== No NVIDIA GPU found: installing a CPU build of PyTorch (about 200 MB, the first time)"; \
+		$(PIP) -c constraints.txt --no-deps --retries 1 --timeout 15 --extra-index-url $(CPU_INDEX) torch; \
+	fi
+	@if $(PY) -c 'import importlib.metadata as m; exit(not any(r.startswith("triton") for r in m.requires("torch")))'; \
+		then grep -v '^triton' constraints.txt; else cat constraints.txt; fi > $(PINS)
+	@touch $@
+
+$(PY):
+	@$(PYTHON) -c 'import sys; exit(sys.version_info < (3, 10))' || \
+		{ echo "fused_elbo needs Python 3.10 or newer, and $(PYTHON) is not: make $(MAKECMDGOALS) PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+		{ echo "$(PYTHON) has no venv module (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
+	@echo "== Creating the virtual environment $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)

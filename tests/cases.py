@@ -1,0 +1,136 @@
+"""The modes of the loss, as data, and inputs for them: shared by the tests of values, gradients, operators, compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_elbo.sigma import Optimal
+
+REDUCTIONS = ("batchmean", "sum", "mean", "none")
+
+
+def channels(data: tuple[int, ...]) -> tuple[int, ...]:
+    """(C, 1, 1) for images, (1, D) for vectors, since a 1-D log_sigma means one per image."""
+    return (1, *data) if len(data) == 1 else (data[0], *[1] * (len(data) - 1))
+
+
+# name -> keyword arguments, from (batch, data shape, latent shape)
+MODES: dict[str, Callable[[int, tuple[int, ...], tuple[int, ...]], dict[str, Any]]] = {
+    "optimal": lambda b, d, k: {},
+    "per-image": lambda b, d, k: {"sigma": "optimal-per-image"},
+    "constant": lambda b, d, k: {"sigma": 0.3},
+    "floor": lambda b, d, k: {"min_log_sigma": 1.0},
+    "per-image-floor": lambda b, d, k: {"sigma": "optimal-per-image", "min_log_sigma": -1.2},
+    "softclip": lambda b, d, k: {"sigma": Optimal(softclip=True), "min_log_sigma": -1.0},
+    "per-image-softclip": lambda b, d, k: {"sigma": Optimal(per_image=True, softclip=True), "min_log_sigma": -1.0},
+    "learned": lambda b, d, k: {"log_sigma": torch.tensor(-0.5)},
+    "learned-one": lambda b, d, k: {"log_sigma": torch.tensor([-0.5])},
+    "learned-image": lambda b, d, k: {"log_sigma": torch.linspace(-1, 0.5, b)},
+    "learned-channel": lambda b, d, k: {"log_sigma": torch.linspace(-1, 0.5, d[0]).reshape(channels(d))},
+    "learned-channel-image": lambda b, d, k: {"log_sigma": torch.randn(b, d[0], *[1] * (len(d) - 1)) * 0.3},
+    "learned-map": lambda b, d, k: {"log_sigma": torch.randn(1, *d[1:]) * 0.3},
+    "learned-last": lambda b, d, k: {"log_sigma": torch.randn(1, *[1] * (len(d) - 1), d[-1]) * 0.3},
+    "learned-data": lambda b, d, k: {"log_sigma": torch.randn(1, *d) * 0.3},
+    "learned-pixel": lambda b, d, k: {"log_sigma": torch.randn(b, *d) * 0.3},
+    "beta": lambda b, d, k: {"beta": 4.0},
+    "beta-tensor": lambda b, d, k: {"beta": torch.tensor(0.5)},
+    "beta-sample": lambda b, d, k: {"beta": torch.linspace(0.0, 3.0, b)},
+    "free-bits": lambda b, d, k: {"free_bits": 0.3, "beta": 2.0},
+    "capacity": lambda b, d, k: {"capacity": 1.0, "beta": 3.0},
+    "capacity-above": lambda b, d, k: {"capacity": torch.tensor(1000.0), "beta": torch.tensor(3.0)},
+    "prior": lambda b, d, k: {"prior": (torch.randn(b, *k), torch.randn(b, *k) * 0.3)},
+    "prior-shared": lambda b, d, k: {"prior": (torch.randn(k), torch.randn(k) * 0.3), "free_bits": 0.2},
+}
+INSIDE_A_SAMPLE = [
+    "learned-channel", "learned-channel-image", "learned-map", "learned-last", "learned-data", "learned-pixel",
+]  # fmt: skip
+
+
+def allowed(mode: str, reduction: str) -> bool:
+    return not (mode.startswith("capacity") and reduction == "none")
+
+
+def to(value: Any, dtype: torch.dtype) -> Any:
+    """Tensors, also inside a tuple, as fresh leaves of a dtype; everything else as it is."""
+    if isinstance(value, Tensor):
+        return value.detach().to(dtype, copy=True).requires_grad_()
+    return tuple(to(v, dtype) for v in value) if isinstance(value, tuple) else value
+
+
+class Call:
+    """The four tensors and the keyword arguments of one call, with all leaves that a gradient can be asked of."""
+
+    def __init__(
+        self,
+        mode: str = "optimal",
+        reduction: str = "batchmean",
+        batch: int = 4,
+        data: tuple[int, ...] = (3, 8, 8),
+        latent: tuple[int, ...] = (5,),
+        dtype: torch.dtype = torch.float32,
+        target_dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> None:
+        torch.manual_seed(seed)
+        target = torch.randn(batch, *data)
+        # Every sample its own error, so that a σ per image differs from the batch's.
+        scale = torch.linspace(0.1, 0.6, batch).reshape(-1, *[1] * len(data))
+        tensors = (
+            target + scale * torch.randn(batch, *data),
+            target,
+            torch.randn(batch, *latent),
+            torch.randn(batch, *latent),
+        )
+        # What low precision rounds away is part of the input, not of the error.
+        dtypes = (dtype, target_dtype or dtype, dtype, dtype)
+        self._set([to(t, d) for t, d in zip(tensors, dtypes, strict=True)], MODES[mode](batch, data, latent), reduction)
+
+    def _set(self, tensors: list[Tensor], kw: dict[str, Any], reduction: str) -> None:
+        self.tensors, self.reduction = tensors, reduction
+        wide = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+        self.kw = {name: to(value, wide) for name, value in kw.items()}
+        if isinstance(self.kw.get("capacity"), Tensor):
+            self.kw["capacity"] = self.kw["capacity"].detach()
+
+    def leaves(self) -> list[Tensor]:
+        extra: list[Tensor] = []
+        for value in self.kw.values():
+            extra += [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, Tensor)]
+        return [t for t in [*self.tensors, *extra] if t.requires_grad]
+
+    def double(self) -> Call:
+        """The same numbers in fp64."""
+        other = object.__new__(Call)
+        other._set([to(t, torch.float64) for t in self.tensors], self.kw, self.reduction)
+        return other
+
+    def __call__(self, function: Callable[..., Any]) -> Any:
+        return function(*self.tensors, **self.kw, reduction=self.reduction)
+
+    def with_leaves(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` as one of the leaves, for gradcheck."""
+
+        def of_leaves(*leaves: Tensor) -> Any:
+            rest = iter(leaves)
+
+            def swap(value: Any) -> Any:
+                if isinstance(value, tuple):
+                    return tuple(swap(v) for v in value)
+                return next(rest) if isinstance(value, Tensor) and value.requires_grad else value
+
+            tensors = [swap(t) for t in self.tensors]
+            return function(*tensors, **{k: swap(v) for k, v in self.kw.items()}, reduction=self.reduction)
+
+        return of_leaves
+
+    def gradients(self, outputs: Any, weights: tuple[float, float, float] = (1.0, 0.5, -0.7)) -> list[Tensor]:
+        """Of all leaves, for grad_outputs that are unequal per output and per sample."""
+        grad_outputs = [
+            (w * (1 + torch.arange(o.numel(), dtype=torch.float64) / 4)).reshape(o.shape).to(o.dtype)
+            for w, o in zip(weights, outputs[:3], strict=True)
+        ]
+        return list(torch.autograd.grad(outputs[:3], self.leaves(), grad_outputs))

@@ -1,0 +1,46 @@
+"""Every numerical test runs on every backend that is present, and on memory poisoned with NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import fused_elbo
+from fused_elbo import backends
+
+BACKENDS = [status.name for status in backends.statuses() if status.ready]
+
+
+def pytest_report_header() -> list[str]:
+    return [f"backend {s.name}: {'ready, ' if s.ready else 'not here: '}{s.detail}" for s in backends.statuses()]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with fused_elbo.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def poison() -> Iterator[None]:
+    """torch.empty returns NaN in deterministic mode, so an element that a kernel forgets to write is seen."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def cpp() -> Iterator[None]:
+    """For what is promised of the C++ backend alone."""
+    if "cpp" not in BACKENDS:
+        pytest.skip("the C++ backend is not here; the report's header says why")
+    with fused_elbo.backend("cpp"):
+        yield

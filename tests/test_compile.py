@@ -1,0 +1,140 @@
+"""torch.compile: fullgraph on every mode, dynamic batches, schedules without recompiling, and the backend switch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+from cases import MODES, Call
+
+import fused_elbo
+from fused_elbo import DecoupledELBO, LearnedSigmaELBO, backends, decoupled_elbo
+
+SCHEDULE = [0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0]
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(
+    function: Callable[..., Any],
+) -> tuple[Callable[..., Any], torch._dynamo.testing.CompileCounterWithBackend]:
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    return torch.compile(function, fullgraph=True, backend=counter), counter
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_fullgraph_and_dynamic_batch(mode: str) -> None:
+    """One graph serves every batch size from the second on; values and gradients equal the eager ones."""
+    fast, counter = compiled(decoupled_elbo)
+    frames = []
+    for batch in (4, 5, 6, 9):
+        call = Call(mode, batch=batch, dtype=torch.float64)
+        got, expected = call(fast), call(decoupled_elbo)
+        for a, b in zip([*got[:3], *call.gradients(got)], [*expected[:3], *call.gradients(expected)], strict=True):
+            torch.testing.assert_close(a, b)
+        frames.append(counter.frame_count)
+    assert frames[1] == frames[-1]
+
+
+@pytest.mark.parametrize("mode", ["optimal", "learned-pixel", "prior-shared", "capacity"])
+def test_the_reference_compiles_too(mode: str) -> None:
+    call = Call(mode, dtype=torch.float64)
+    with fused_elbo.backend("reference"):
+        got, expected = call(compiled(decoupled_elbo)[0]), call(decoupled_elbo)
+        for a, b in zip([*got[:3], *call.gradients(got)], [*expected[:3], *call.gradients(expected)], strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_a_schedule_of_beta_as_an_argument(backend: str) -> None:
+    fast, counter = compiled(lambda call, beta: decoupled_elbo(*call, beta=beta))
+    call = Call("optimal")
+    for beta in SCHEDULE:
+        elbo = fast(call.tensors, beta)
+        torch.testing.assert_close(elbo.loss, elbo.distortion + beta * elbo.rate)
+    assert counter.frame_count <= 2
+
+
+def test_a_schedule_of_beta_and_capacity_as_attributes(backend: str) -> None:
+    for module in (DecoupledELBO(momentum=0.1), LearnedSigmaELBO(3)):
+        torch._dynamo.reset()
+        fast, counter = compiled(module)
+        call = Call("optimal")
+        module.capacity = 0.0
+        for value in SCHEDULE:
+            module.beta = value + 1.0
+            module.capacity = value
+            elbo = fast(*call.tensors)
+            torch.testing.assert_close(elbo.loss, elbo.distortion + (value + 1) * (elbo.rate - value).abs())
+        assert counter.frame_count <= 2
+
+
+def test_a_schedule_of_a_constant_sigma(backend: str) -> None:
+    fast, counter = compiled(lambda call, sigma: decoupled_elbo(*call, sigma=sigma))
+    call = Call("optimal")
+    for sigma in SCHEDULE[1:]:
+        torch.testing.assert_close(fast(call.tensors, sigma).loss, decoupled_elbo(*call.tensors, sigma=sigma).loss)
+    assert counter.frame_count <= 2
+
+
+def test_running_sigma_is_updated_in_compiled_code() -> None:
+    eager, module = DecoupledELBO(momentum=0.5), DecoupledELBO(momentum=0.5)
+    fast, _ = compiled(module)
+    for seed in range(3):
+        call = Call("optimal", seed=seed)
+        fast(*call.tensors)
+        eager(*call.tensors)
+    torch.testing.assert_close(module.running_var, eager.running_var)
+    assert module.batches_seen == 3
+
+
+def test_inductor_whole_step() -> None:
+    """The default backend, on a small autoencoder: the gradients of the weights equal the eager ones."""
+    encoder, decoder = torch.nn.Linear(12, 8), torch.nn.Linear(4, 12)
+    x, noise = torch.rand(16, 12), torch.randn(16, 4)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        mu, logvar = encoder(x).chunk(2, 1)
+        return decoupled_elbo(decoder(mu + noise * (logvar / 2).exp()), x, mu, logvar, beta=2.0).loss
+
+    parameters = [*encoder.parameters(), *decoder.parameters()]
+    expected = torch.autograd.grad(step(x), parameters)
+    for a, b in zip(torch.autograd.grad(torch.compile(step, fullgraph=True)(x), parameters), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_backend_is_chosen_inside_and_outside_compiled_code(monkeypatch: pytest.MonkeyPatch, cpp: None) -> None:
+    call = Call("optimal")
+    graphs: list[str] = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph.print_readable(print_output=False))
+        return graph.forward
+
+    def inside(*tensors: torch.Tensor) -> Any:
+        with fused_elbo.backend("reference"):
+            return decoupled_elbo(*tensors).loss
+
+    torch.compile(inside, fullgraph=True, backend=keep)(*call.tensors)
+    assert "torch.ops.fused_elbo" not in graphs[-1]
+    assert backends.forced == "cpp"  # the fixture's choice is back
+
+    outside = torch.compile(decoupled_elbo, fullgraph=True, backend=keep)
+    outside(*call.tensors)
+    assert "torch.ops.fused_elbo" in graphs[-1]
+    with fused_elbo.backend("reference"):
+        outside(*call.tensors)
+    assert "torch.ops.fused_elbo" not in graphs[-1]
+
+
+def test_bad_input_is_refused_in_compiled_code_too() -> None:
+    x = torch.zeros(2, 3)
+    with pytest.raises(Exception, match="recon and target must have the same shape"):
+        torch.compile(decoupled_elbo, backend="eager")(x, x[:1], x, x)

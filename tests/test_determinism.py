@@ -1,0 +1,73 @@
+"""The same bits: from run to run, for any number of threads, and on every instruction set."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from cases import MODES, Call
+
+from fused_elbo import decoupled_elbo
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def large(mode: str) -> list[torch.Tensor]:
+    """Outputs and gradients of a batch that is cut into many tasks."""
+    call = Call(mode, batch=5, data=(3, 75, 150), latent=(4, 80, 80))
+    outputs = call(decoupled_elbo)
+    return [*[o for o in outputs if o is not None], *call.gradients(outputs)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_any_number_of_threads(mode: str, cpp: None, threads: None) -> None:
+    torch.set_num_threads(1)
+    expected = large(mode)
+    for count in (1, 2, 3, 4, 7):
+        torch.set_num_threads(count)
+        for got, true in zip(large(mode), expected, strict=True):
+            assert torch.equal(got, true)
+
+
+RUN = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from fused_elbo import backend, decoupled_elbo
+calls, values = torch.load(sys.argv[2], weights_only=False), []
+with backend("cpp"):
+    for call in calls:
+        outputs = call(decoupled_elbo)
+        values += [o.detach() for o in outputs if o is not None] + call.gradients(outputs)
+torch.save(values, sys.argv[3])
+"""
+
+
+def test_any_instruction_set(cpp: None, tmp_path: Path) -> None:
+    """PyTorch's own switch chooses what the kernels are built for; -ffp-contract=off keeps their sums alike. (It also
+    changes torch.randn, so the inputs are made once.)"""
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    calls = [Call(mode, data=(3, 11, 13), latent=(70,), dtype=dtype) for mode in MODES for dtype in dtypes]
+    torch.save(calls, tmp_path / "calls.pt")
+    results = {}
+    levels = ["default", "avx2", "avx512"]
+    levels = levels[: levels.index(torch.backends.cpu.get_cpu_capability().lower()) + 1]  # this machine's
+    for capability in levels:
+        paths = (str(HERE), str(tmp_path / "calls.pt"), str(tmp_path / f"{capability}.pt"))
+        environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+        subprocess.run([sys.executable, "-c", RUN, *paths], check=True, env=environment)
+        results[capability] = torch.load(paths[-1])
+    for capability in levels[1:]:
+        for got, true in zip(results[capability], results["default"], strict=True):
+            assert torch.equal(got, true), capability

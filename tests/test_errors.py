@@ -1,0 +1,106 @@
+"""Bad input: refused before any work, with a message that names the argument and shows what was passed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import fused_elbo
+from fused_elbo import DecoupledELBO, LearnedSigmaELBO, decoupled_elbo, gaussian_kl, gaussian_nll
+from fused_elbo.sigma import Constant
+
+# ruff: noqa: E501 (a table: one case a line)
+
+X, Z = torch.zeros(4, 3, 8, 8), torch.zeros(4, 5)
+META = torch.zeros(4, 3, 8, 8, device="meta")
+
+CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
+    ("shapes", {"target": X[:, :1]}, ValueError, r"recon and target .* \(4, 3, 8, 8\) and \(4, 1, 8, 8\)"),
+    ("latent shapes", {"logvar": Z[:, :2]}, ValueError, r"mu and logvar .* \(4, 5\) and \(4, 2\)"),
+    ("batch", {"mu": Z[:2], "logvar": Z[:2]}, ValueError, r"batch size, got \(4, 3, 8, 8\) and \(2, 5\)"),
+    ("0-d", {"mu": torch.zeros(()), "logvar": torch.zeros(())}, ValueError, r"mu: expected a batch dimension"),
+    ("no latents", {"mu": Z[:, :0], "logvar": Z[:, :0]}, ValueError, r"mu: no elements in a sample, shape \(4, 0\)"),
+    ("empty batch", {"recon": X[:0], "target": X[:0]}, ValueError, r"recon: an empty batch, shape \(0, 3, 8, 8\)"),
+    ("uint8", {"target": X.to(torch.uint8)}, TypeError, r"target: expected float32.*got torch.uint8.*x.float\(\) / 255"),
+    ("int", {"mu": Z.long(), "logvar": Z.long()}, TypeError, r"mu: expected float32.*got torch.int64"),
+    ("complex", {"recon": X.to(torch.complex64)}, TypeError, r"recon: expected float32.*got torch.complex64"),
+    ("not a tensor", {"recon": [1.0]}, TypeError, r"recon: expected a tensor, got list"),
+    ("device", {"target": META}, ValueError, r"target: on meta, but the other tensors are on cpu"),
+    ("latents' device", {"recon": META, "target": META}, ValueError, r"mu: on cpu, but the other tensors are on meta"),
+    ("beta shape", {"beta": torch.ones(3)}, ValueError, r"beta: .*\(4,\), one per sample, got shape \(3,\)"),
+    ("beta column", {"beta": torch.ones(4, 1)}, ValueError, r"beta: .*got shape \(4, 1\)"),
+    ("beta negative", {"beta": -1.0}, ValueError, r"beta: expected a finite number of at least 0, got -1.0"),
+    ("beta nan", {"beta": float("nan")}, ValueError, r"beta: expected a finite number of at least 0, got nan"),
+    ("beta inf", {"beta": float("inf")}, ValueError, r"beta: .*got inf"),
+    ("beta text", {"beta": "4"}, TypeError, r"beta: expected a number, got '4'"),
+    ("beta int tensor", {"beta": torch.tensor(4)}, TypeError, r"beta: expected float32.*got torch.int64"),
+    ("sigma name", {"sigma": "optimum"}, ValueError, r"sigma: unknown mode 'optimum'; the modes are 'optimal', 'optimal-per-image', a positive float"),
+    ("sigma zero", {"sigma": 0.0}, ValueError, r"sigma: a constant σ must be positive and finite, got 0.0"),
+    ("sigma negative", {"sigma": -0.5}, ValueError, r"sigma: .* got -0.5"),
+    ("sigma nan", {"sigma": float("nan")}, ValueError, r"sigma: .* got nan"),
+    ("sigma tensor", {"sigma": torch.tensor(0.5)}, TypeError, r"sigma: got a tensor; pass a learned σ as log_sigma"),
+    ("sigma type", {"sigma": None}, TypeError, r"sigma: expected 'optimal'.*got NoneType"),
+    ("both sigmas", {"sigma": 0.5, "log_sigma": torch.zeros(())}, ValueError, r"sigma and log_sigma exclude each other, got sigma=0.5"),
+    ("log_sigma 1-D", {"log_sigma": torch.zeros(3)}, ValueError, r"log_sigma: a 1-D .*\(1,\) or \(4,\), got \(3,\).*\(C, 1, 1\)"),
+    ("log_sigma shape", {"log_sigma": torch.zeros(2, 1, 1)}, ValueError, r"log_sigma: shape \(2, 1, 1\) does not broadcast to recon's \(4, 3, 8, 8\)"),
+    ("log_sigma rank", {"log_sigma": torch.zeros(1, 4, 3, 8, 8)}, ValueError, r"log_sigma: shape \(1, 4, 3, 8, 8\)"),
+    ("log_sigma float", {"log_sigma": -1.0}, TypeError, r"log_sigma: expected a tensor, got float"),
+    ("floor nan", {"min_log_sigma": float("nan")}, ValueError, r"min_log_sigma: expected a finite number, got nan"),
+    ("floor -inf", {"min_log_sigma": -float("inf")}, ValueError, r"min_log_sigma: expected a finite number, got -inf"),
+    ("free_bits", {"free_bits": -0.1}, ValueError, r"free_bits: expected a finite number of at least 0, got -0.1"),
+    ("capacity negative", {"capacity": -1.0}, ValueError, r"capacity: expected a finite number of at least 0, got -1.0"),
+    ("capacity none", {"capacity": 1.0, "reduction": "none"}, ValueError, r'capacity: .* excludes reduction="none"'),
+    ("capacity beta", {"capacity": 1.0, "beta": torch.ones(4)}, ValueError, r"capacity: .* excludes a beta per sample, got \(4,\)"),
+    ("capacity shape", {"capacity": torch.ones(4)}, ValueError, r"capacity: expected a number or a 0-d tensor, got shape \(4,\)"),
+    ("capacity grad", {"capacity": torch.ones((), requires_grad=True)}, ValueError, r"capacity: has no gradient here"),
+    ("prior type", {"prior": Z}, TypeError, r"prior: expected a pair \(mu_p, logvar_p\) of tensors, got Tensor"),
+    ("prior shape", {"prior": (Z, torch.zeros(3))}, ValueError, r"prior\[1\], logvar_p: shape \(3,\) does not broadcast to mu's \(4, 5\)"),
+    ("prior dtype", {"prior": (Z.long(), Z)}, TypeError, r"prior\[0\], mu_p: expected float32.*got torch.int64"),
+    ("reduction", {"reduction": "average"}, ValueError, r"reduction: expected one of 'batchmean', 'sum', 'mean', 'none', got 'average'"),
+    ("reduction type", {"reduction": ["mean"]}, ValueError, r"reduction: expected one of .*got \['mean'\]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "error", "message"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
+def test_message(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments = {"recon": X, "target": X, "mu": Z, "logvar": Z} | change
+    with pytest.raises(error, match=message):
+        decoupled_elbo(**arguments)
+
+
+def test_the_parts_refuse_the_same() -> None:
+    with pytest.raises(ValueError, match="recon and target must have the same shape"):
+        gaussian_nll(X, X[:2])
+    with pytest.raises(ValueError, match="log_sigma: a 1-D"):
+        gaussian_nll(X, X, log_sigma=torch.zeros(3))
+    with pytest.raises(ValueError, match="mu and logvar must have the same shape"):
+        gaussian_kl(Z, Z[:2])
+    with pytest.raises(ValueError, match="free_bits"):
+        gaussian_kl(Z, Z, free_bits=-1)
+
+
+def test_modules_refuse_at_construction() -> None:
+    for build, message in [
+        (lambda: DecoupledELBO(sigma="optimum"), "unknown mode 'optimum'"),
+        (lambda: DecoupledELBO(reduction="average"), "reduction: expected one of"),
+        (lambda: DecoupledELBO(momentum=1.5), r"momentum: expected a number in \(0, 1\], got 1.5"),
+        (lambda: DecoupledELBO(sigma=0.5, momentum=0.1), "momentum: a constant σ has no running average"),
+        (lambda: LearnedSigmaELBO(channels=0), "channels: expected None or a positive integer, got 0"),
+        (lambda: LearnedSigmaELBO(init=float("nan")), "init: expected a finite number, got nan"),
+        (lambda: Constant(-1.0), "must be positive and finite, got -1.0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            build()
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(ValueError, match="backend: unknown name 'cuda-graphs'; the backends are 'cpp', 'reference'"):
+        fused_elbo.backend("cuda-graphs")
+
+
+def test_a_backend_that_cannot_serve_the_device(cpp: None) -> None:
+    meta = torch.zeros(4, 5, device="meta")
+    with pytest.raises(ValueError, match='"cpp" was asked for, which serves CPU tensors, but the tensors are on meta'):
+        gaussian_kl(meta, meta)

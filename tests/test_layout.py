@@ -1,0 +1,108 @@
+"""Strides: what is walked in place, what is copied, and that both give the same numbers and the right gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from cases import Call
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from fused_elbo import decoupled_elbo
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda t: t.contiguous(),
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+    "reversed": lambda t: t.permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1),
+    "batch_sliced": lambda t: t.repeat_interleave(2, 0)[::2],
+    "batch_sliced_channels_last": lambda t: LAYOUTS["channels_last"](t.repeat_interleave(2, 0))[::2],
+    "batch_innermost": lambda t: t.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+    "cropped": lambda t: torch.nn.functional.pad(t, (1, 1, 1, 1))[:, :, 1:-1, 1:-1],
+    "every_other": lambda t: t.repeat_interleave(2, 3)[..., ::2],
+}
+MODES = ["optimal", "per-image", "learned-channel", "learned-channel-image", "learned-map", "learned-pixel"]
+
+
+def lay(t: Tensor, layout: str) -> Tensor:
+    """The same values in another layout, as a leaf."""
+    return LAYOUTS[layout](t.detach()).requires_grad_()
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("target_layout", ["contiguous", "channels_last", "cropped"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same(layout: str, target_layout: str, mode: str) -> None:
+    call = Call(mode, data=(3, 6, 10), latent=(4, 3, 5), dtype=torch.float64)
+    expected = call(decoupled_elbo)
+    expected_gradients = call.gradients(expected)
+    recon, target, mu, logvar = call.tensors
+    call.tensors = [lay(recon, layout), lay(target, target_layout), lay(mu, layout), lay(logvar, target_layout)]
+    if mode == "learned-pixel":
+        call.kw["log_sigma"] = lay(call.kw["log_sigma"], target_layout)
+    got = call(decoupled_elbo)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    for leaf, a, b in zip(call.leaves(), call.gradients(got), expected_gradients, strict=True):
+        torch.testing.assert_close(a, b)
+        assert a.stride() == torch.empty_like(leaf).stride()
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_video(layout: torch.memory_format) -> None:
+    call = Call("optimal", data=(3, 5, 8, 8), dtype=torch.float64)
+    expected = call.gradients(call(decoupled_elbo))
+    call.tensors[:2] = [t.detach().contiguous(memory_format=layout).requires_grad_() for t in call.tensors[:2]]
+    for a, b in zip(call.gradients(call(decoupled_elbo)), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("latent", [(8,), (4, 6, 6)], ids=str)
+def test_chunks_of_a_packed_tensor(latent: tuple[int, ...]) -> None:
+    call = Call("optimal", latent=latent, dtype=torch.float64)
+    expected = call.gradients(call(decoupled_elbo))
+    recon, target, mu, logvar = call.tensors
+    packed = torch.cat([mu, logvar], 1).detach().requires_grad_()
+    mu, logvar = packed.chunk(2, dim=1)
+    elbo = decoupled_elbo(recon, target, mu, logvar)
+    weights = [w * (1 + torch.zeros(())) for w in (1.0, 0.5, -0.7)]
+    g_recon, g_packed = torch.autograd.grad(elbo[:3], [recon, packed], [w.double() for w in weights])
+    torch.testing.assert_close(g_recon, expected[0])
+    torch.testing.assert_close(g_packed, torch.cat(expected[2:4], 1))
+
+
+def copies(call: Call) -> int:
+    """How many aten copies a forward and backward make below the operators, as the profiler saw them."""
+    outputs = call(decoupled_elbo)  # anything that happens only once, such as loading the library, is over
+    call.gradients(outputs)
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        call.gradients(call(decoupled_elbo))
+    assert any(event.name == "fused_elbo::grads" for event in seen.events())
+    return sum(event.name in ("aten::copy_", "aten::clone", "aten::contiguous") for event in seen.events())
+
+
+def packed(t: Tensor) -> Tensor:
+    """As a chunk of a tensor twice as wide."""
+    return torch.cat([t, t], 1).chunk(2, dim=1)[0].detach().requires_grad_()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "reversed", "batch_sliced"])
+def test_dense_samples_are_walked_without_a_copy(layout: str, cpp: None) -> None:
+    call = Call("optimal", data=(3, 6, 10), latent=(4, 3, 5))
+    baseline = copies(call)  # of the weights that the test itself makes
+    recon, target, mu, logvar = call.tensors
+    call.tensors = [lay(recon, layout), lay(target, layout), packed(mu), packed(logvar)]
+    assert copies(call) == baseline
+
+
+def test_only_the_target_is_copied_where_layouts_differ(cpp: None) -> None:
+    call = Call("optimal", data=(3, 6, 10))
+    baseline = copies(call)
+    call.tensors[0] = lay(call.tensors[0], "channels_last")
+    call.tensors[1].requires_grad_(False)
+    assert copies(call) == baseline + 2  # the target, in forward and in grads

@@ -1,0 +1,101 @@
+"""The operators as PyTorch sees them: schemas, fakes, opcheck, and the stages against each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import MODES, Call, allowed
+from torch import Tensor
+
+from fused_elbo import autograd, decoupled_elbo, ops, reference
+
+ORDER = ("recon", "target", "mu", "logvar", "log_sigma", "prior_mu", "prior_logvar", "beta", "capacity")
+
+
+def arguments(call: Call, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
+    """What `decoupled_elbo` hands to `ops.forward`, without gradients."""
+    seen: list[Any] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(autograd, "elbo", lambda *args: seen.append(args) or (None,) * 5)
+        call(decoupled_elbo)
+    return tuple(a.detach() if isinstance(a, Tensor) else a for a in seen[0])
+
+
+def grads_arguments(args: tuple[Any, ...], outputs: tuple[Tensor, ...], mask: int) -> tuple[Any, ...]:
+    grad_outputs = tuple(torch.ones_like(o) * w for o, w in zip(outputs[:3], (1.0, 0.5, -0.7), strict=True))
+    return (*grad_outputs, *args[:9], outputs[4], *args[9:], mask)
+
+
+def full_mask(args: tuple[Any, ...]) -> int:
+    return sum(1 << i for i in range(8) if args[i] is not None)
+
+
+@pytest.mark.parametrize("reduction", ["batchmean", "none"])
+@pytest.mark.parametrize("mode", MODES)
+def test_opcheck(mode: str, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not allowed(mode, reduction):
+        return
+    args = arguments(Call(mode, reduction, batch=3, data=(2, 3, 4)), monkeypatch)
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(ops.forward, args, test_utils=checks)
+    outputs = ops.forward(*args)
+    for mask in (full_mask(args), 1, 4):
+        torch.library.opcheck(ops.grads, grads_arguments(args, outputs, mask), test_utils=checks)
+    element = args[4] if args[9] == ops.Kind.ELEMENT else None
+    torch.library.opcheck(ops.stats, (*args[:4], element, *args[5:7], 0.0), test_utils=checks)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_fakes_have_the_kernels_strides_and_dtypes(
+    layout: torch.memory_format, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = list(arguments(Call("learned-pixel", dtype=dtype), monkeypatch))
+    args[0] = args[0].contiguous(memory_format=layout)
+    torch.library.opcheck(ops.forward, tuple(args), test_utils=("test_faketensor",))
+    torch.library.opcheck(ops.forward, tuple(args), test_utils=("test_faketensor",))
+    call = grads_arguments(tuple(args), ops.forward(*args), full_mask(tuple(args)))
+    torch.library.opcheck(ops.grads, call, test_utils=("test_faketensor",))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_operators_equal_the_reference(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the dispatcher, and each of the three alone."""
+    args = arguments(Call(mode, dtype=torch.float64), monkeypatch)
+    outputs, expected = ops.forward(*args), reference.forward(*args)
+    for got, true in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(got, true)
+    element = args[4] if args[9] == ops.Kind.ELEMENT else None
+    free_bits = args[13]
+    torch.testing.assert_close(ops.stats(*args[:4], element, *args[5:7], free_bits), outputs[4])
+    for mask in (full_mask(args), 0, 2, 8):
+        call = grads_arguments(args, outputs, mask)
+        for i, (got, true) in enumerate(zip(ops.grads(*call), reference.grads(*call[:-1]), strict=True)):
+            if mask >> i & 1:
+                torch.testing.assert_close(got, true)
+            else:
+                assert got.shape == (0,)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_closed_form_gradients_equal_autograd_through_the_formulas(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """reference.grads against autograd through reference.forward: two ways to the same numbers."""
+    args = list(arguments(Call(mode, dtype=torch.float64), monkeypatch))
+    leaves = [i for i in range(8) if args[i] is not None]
+    for i in leaves:
+        args[i] = args[i].clone().requires_grad_()
+    outputs = reference.forward(*args)
+    call = grads_arguments(tuple(args), outputs, full_mask(tuple(args)))
+    true = torch.autograd.grad(outputs[:3], [args[i] for i in leaves], call[:3], allow_unused=True)
+    got = reference.grads(*call[:-1])
+    for i, expected in zip(leaves, true, strict=True):
+        torch.testing.assert_close(got[i], expected, msg=lambda m, i=i: f"{ORDER[i]}: {m}")
+
+
+def test_returned_tensors_share_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operator's outputs may not alias each other: functionalisation relies on it."""
+    for run in (ops.forward, reference.forward):
+        outputs = run(*arguments(Call("optimal", "none"), monkeypatch))
+        assert len({o.untyped_storage().data_ptr() for o in outputs}) == len(outputs)
