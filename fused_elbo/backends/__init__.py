@@ -68,8 +68,8 @@ def load_for(device: str) -> bool:
         if device not in _warned:
             _warned.add(device)
             warnings.warn(
-                f"fused_elbo runs in plain PyTorch, slower, because its C++ kernels cannot be used: {error} "
-                f"(`python -m fused_elbo` tells more)",
+                "fused_elbo runs in plain PyTorch, slower, because its C++ kernels cannot be used "
+                f"(`python -m fused_elbo` tells more): {error}",
                 RuntimeWarning,
                 stacklevel=2,
             )

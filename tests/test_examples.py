@@ -1,0 +1,293 @@
+"""The examples: they run, learn, resume exactly, and fail in one clear line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+for package in ("matplotlib", "mlxtend", "sklearn", "tqdm", "PIL"):
+    pytest.importorskip(package, reason="the examples need the extra: pip install fused-elbo[examples]")
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples"))  # as Python does for a script: they import their neighbour `common`
+
+import train_vae  # noqa: E402
+from common import data  # noqa: E402
+from common.checkpoint import load_checkpoint  # noqa: E402
+from common.models import ConvVAE  # noqa: E402
+from common.objective import SIGMA_MODES  # noqa: E402
+from common.training import Trainer  # noqa: E402
+from PIL import Image  # noqa: E402
+
+TINY = ["--data", "digits", "--beta", "2", "--width", "8", "--latent-dim", "4", "--lr", "0.005"]
+OUTPUTS = ("checkpoint.pt", "curves.png", "images.png", "metrics.json", "settings.json")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """These tensors are too small to share out; and where tests run side by side, waiting threads cost most."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def train(out: Path, *options: str, code: int = 0) -> dict:
+    assert train_vae.main([*TINY, "--out", str(out), *options]) == code
+    return json.loads((out / "metrics.json").read_text()) if code == 0 else {}
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, after: int, how: str) -> None:
+    """Ctrl-C during step number `after`: as a signal, which waits for the step's end, or raised in its middle."""
+    original, calls = Trainer.train_step, iter(range(1, 10**9))
+
+    def train_step(self: Trainer, index: torch.Tensor) -> object:
+        if next(calls) == after:
+            if how == "raise":
+                raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
+        return original(self, index)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+
+
+@pytest.mark.parametrize("sigma", [*SIGMA_MODES, "0.25"])
+def test_every_sigma_mode_learns_and_reports(sigma: str, tmp_path: Path) -> None:
+    metrics = train(tmp_path, "--sigma", sigma, "--epochs", "2")
+
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(OUTPUTS)
+    assert all((tmp_path / name).stat().st_size > 0 for name in OUTPUTS)
+    numbers = [metrics[key] for key in ("loss", "distortion", "rate", "sigma", "bits_per_dim", "seconds")]
+    assert all(math.isfinite(number) for number in numbers)
+    assert metrics["loss"] == pytest.approx(metrics["distortion"] + 2 * metrics["rate"], rel=1e-4, abs=1e-3)
+    assert metrics["bits_per_dim"] == pytest.approx((metrics["distortion"] + metrics["rate"]) / (64 * math.log(2)))
+    assert metrics["bits_per_dim_8bit"] is None  # these digits have 17 grey levels, not 256
+    assert metrics["settings"]["sigma"] == json.loads((tmp_path / "settings.json").read_text())["sigma"] == sigma
+    assert metrics["versions"]["torch"] == torch.__version__
+    assert ("sees x" in metrics["note"]) == (sigma == "optimal-per-image")
+    if sigma == "0.25":
+        assert metrics["sigma"] == pytest.approx(0.25)
+
+    first, last = metrics["history"][0], metrics["history"][-1]
+    assert last["train"]["distortion"] < first["train"]["distortion"] - 1
+    assert last["val"]["loss"] < first["val"]["loss"]
+
+
+def test_it_learns_more_than_the_mean_image(tmp_path: Path) -> None:
+    metrics = train(tmp_path, "--beta", "1", "--epochs", "8", "--width", "16", "--latent-dim", "8")
+    blind = math.exp(data.load("digits").log_std)  # the sigma of a decoder that ignores z
+    assert metrics["sigma"] < 0.8 * blind
+    assert metrics["rate"] > 3
+
+
+def test_test_metrics_do_not_use_the_test_images_own_sigma(tmp_path: Path) -> None:
+    metrics = train(tmp_path, "--epochs", "1")
+    running = load_checkpoint(tmp_path / "checkpoint.pt")["trainer"]["objective"]["criterion.running_var"]
+    assert metrics["sigma"] == pytest.approx(running.sqrt().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("sigma", ["optimal", "learned"])
+@pytest.mark.parametrize("how", ["signal", "raise"])
+def test_resumed_run_equals_uninterrupted_one(
+    how: str, sigma: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--epochs", "2", "--sigma", sigma)
+    whole = train(tmp_path / "whole", *options)
+
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=30, how=how)  # of 2 x 22: in the middle of the second epoch
+        train(tmp_path / "cut", *options, code=130)
+    assert "--resume" in capsys.readouterr().err
+    saved = load_checkpoint(tmp_path / "cut" / "checkpoint.pt")["trainer"]
+    # A signal lets the step finish and keeps it; an exception inside a step falls back to the last whole epoch.
+    assert (saved["epoch"], saved["step"]) == ((1, 8) if how == "signal" else (1, 0))
+
+    torch.manual_seed(12345)  # the resumed process would not share this one's random state
+    resumed = train(tmp_path / "cut", *options, "--resume")
+    for key in ("history", "loss", "distortion", "rate", "sigma", "bits_per_dim", "settings"):
+        assert resumed[key] == whole[key], key
+    a, b = (load_checkpoint(tmp_path / run / "checkpoint.pt")["trainer"]["objective"] for run in ("whole", "cut"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_interrupted_in_the_first_step_leaves_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt(monkeypatch, after=1, how="raise")
+    train(tmp_path, "--epochs", "1", code=130)
+    saved = load_checkpoint(tmp_path / "checkpoint.pt")["trainer"]
+    assert (saved["epoch"], saved["step"]) == (0, 0)
+
+
+def test_resume_refuses_what_is_not_this_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path, "--epochs", "1", "--resume", code=2)
+    assert "no checkpoint" in capsys.readouterr().err
+
+    train(tmp_path, "--epochs", "1")
+    train(tmp_path, "--epochs", "1", "--beta", "3", "--seed", "7", "--resume", code=2)
+    error = capsys.readouterr().err
+    assert "--beta (was 2.0, now 3.0)" in error
+    assert "--seed (was 0, now 7)" in error
+    assert "--width" not in error
+
+    (tmp_path / "checkpoint.pt").write_bytes(b"torn")
+    train(tmp_path, "--epochs", "1", "--resume", code=2)
+    assert "not a readable checkpoint" in capsys.readouterr().err
+
+
+def test_starting_anew_keeps_the_previous_checkpoint(tmp_path: Path) -> None:
+    train(tmp_path, "--epochs", "1")
+    train(tmp_path, "--epochs", "1")
+    assert (tmp_path / "checkpoint.previous.pt").exists()
+
+
+def test_divergence_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = Trainer.batch
+    monkeypatch.setattr(Trainer, "batch", lambda self, images: original(self, images) * math.nan)
+    train(tmp_path, "--epochs", "1", code=2)
+    assert "diverged in epoch 1" in capsys.readouterr().err
+
+
+BAD_ARRAYS = {
+    "two-dimensional": np.zeros((20, 8), np.uint8),
+    "five channels": np.zeros((20, 5, 8, 8), np.uint8),
+    "no images": np.zeros((0, 8, 8), np.uint8),
+    "too few": np.zeros((3, 8, 8), np.uint8),
+    "integers": np.zeros((20, 8, 8), np.int64),
+    "range": np.full((20, 8, 8), 2.0),
+    "nan": np.full((20, 8, 8), np.nan),
+    "objects": np.array([{}] * 20, object),
+}
+
+
+@pytest.mark.parametrize("name", [*BAD_ARRAYS, "missing", "empty folder", "not an npz", "suffix", "bad picture"])
+def test_bad_data_is_one_clear_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "x.npz"
+    if name in BAD_ARRAYS:
+        np.savez(path, images=BAD_ARRAYS[name], allow_pickle=True)
+    elif name == "not an npz":
+        path.write_bytes(b"not a zip")
+    elif name == "suffix":
+        path = tmp_path / "x.txt"
+        path.touch()
+    elif name in ("empty folder", "bad picture"):
+        path = tmp_path / "folder"
+        path.mkdir()
+        if name == "bad picture":
+            (path / "a.png").write_bytes(b"not a picture")
+
+    train(tmp_path / "out", "--data", str(path), code=2)
+    error = capsys.readouterr().err
+    assert error.startswith("train_vae.py: error: ")
+    assert str(tmp_path) in error
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sigma", "best"], "neither a number"),
+        (["--sigma", "-1"], "greater than 0"),
+        (["--sigma", "nan"], "must be finite"),
+        (["--beta", "-1"], "at least 0"),
+        (["--epochs", "0"], "at least 1"),
+        (["--lr", "0"], "greater than 0"),
+        (["--device", "toaster"], "toaster"),
+        (["--sigma", "learned", "--min-log-sigma", "-5"], "no effect"),
+        (["--sigma", "per-pixel", "--min-log-sigma", "0"], "below 0"),
+    ],
+)
+def test_bad_options_are_refused(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_vae, "run", lambda args: pytest.fail("the option was accepted"))
+    with pytest.raises(SystemExit, match="2"):
+        train_vae.main(options)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("grey", [False, True])
+def test_folder_of_images(grey: bool, tmp_path: Path) -> None:
+    sizes = [(40, 30), (16, 64), (9, 9)]
+    (tmp_path / "nested").mkdir()
+    for i, size in enumerate(sizes):
+        Image.new("RGB", size, (255, 0, 0)).save(tmp_path / "nested" / f"{i}.png")
+    Image.new("RGBA", (20, 20), (0, 0, 255, 255)).save(tmp_path / "z.PNG")
+    (tmp_path / "notes.txt").write_text("not a picture")
+
+    images = data.load_tensor(str(tmp_path), image_size=12, grey=grey)
+    assert images.shape == (4, 1 if grey else 3, 12, 12)
+    assert images.dtype == torch.uint8
+    if not grey:
+        assert images[0, :, 5, 5].tolist() == [255, 0, 0]
+        assert images[-1, :, 5, 5].tolist() == [0, 0, 255]
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((20, 9, 7), (1, 9, 7)), ((20, 9, 7, 3), (3, 9, 7)), ((20, 3, 9, 7), (3, 9, 7)), ((20, 9, 7, 1), (1, 9, 7))],
+)
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64])
+def test_npz(shape: tuple[int, ...], expected: tuple[int, ...], dtype: type, tmp_path: Path) -> None:
+    values = np.random.default_rng(0).random(shape)
+    array = (values * 255).astype(np.uint8) if dtype is np.uint8 else values.astype(dtype)
+    np.savez(tmp_path / "x.npz", labels=np.zeros(20), images=array)
+
+    images = data.load(str(tmp_path / "x.npz"))
+    assert images.shape == expected
+    assert [len(s) for s in (images.train, images.val, images.test)] == [16, 2, 2]
+    assert images.is_8bit == (dtype is np.uint8)
+    unit = data.to_unit(torch.cat([images.train, images.val, images.test]))
+    assert unit.dtype == torch.float32
+    scale = 255 if dtype is np.uint8 else 1
+    np.testing.assert_allclose(np.sort(unit.numpy(), None), np.sort(array.astype(np.float32) / scale, None), rtol=1e-6)
+
+
+def test_8bit_colour_images_of_odd_size_train(tmp_path: Path) -> None:
+    array = np.random.default_rng(0).integers(0, 256, (40, 11, 17, 3), np.uint8)
+    np.savez(tmp_path / "x.npz", array)
+    metrics = train(
+        tmp_path / "out", "--data", str(tmp_path / "x.npz"), "--epochs", "1", "--sigma", "learned-per-channel"
+    )
+    assert metrics["dims"] == 3 * 11 * 17
+    assert metrics["bits_per_dim_8bit"] == pytest.approx(metrics["bits_per_dim"] + math.log2(255))
+
+
+@pytest.mark.parametrize("size", [(1, 28, 28), (3, 64, 64), (1, 8, 8), (3, 33, 50), (1, 1, 1)])
+def test_model_takes_any_size(size: tuple[int, int, int]) -> None:
+    x = torch.rand(2, *size)
+    out = ConvVAE(size, latent_dim=3, width=4, per_pixel_sigma=True, log_sigma_bounds=(-2.0, 0.5))(x)
+    assert out.recon.shape == x.shape
+    assert out.mu.shape == out.logvar.shape == (2, 3)
+    assert out.log_sigma is not None
+    assert out.log_sigma.shape == x.shape
+    assert out.log_sigma.min() >= -2.0
+    assert out.log_sigma.max() <= 0.5
+
+
+def test_mnist_is_in_range() -> None:
+    images = data.load("mnist")
+    assert images.shape == (1, 28, 28)
+    assert images.is_8bit
+    assert [len(s) for s in (images.train, images.val, images.test)] == [4000, 500, 500]
+    assert data.to_unit(images.train[:100]).max() == 1
+
+
+def test_help_runs_as_a_script() -> None:
+    result = subprocess.run(
+        [sys.executable, "examples/train_vae.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert all(option in result.stdout for option in ("--data", "--sigma", "--beta", "--resume", *SIGMA_MODES))
