@@ -40,13 +40,14 @@ class _Shared(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs, stats = ctx.saved_tensors[:-1], ctx.saved_tensors[-1]
+        saved: tuple[Any, ...] = ctx.saved_tensors  # once: activation checkpointing recomputes at each access
+        inputs, stats = saved[:-1], saved[-1]
         needs = ctx.needs_input_grad[: _BETA + 1]
         mask = sum(1 << i for i, needed in enumerate(needs) if needed)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # A backward that is itself differentiated: the formulas, with S and KL as functions of the inputs again.
             element = inputs[4] if ctx.values[0] == ops.Kind.ELEMENT else None
-            of_stats: tuple[Any, ...] = (*inputs[:4], element, *inputs[5:7], ctx.values[4])
+            of_stats = (*inputs[:4], element, *inputs[5:7], ctx.values[4])
             stats, grads = reference.stats(*of_stats), ops.grads_by_reference
         else:
             grads = ops.grads_by_reference if ctx.backend == "reference" else ops.grads

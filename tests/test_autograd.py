@@ -7,8 +7,9 @@ import torch
 from cases import INSIDE_A_SAMPLE, MODES, Call, allowed
 from literal import literal_elbo
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from fused_elbo import decoupled_elbo, gaussian_kl, gaussian_nll
+from fused_elbo import backends, decoupled_elbo, gaussian_kl, gaussian_nll
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -91,6 +92,34 @@ def test_only_what_is_asked_for() -> None:
     loss = decoupled_elbo(recon, target, mu, logvar).loss
     torch.testing.assert_close(torch.autograd.grad(loss, mu)[0], mu.detach() / 4)
     assert not decoupled_elbo(recon, target, mu.detach(), logvar).loss.requires_grad
+
+
+def test_activation_checkpointing() -> None:
+    call = Call("learned-pixel")
+    expected = call.gradients(call(decoupled_elbo))
+    kw = {**call.kw, "reduction": call.reduction}
+    again = checkpoint(lambda *t: decoupled_elbo(*t, **kw)[:3], *call.tensors, use_reentrant=False)
+    for a, b in zip(call.gradients(again), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_input_changed_before_the_backward_is_noticed() -> None:
+    call = Call("optimal")
+    recon = call.tensors[0].clone()
+    loss = decoupled_elbo(recon, *call.tensors[1:]).loss
+    with torch.no_grad():
+        recon.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_inference_mode_and_meta_tensors() -> None:
+    call = Call("optimal")
+    with torch.inference_mode():
+        assert torch.equal(call(decoupled_elbo).loss, call(decoupled_elbo).loss)
+    if backends.forced == "reference":  # "cpp" refuses them, being for CPU tensors
+        elbo = decoupled_elbo(*(t.detach().to("meta") for t in call.tensors))
+        assert elbo.loss.shape == elbo.sigma.shape == ()
 
 
 def test_sigma_is_detached() -> None:

@@ -60,15 +60,17 @@ _warned: set[str] = set()
 
 def load_for(device: str) -> bool:
     """Get the kernels for a type of device registered; False if there are none, told to the user once."""
-    if device != "cpu":
+    if device == "meta":  # shapes only
         return False
     try:
+        if device != "cpu":
+            raise BackendUnavailable(f"this release has none for {device} tensors.")
         cpp.load()
     except BackendUnavailable as error:
         if device not in _warned:
             _warned.add(device)
             warnings.warn(
-                "fused_elbo runs in plain PyTorch, slower, because its C++ kernels cannot be used "
+                "fused_elbo runs in plain PyTorch, slower, because its compiled kernels cannot be used "
                 f"(`python -m fused_elbo` tells more): {error}",
                 RuntimeWarning,
                 stacklevel=2,

@@ -1,0 +1,1 @@
+"""What the example scripts share: data, models, the training loop and plots. Not part of the installed package."""
