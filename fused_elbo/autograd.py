@@ -47,7 +47,7 @@ class _Shared(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # A backward that is itself differentiated: the formulas, with S and KL as functions of the inputs again.
             element = inputs[4] if ctx.values[0] == ops.Kind.ELEMENT else None
-            of_stats = (*inputs[:4], element, *inputs[5:7], ctx.values[4])
+            of_stats: tuple[Any, ...] = (*inputs[:4], element, *inputs[5:7], ctx.values[4])
             stats, grads = reference.stats(*of_stats), ops.grads_by_reference
         else:
             grads = ops.grads_by_reference if ctx.backend == "reference" else ops.grads
