@@ -1,10 +1,11 @@
 """The operators: what autograd and torch.compile see, and the contract of every backend.
 
-    stats      reads the data once                     -> stats [3, B]: S_i, KL_i, Σ_k max(KL_ik, free_bits)
+    stats      reads the data once                     -> stats [3, B + 1]
     forward    stats and the O(B) arithmetic after it  -> loss, distortion, rate, sigma, stats
     grads      reads the data again, writes gradients  -> one tensor for each bit of `mask`, in the order of Gradients
 
-`recon, target` or `mu, logvar` may be absent together. Where σ varies inside a sample, log_sigma has as many
+The rows of stats are S_i, KL_i and Σ_k max(KL_ik, free_bits); the last column is their sum over the batch, all that a
+σ shared by several batches needs. `recon, target` or `mu, logvar` may be absent together. Where σ varies inside a sample, log_sigma has as many
 dimensions as recon, each of recon's size or 1. `sigma_mode` is a `sigma.Kind`, `reduction` an index into
 `reference.REDUCTIONS`. A number may come as a tensor on the device (beta, capacity, log_sigma) or, where that is None,
 as a Python value; the tensor wins. Returned numbers have the compute dtype (fp64 if any input is fp64, else fp32);
@@ -63,7 +64,7 @@ def _some(*tensors: Tensor | None) -> Tensor:
 @torch.library.register_fake("fused_elbo::stats", lib=_library)
 def _stats_fake(recon, target, mu, logvar, log_sigma, prior_mu, prior_logvar, free_bits):
     x = _some(recon, mu)
-    return x.new_empty((3, x.shape[0]), dtype=reference.compute_dtype(recon, target, mu, logvar))
+    return x.new_empty((3, x.shape[0] + 1), dtype=reference.compute_dtype(recon, target, mu, logvar))
 
 
 @torch.library.register_fake("fused_elbo::forward", lib=_library)
@@ -73,7 +74,7 @@ def _forward_fake(recon, target, mu, logvar, log_sigma, prior_mu, prior_logvar, 
     reduced = (x.shape[0],) if reduction == "none" else ()
     given = () if log_sigma is None else tuple(log_sigma.shape)
     sigma = {Kind.GIVEN: given, Kind.BATCH: (), Kind.IMAGE: (x.shape[0],), Kind.ELEMENT: (0,)}[Kind(sigma_mode)]
-    shapes = (reduced, reduced, reduced, sigma, (3, x.shape[0]))
+    shapes = (reduced, reduced, reduced, sigma, (3, x.shape[0] + 1))
     return tuple(x.new_empty(shape, dtype=dtype) for shape in shapes)
 
 

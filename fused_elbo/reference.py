@@ -76,7 +76,7 @@ def stats(
     prior_logvar: Tensor | None,
     free_bits: float,
 ) -> Tensor:
-    """[3, B]: S_i, KL_i, and Σ_k max(KL_ik, free_bits)."""
+    """[3, B + 1]: S_i, KL_i, and Σ_k max(KL_ik, free_bits) of each sample; their sums over the batch at the end."""
     dtype = compute_dtype(recon, target, mu, logvar)
     x = recon if recon is not None else mu
     assert x is not None
@@ -92,7 +92,8 @@ def stats(
         prior = [None if t is None else rows(t, dtype) for t in (prior_mu, prior_logvar)]
         kl = kl_elements(rows(mu, dtype), rows(logvar, dtype), *prior)
         rate, clamped = kl.sum(1), kl.clamp(min=free_bits).sum(1)
-    return torch.stack([s, rate, clamped])
+    each = torch.stack([s, rate, clamped])
+    return torch.cat([each, each.sum(1, keepdim=True)], 1)
 
 
 # ---------------------------------------------------------------------------------------------------------- stage two
@@ -145,7 +146,7 @@ def forward(
     """(loss, distortion, rate, sigma, stats)."""
     element = log_sigma if sigma_mode == Kind.ELEMENT else None
     st = stats(recon, target, mu, logvar, element, prior_mu, prior_logvar, free_bits)
-    s, kl, kl_clamped = st.unbind(0)
+    s, kl, kl_clamped = st[:, :-1].unbind(0)
     batch, dims = s.shape[0], dims_of(recon, mu)
     d = dims if recon is not None else 0
 
@@ -214,7 +215,7 @@ def grads(
     reduction: int,
 ) -> Gradients:
     """The gradient of grad_loss·loss + grad_distortion·distortion + grad_rate·rate, each in its input's dtype."""
-    s, _, kl_clamped = stats.unbind(0)
+    s, _, kl_clamped = stats[:, :-1].unbind(0)
     batch, dims = s.shape[0], dims_of(recon, mu)
     r = reduction_weight(reduction, batch, dims)
     zero = s.new_zeros(batch)

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <numeric>
 #include <optional>
 #include <tuple>
 
@@ -97,18 +98,20 @@ struct Inputs {
 
 Tensor run_stats(const Inputs& in) {
   const Stats stats = (in.is_double ? elbo_stats<double> : elbo_stats<float>)(in.batch, in.data, in.latents);
-  std::vector<double> all(stats.s);
-  all.insert(all.end(), stats.kl.begin(), stats.kl.end());
-  all.insert(all.end(), stats.kl_clamped.begin(), stats.kl_clamped.end());
-  return tensor_of(all, {3, in.batch}, in.dtype(), in.any());
+  std::vector<double> rows;  // the samples, then their sum
+  for (const auto* row : {&stats.s, &stats.kl, &stats.kl_clamped}) {
+    rows.insert(rows.end(), row->begin(), row->end());
+    rows.push_back(std::accumulate(row->begin(), row->end(), 0.0));
+  }
+  return tensor_of(rows, {3, in.batch + 1}, in.dtype(), in.any());
 }
 
 // What forward hands on and grads reads, so that both see the same rounded numbers.
 Stats read_stats(const Tensor& stats) {
   const std::vector<double> all = values_of(torch::stable::flatten(stats));
   const auto row = [&](int64_t k) {
-    const int64_t batch = stats.size(1);
-    return std::vector<double>(all.begin() + k * batch, all.begin() + (k + 1) * batch);
+    const int64_t width = stats.size(1);
+    return std::vector<double>(all.begin() + k * width, all.begin() + (k + 1) * width - 1);
   };
   return {row(0), row(1), row(2)};
 }
