@@ -24,11 +24,18 @@ def elbo(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return cast(Any, function).apply(*args, backends.forced)
 
 
+def _implementation(backend: str | None) -> Any:
+    """Whose forward and grads to call: a forced backend's own, or the operators, which the dispatcher directs."""
+    if backend == "reference":
+        return ops.ByReference
+    return backends.triton.operators() if backend == "triton" else ops
+
+
 class _Shared(torch.autograd.Function):
     @staticmethod
     def _forward(args: tuple[Any, ...]) -> tuple[Tensor, ...]:
         *inputs, backend = args
-        return (reference.forward if backend == "reference" else ops.forward)(*inputs)
+        return _implementation(backend).forward(*inputs)
 
     @staticmethod
     def _save(ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -50,7 +57,7 @@ class _Shared(torch.autograd.Function):
             of_stats: tuple[Any, ...] = (*inputs[:4], element, *inputs[5:7], ctx.values[4])
             stats, grads = reference.stats(*of_stats), ops.grads_by_reference
         else:
-            grads = ops.grads_by_reference if ctx.backend == "reference" else ops.grads
+            grads = _implementation(ctx.backend).grads
         gradients = grads(*grad_outputs[:3], *inputs, stats, *ctx.values, mask)
         return (*(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *[None] * 10)
 

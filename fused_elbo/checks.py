@@ -127,5 +127,11 @@ def prior(value: object, mu: Tensor) -> None:
 
 
 def device_served(x: Tensor) -> None:
-    if backends.forced == "cpp" and x.device.type != "cpu":
+    device = x.device.type
+    if backends.forced == "cpp" and device != "cpu":
         raise ValueError(f'backend: "cpp" was asked for, which serves CPU tensors, but the tensors are on {x.device}')
+    if backends.forced == "triton":
+        if device not in ("cpu", "cuda"):
+            raise ValueError(f'backend: "triton" was asked for, which serves GPU tensors; these are on {x.device}')
+        if not torch.compiler.is_compiling():
+            backends.triton.require(device)

@@ -4,13 +4,13 @@
     forward    stats and the O(B) arithmetic after it  -> loss, distortion, rate, sigma, stats
     grads      reads the data again, writes gradients  -> one tensor for each bit of `mask`, in the order of Gradients
 
-The rows of stats are S_i, KL_i and Σ_k max(KL_ik, free_bits); the last column is their sum over the batch, all that a
-σ shared by several batches needs. `recon, target` or `mu, logvar` may be absent together. Where σ varies inside a sample, log_sigma has as many
-dimensions as recon, each of recon's size or 1. `sigma_mode` is a `sigma.Kind`, `reduction` an index into
-`reference.REDUCTIONS`. A number may come as a tensor on the device (beta, capacity, log_sigma) or, where that is None,
-as a Python value; the tensor wins. Returned numbers have the compute dtype (fp64 if any input is fp64, else fp32);
-gradients have their input's dtype and the strides of `torch.empty_like(input)`. Outputs that `mask` does not ask for,
-and `sigma` where σ varies inside a sample, have shape (0,).
+The rows of stats are S_i, KL_i and Σ_k max(KL_ik, free_bits); the last column is their sum over the batch, all that a σ
+shared by several batches needs. `recon, target` or `mu, logvar` may be absent together. Where σ varies inside a sample,
+log_sigma has as many dimensions as recon, each of recon's size or 1. `sigma_mode` is a `sigma.Kind`, `reduction` an
+index into `reference.REDUCTIONS`. A number may come as a tensor on the device (beta, capacity, log_sigma) or, where
+that is None, as a Python value; the tensor wins. Returned numbers have the compute dtype (fp64 if any input is fp64,
+else fp32); gradients have their input's dtype and the strides of `torch.empty_like(input)`. Outputs that `mask` does
+not ask for, and `sigma` where σ varies inside a sample, have shape (0,).
 
 Registered here: the schemas, the fakes, the vmap rules, and the default implementation. The default gets a device's
 kernels loaded at the first call and then dispatches again, to them; where there are none it runs the reference.
@@ -19,6 +19,7 @@ kernels loaded at the first call and then dispatches again, to them; where there
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -104,11 +105,16 @@ def grads_by_reference(*args: Any) -> tuple[Tensor, ...]:
     return _masked(list(zip(inputs, gradients, strict=True)), mask, with_strides, _some(inputs[0], inputs[2]))
 
 
-_BY_REFERENCE = {"stats": reference.stats, "forward": reference.forward, "grads": grads_by_reference}
+class ByReference:
+    """The three operators in plain PyTorch."""
+
+    stats = staticmethod(reference.stats)
+    forward = staticmethod(reference.forward)
+    grads = staticmethod(grads_by_reference)
 
 
 def _default(name: str) -> Callable[..., Any]:
-    operator, by_reference = globals()[name], _BY_REFERENCE[name]
+    operator, by_reference = globals()[name], getattr(ByReference, name)
     tensor_at = [i for i, argument in enumerate(operator._schema.arguments) if argument.name in ("recon", "mu")]
 
     def implementation(*args: Any) -> Any:
@@ -135,6 +141,12 @@ def _vmap_rule(name: str) -> Callable[..., Any]:
         return tuple(map(torch.stack, zip(*slices, strict=True))), (0,) * len(slices[0])
 
     return rule
+
+
+def register(implementations: ModuleType, key: str) -> None:
+    """Python kernels for a dispatch key."""
+    for name in SCHEMAS:
+        _library.impl(name, getattr(implementations, name), key)
 
 
 for _name in SCHEMAS:

@@ -96,7 +96,9 @@ def test_modules_refuse_at_construction() -> None:
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(ValueError, match="backend: unknown name 'cuda-graphs'; the backends are 'cpp', 'reference'"):
+    with pytest.raises(
+        ValueError, match="backend: unknown name 'cuda-graphs'; the backends are 'triton', 'cpp', 'reference'"
+    ):
         fused_elbo.backend("cuda-graphs")
 
 

@@ -1,7 +1,7 @@
 """The backends: which there are, which serves a device, and the one explicit choice, `with fused_elbo.backend(…)`.
 
-Left alone, PyTorch's dispatcher chooses by device: CPU tensors go to the C++ kernels, which are built at the first
-call; where no kernel serves a device, the reference does.
+Left alone, PyTorch's dispatcher chooses by device: GPU tensors go to the Triton kernels, CPU tensors to the C++ ones,
+which are built at the first call; where no kernel serves a device, the reference does.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from types import TracebackType
 
 import torch
 
-from . import cpp
+from . import cpp, triton
 from .base import BackendUnavailable, Status
 
-NAMES = ("cpp", "reference")  # in the order of choice
+NAMES = ("triton", "cpp", "reference")  # in the order of choice
 
 # Read once, in forward. A plain global, since Dynamo guards on it, but cannot trace a ContextVar and silently ignores a
 # thread-local.
@@ -24,7 +24,8 @@ forced: str | None = None
 class backend:
     """Force one backend: `with fused_elbo.backend("reference"): …`
 
-    name: "cpp" (the C++ kernels, for CPU tensors) or "reference" (plain PyTorch, any device).
+    name: "triton" (GPU tensors; CPU tensors too where Triton's interpreter or a driver for the CPU is active), "cpp"
+        (the C++ kernels, for CPU tensors) or "reference" (plain PyTorch, any device).
 
     The choice is made in forward and holds for its backward. It is one setting of the whole process, every thread
     included, and works inside and outside torch.compile.
@@ -44,8 +45,11 @@ class backend:
 
     def __enter__(self) -> None:
         global forced
-        if self.name == "cpp" and not torch.compiler.is_compiling():
-            cpp.load()
+        if not torch.compiler.is_compiling():
+            if self.name == "cpp":
+                cpp.load()
+            elif self.name == "triton":
+                triton.require()
         self.before, forced = forced, self.name
 
     def __exit__(
@@ -63,9 +67,12 @@ def load_for(device: str) -> bool:
     if device == "meta":  # shapes only
         return False
     try:
-        if device != "cpu":
-            raise BackendUnavailable(f"this release has none for {device} tensors.")
-        cpp.load()
+        if device == "cuda":
+            triton.load()
+        elif device == "cpu":
+            cpp.load()
+        else:
+            raise BackendUnavailable(f"there are none for {device} tensors.")
     except BackendUnavailable as error:
         if device not in _warned:
             _warned.add(device)
@@ -81,4 +88,4 @@ def load_for(device: str) -> bool:
 
 def statuses() -> list[Status]:
     """Every backend with its state, for the doctor. Builds what can be built."""
-    return [cpp.status(build=True), Status("reference", True, "plain PyTorch, any device")]
+    return [triton.status(), cpp.status(build=True), Status("reference", True, "plain PyTorch, any device")]

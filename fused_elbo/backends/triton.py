@@ -1,0 +1,78 @@
+"""The Triton backend: GPU kernels, compiled by Triton at their first launch and registered at the first GPU tensor."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from importlib.metadata import version
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from .base import BackendUnavailable, Status
+
+MINIMUM_CAPABILITY = (8, 0)  # of an NVIDIA GPU: what the kernels are compiled and tested for
+
+
+@functools.cache
+def operators() -> ModuleType:
+    """The operators on Triton kernels; importing them imports Triton, which costs a second."""
+    if importlib.util.find_spec("triton") is None:
+        raise BackendUnavailable("Triton is not installed.", "Install it: pip install triton (Linux).")
+    from fused_elbo.kernels import operators as loaded
+
+    return loaded
+
+
+@functools.cache
+def load() -> None:
+    """Register the kernels for GPU tensors, for the life of the process."""
+    from fused_elbo import ops
+
+    if torch.cuda.is_available() and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability()
+        if capability < MINIMUM_CAPABILITY:
+            raise BackendUnavailable(
+                f"the Triton kernels need an NVIDIA GPU of compute capability 8.0, not {capability}."
+            )
+    ops.register(operators(), "CUDA")  # the key of HIP builds too
+
+
+def runs_on_cpu() -> str | None:
+    """How Triton kernels can run on CPU tensors here: by its interpreter, or by a driver whose device is the CPU."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    import triton
+
+    if triton.knobs.runtime.interpret:  # pyright: ignore[reportAttributeAccessIssue]
+        return "its interpreter"
+    try:
+        device: Any = triton.runtime.driver.active.get_active_torch_device()
+    except RuntimeError:  # no driver is active: there is no GPU
+        return None
+    return "a driver for the CPU" if device.type == "cpu" else None
+
+
+def require(device: str | None = None) -> None:
+    """Raise BackendUnavailable unless Triton can serve tensors of a type of device (None: of any)."""
+    operators()
+    if device in (None, "cuda") and torch.cuda.is_available():
+        load()
+    elif device == "cuda" or runs_on_cpu() is None:
+        raise BackendUnavailable(
+            f"Triton {version('triton')} is here, but no GPU is.",
+            "On CPU tensors its kernels run in its interpreter only: set TRITON_INTERPRET=1 before Python starts.",
+        )
+
+
+def status() -> Status:
+    try:
+        require()
+    except BackendUnavailable as error:
+        return Status("triton", False, error.reason, error.remedy)
+    if torch.cuda.is_available():
+        where = f"{torch.cuda.get_device_name()}"
+    else:
+        where = f"CPU tensors by {runs_on_cpu()}, when asked for"
+    return Status("triton", True, f"Triton {version('triton')}, {where}")

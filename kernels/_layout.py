@@ -1,0 +1,146 @@
+"""Which tensors the kernels walk as they lie, what becomes of the others, and how a batch is cut into tiles.
+
+A kernel walks each sample as one dense block, in memory order: any order of the dimensions inside a sample will do
+(contiguous, channels_last, …), and any distance between samples (chunks of a packed tensor). Tensors that are walked
+together share the order of the first one, the leader; one that differs is copied into it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE = 4096  # elements of a tile: with 8 warps 16 a thread, so four 128-bit loads of fp32 in flight for each tensor
+WARPS = 8
+MANY = 8192  # programs that fill any GPU; past that a program walks several tiles, which keeps the partials few
+
+
+def sample_size(t: Tensor) -> int:
+    return t.numel() // t.shape[0]
+
+
+def inner_strides(t: Tensor) -> list[int]:
+    return [s for n, s in zip(t.shape[1:], t.stride()[1:], strict=True) if n > 1]
+
+
+def samples_are_dense(t: Tensor) -> bool:
+    expected = 1
+    for stride, n in sorted((s, n) for n, s in zip(t.shape[1:], t.stride()[1:], strict=True) if n > 1):
+        if stride != expected:
+            return False
+        expected *= n
+    return True
+
+
+def leader(t: Tensor) -> Tensor:
+    return t if samples_are_dense(t) else t.contiguous()
+
+
+def empty_in_order(lead: Tensor, dtype: torch.dtype) -> Tensor:
+    strides = (sample_size(lead), *lead.stride()[1:])
+    return torch.empty_strided(lead.shape, strides, dtype=dtype, device=lead.device)
+
+
+def in_order_of(t: Tensor, lead: Tensor) -> Tensor:
+    return t if inner_strides(t) == inner_strides(lead) else empty_in_order(lead, t.dtype).copy_(t)
+
+
+def batch_stride(t: Tensor) -> int:
+    return 0 if t.shape[0] == 1 else t.stride(0)
+
+
+class Output:
+    """A result with empty_like's strides; written through a buffer where those are not the leader's order."""
+
+    def __init__(self, like: Tensor, lead: Tensor) -> None:
+        self.result = torch.empty_like(like)
+        dense = like.shape[0] == 1 or self.result.stride(0) == sample_size(like)
+        direct = dense and inner_strides(self.result) == inner_strides(lead)
+        self.buffer = self.result if direct else empty_in_order(lead, like.dtype)
+
+    def finish(self) -> Tensor:
+        return self.result if self.buffer is self.result else self.result.copy_(self.buffer)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Samples cut into tiles of rows × cols elements: several short samples share a tile, a long one has many.
+
+    Triton knows of an integer argument only whether 16 divides it. So lengths and strides are passed in units of `vec`
+    elements, and multiplied back in the kernel: it then knows that rows start on multiples of vec, and keeps its loads
+    128 bits wide for lengths that are multiples of 4 or 8 too.
+    """
+
+    length: int  # of a sample, in units of vec
+    vec: int
+    rows: int
+    cols: int
+    chunks: int  # partial sums of a sample
+    per_chunk: int  # tiles of a chunk
+
+    @classmethod
+    def of(cls, elements: int, batch: int, strides: list[int]) -> Tiles:
+        vec = next(v for v in (16, 8, 4, 2, 1) if all(n % v == 0 for n in (elements, *strides)))
+        cols = min(TILE, max(16, triton.next_power_of_2(elements)))
+        rows = min(TILE // cols, triton.next_power_of_2(batch))
+        tiles = triton.cdiv(elements, cols)
+        per_chunk = min(tiles, triton.cdiv(tiles * triton.cdiv(batch, rows), MANY))
+        return cls(elements // vec, vec, rows, cols, triton.cdiv(tiles, per_chunk), per_chunk)
+
+    @classmethod
+    def nothing(cls) -> Tiles:
+        return cls(length=0, vec=1, rows=1, cols=16, chunks=1, per_chunk=0)
+
+    def programs(self, batch: int) -> int:
+        return triton.cdiv(batch, self.rows) * self.chunks
+
+
+class Inputs:
+    """The tensors of a call in an order in which they can be walked together, and the tiles that cover them."""
+
+    def __init__(
+        self,
+        recon: Tensor | None, target: Tensor | None, mu: Tensor | None, logvar: Tensor | None,
+        log_sigma: Tensor | None, prior_mu: Tensor | None, prior_logvar: Tensor | None,
+    ) -> None:  # fmt: skip
+        given = [t for t in (recon, target, mu, logvar) if t is not None]
+        self.like, self.batch = given[0], given[0].shape[0]
+        self.dtype = torch.float64 if any(t.dtype == torch.float64 for t in given) else torch.float32
+        self.recon = self.target = self.log_sigma = self.mu = self.logvar = self.prior_mu = self.prior_logvar = None
+        if recon is not None and target is not None:
+            self.recon = leader(recon)
+            self.target = in_order_of(target, self.recon)
+            if log_sigma is not None:
+                self.log_sigma = in_order_of(log_sigma.expand(recon.shape), self.recon)
+        if mu is not None and logvar is not None:
+            self.mu = leader(mu)
+            self.logvar = in_order_of(logvar, self.mu)
+            if prior_mu is not None and prior_logvar is not None:
+                self.prior_mu, self.prior_logvar = in_order_of(prior_mu, self.mu), in_order_of(prior_logvar, self.mu)
+        self.dims = 0 if self.recon is None else sample_size(self.recon)
+        self.latents = 0 if self.mu is None else sample_size(self.mu)
+        self.data_tiles = self._tiles(self.dims, self.recon, self.target, self.log_sigma)
+        self.latent_tiles = self._tiles(self.latents, self.mu, self.logvar, self.prior_mu, self.prior_logvar)
+        self.wide = any(self.batch * batch_stride(t) + sample_size(t) >= 2**31 for t in given) or FORCE_WIDE
+        self.num_warps = WARPS
+        self.triton_dtype = tl.float64 if self.dtype == torch.float64 else tl.float32
+
+    def _tiles(self, elements: int, *tensors: Tensor | None) -> Tiles | None:
+        if elements == 0:
+            return None
+        return Tiles.of(elements, self.batch, [batch_stride(t) for t in tensors if t is not None])
+
+    def strides(self, name: str, tiles: Tiles) -> int:
+        t = getattr(self, name)
+        return 0 if t is None else batch_stride(t) // tiles.vec
+
+    def device_guard(self) -> contextlib.AbstractContextManager:
+        return torch.cuda.device(self.like.device) if self.like.is_cuda else contextlib.nullcontext()
+
+
+FORCE_WIDE = False  # tests set it: no test has memory for a tensor that needs 64-bit offsets

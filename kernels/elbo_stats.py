@@ -1,0 +1,132 @@
+"""Stage one: S_i = Σ_d e² (or Σ_d [e²/σ_d² + 2 log σ_d]) and KL_i, as partial sums of (sample, chunk)."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ._layout import Tiles
+from ._math import at_least, exp, kl, number
+
+
+@triton.jit
+def row_offsets(first_row, stride, ROWS: tl.constexpr, WIDE: tl.constexpr):
+    rows = first_row + tl.arange(0, ROWS)
+    if WIDE:
+        return rows.to(tl.int64)[:, None] * stride
+    return rows[:, None] * stride
+
+
+@triton.jit
+def columns(tile, COLS: tl.constexpr, WIDE: tl.constexpr):
+    if WIDE:
+        return (tl.full((), tile, tl.int64) * COLS + tl.arange(0, COLS))[None, :]
+    return (tile * COLS + tl.arange(0, COLS))[None, :]
+
+
+@triton.jit
+def elbo_stats_kernel(
+    # inputs; samples are dense, `stride` apart. Lengths and strides count in units of VEC elements (see Tiles).
+    recon, target, log_sigma, mu, logvar, prior_mu, prior_logvar,
+    free_bits: tl.float64,
+    # outputs: partial sums, [batch, chunks]
+    s_partials, kl_partials, clamped_partials,
+    # shapes
+    batch, data_programs,
+    dims, recon_stride, target_stride, log_sigma_stride, data_chunks, data_tiles,
+    latents, mu_stride, logvar_stride, prior_mu_stride, prior_logvar_stride, latent_chunks, latent_tiles,
+    # what there is
+    ELEMENT: tl.constexpr, PRIOR: tl.constexpr, FREE_BITS: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+    # tunables
+    DATA_VEC: tl.constexpr, DATA_ROWS: tl.constexpr, DATA_COLS: tl.constexpr,
+    LATENT_VEC: tl.constexpr, LATENT_ROWS: tl.constexpr, LATENT_COLS: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    if pid < data_programs:
+        first, chunk = pid // data_chunks * DATA_ROWS, pid % data_chunks
+        rows = first + tl.arange(0, DATA_ROWS)
+        r_at = row_offsets(first, recon_stride * DATA_VEC, DATA_ROWS, WIDE)
+        t_at = row_offsets(first, target_stride * DATA_VEC, DATA_ROWS, WIDE)
+        total = tl.zeros((DATA_ROWS, DATA_COLS), ACC)
+        for tile in range(chunk * data_tiles, (chunk + 1) * data_tiles):
+            cols = columns(tile, DATA_COLS, WIDE)
+            inside = (rows < batch)[:, None] & (cols < dims * DATA_VEC)
+            e = tl.load(recon + r_at + cols, inside, 0.0).to(ACC) - tl.load(target + t_at + cols, inside, 0.0).to(ACC)
+            if ELEMENT:
+                ls_at = row_offsets(first, log_sigma_stride * DATA_VEC, DATA_ROWS, WIDE)
+                ls = tl.load(log_sigma + ls_at + cols, inside, 0.0).to(ACC)
+                total += e * e * exp(-2.0 * ls) + 2.0 * ls
+            else:
+                total += e * e
+        tl.store(s_partials + rows * data_chunks + chunk, tl.sum(total, 1), rows < batch)
+    else:
+        lpid = pid - data_programs
+        lfirst, lchunk = lpid // latent_chunks * LATENT_ROWS, lpid % latent_chunks
+        lrows = lfirst + tl.arange(0, LATENT_ROWS)
+        m_at = row_offsets(lfirst, mu_stride * LATENT_VEC, LATENT_ROWS, WIDE)
+        l_at = row_offsets(lfirst, logvar_stride * LATENT_VEC, LATENT_ROWS, WIDE)
+        rate = tl.zeros((LATENT_ROWS, LATENT_COLS), ACC)
+        clamped = tl.zeros((LATENT_ROWS, LATENT_COLS), ACC)
+        for ltile in range(lchunk * latent_tiles, (lchunk + 1) * latent_tiles):
+            lcols = columns(ltile, LATENT_COLS, WIDE)
+            linside = (lrows < batch)[:, None] & (lcols < latents * LATENT_VEC)
+            d = tl.load(mu + m_at + lcols, linside, 0.0).to(ACC)
+            t = tl.load(logvar + l_at + lcols, linside, 0.0).to(ACC)
+            inverse = tl.full((LATENT_ROWS, LATENT_COLS), 1.0, ACC)
+            if PRIOR:
+                pm_at = row_offsets(lfirst, prior_mu_stride * LATENT_VEC, LATENT_ROWS, WIDE)
+                pl_at = row_offsets(lfirst, prior_logvar_stride * LATENT_VEC, LATENT_ROWS, WIDE)
+                p = tl.load(prior_logvar + pl_at + lcols, linside, 0.0).to(ACC)
+                d = d - tl.load(prior_mu + pm_at + lcols, linside, 0.0).to(ACC)
+                t = t - p
+                inverse = exp(-p)
+            nats = kl(d, t, inverse)
+            rate += nats
+            if FREE_BITS:
+                clamped += tl.where(linside, at_least(nats, number(free_bits, ACC)), 0.0)
+        own = lrows * latent_chunks + lchunk
+        tl.store(kl_partials + own, tl.sum(rate, 1), lrows < batch)
+        if FREE_BITS:
+            tl.store(clamped_partials + own, tl.sum(clamped, 1), lrows < batch)
+
+
+class Partials:
+    """The output of the launch: one tensor for each sum, [batch, chunks]; `clamped` is `kl` without free bits."""
+
+    def __init__(self, s: torch.Tensor | None, kl: torch.Tensor | None, clamped: torch.Tensor | None) -> None:
+        self.s, self.kl, self.clamped = s, kl, clamped
+
+
+def elbo_stats(inputs, free_bits: float) -> Partials:
+    """`inputs`: a `_layout.Inputs`."""
+    data, latents, acc = inputs.data_tiles, inputs.latent_tiles, inputs.dtype
+
+    def partials(tiles: Tiles | None) -> torch.Tensor | None:
+        return None if tiles is None else inputs.like.new_empty((inputs.batch, tiles.chunks), dtype=acc)
+
+    s, rate = partials(data), partials(latents)
+    clamped = partials(latents) if free_bits > 0 else rate
+    data_programs = data.programs(inputs.batch) if data else 0
+    grid = (data_programs + (latents.programs(inputs.batch) if latents else 0),)
+    stride = inputs.strides
+    d, k = data or Tiles.nothing(), latents or Tiles.nothing()
+    with inputs.device_guard():
+        elbo_stats_kernel[grid](
+            # inputs
+            inputs.recon, inputs.target, inputs.log_sigma, inputs.mu, inputs.logvar, inputs.prior_mu,
+            inputs.prior_logvar, free_bits,
+            # outputs
+            s, rate, clamped,
+            # shapes
+            inputs.batch, data_programs,
+            d.length, stride("recon", d), stride("target", d), stride("log_sigma", d), d.chunks, d.per_chunk,
+            k.length, stride("mu", k), stride("logvar", k), stride("prior_mu", k), stride("prior_logvar", k),
+            k.chunks, k.per_chunk,
+            # what there is
+            ELEMENT=inputs.log_sigma is not None, PRIOR=inputs.prior_mu is not None, FREE_BITS=free_bits > 0,
+            ACC=inputs.triton_dtype, WIDE=inputs.wide,
+            # tunables
+            DATA_VEC=d.vec, DATA_ROWS=d.rows, DATA_COLS=d.cols,
+            LATENT_VEC=k.vec, LATENT_ROWS=k.rows, LATENT_COLS=k.cols,
+            num_warps=inputs.num_warps, enable_fp_fusion=False,
+        )  # fmt: skip
+    return Partials(s, rate, clamped)

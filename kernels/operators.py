@@ -1,0 +1,78 @@
+"""The operators of fused_elbo/ops.py on the Triton kernels: arguments in the schemas' order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._layout import Inputs, Output
+from .elbo_finalize import ELEMENT, Knobs, elbo_finalize
+from .elbo_grads import Outputs, elbo_grads
+from .elbo_stats import elbo_stats
+
+
+def element_sigma(log_sigma: Tensor | None, sigma_mode: int) -> Tensor | None:
+    return log_sigma if sigma_mode == ELEMENT.value else None
+
+
+def knobs_of(log_sigma: Tensor | None, beta: Tensor | None, capacity: Tensor | None, *values: Any) -> Knobs:
+    return Knobs(None if values[0] == ELEMENT.value else log_sigma, beta, capacity, *values)
+
+
+def stats(recon, target, mu, logvar, log_sigma, prior_mu, prior_logvar, free_bits: float) -> Tensor:
+    inputs = Inputs(recon, target, mu, logvar, log_sigma, prior_mu, prior_logvar)
+    mode = ELEMENT.value if log_sigma is not None else 0
+    knobs = Knobs(None, None, None, mode, False, 0.0, 0.0, free_bits, 1.0, None, 1)
+    return elbo_finalize(inputs, elbo_stats(inputs, free_bits), knobs)[4]
+
+
+def forward(
+    recon, target, mu, logvar, log_sigma, prior_mu, prior_logvar, beta, capacity, *values
+) -> tuple[Tensor, ...]:  # fmt: skip
+    knobs = knobs_of(log_sigma, beta, capacity, *values)
+    element = element_sigma(log_sigma, knobs.sigma_mode)
+    inputs = Inputs(recon, target, mu, logvar, element, prior_mu, prior_logvar)
+    return elbo_finalize(inputs, elbo_stats(inputs, knobs.free_bits), knobs)
+
+
+def grads(
+    grad_loss, grad_distortion, grad_rate,
+    recon, target, mu, logvar, log_sigma, prior_mu, prior_logvar, beta, capacity, stats, *values_and_mask,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    *values, mask = values_and_mask
+    knobs = knobs_of(log_sigma, beta, capacity, *values)
+    element = element_sigma(log_sigma, knobs.sigma_mode)
+    inputs = Inputs(recon, target, mu, logvar, element, prior_mu, prior_logvar)
+    wanted = [bool(mask >> bit & 1) for bit in range(8)]
+
+    def output(bit: int, like: Tensor | None, lead: Tensor | None) -> Output | None:
+        return Output(like, lead) if wanted[bit] and like is not None and lead is not None else None
+
+    # log σ that is broadcast gets the gradient of every element, which is then summed in PyTorch's fixed order.
+    full = None if element is None else element.expand(recon.shape)
+    outputs = Outputs(
+        output(0, recon, inputs.recon), output(1, target, inputs.recon),
+        None if full is None else output(4, full.to(inputs.dtype) if full is not element else full, inputs.recon),
+        output(2, mu, inputs.mu), output(3, logvar, inputs.mu),
+        output(5, prior_mu, inputs.mu), output(6, prior_logvar, inputs.mu),
+    )  # fmt: skip
+
+    def small(bit: int, like: Tensor | None) -> Tensor | None:
+        return (
+            torch.empty_like(like, memory_format=torch.contiguous_format) if wanted[bit] and like is not None else None
+        )
+
+    g_log_sigma, g_beta = small(4, knobs.log_sigma), small(7, beta)
+    elbo_grads(inputs, stats, knobs, (grad_loss, grad_distortion, grad_rate), outputs, g_log_sigma, g_beta)
+    if outputs.log_sigma is not None:
+        summed = outputs.log_sigma.finish().sum_to_size(element.shape)
+        g_log_sigma = torch.empty_like(element).copy_(summed) if full is not element else summed
+    finished = {name: o.finish() for name, o in outputs._asdict().items() if o is not None and name != "log_sigma"}
+    nothing = inputs.like.new_empty(0, dtype=torch.float32)
+    order = (
+        finished.get("recon"), finished.get("target"), finished.get("mu"), finished.get("logvar"), g_log_sigma,
+        finished.get("prior_mu"), finished.get("prior_logvar"), g_beta,
+    )  # fmt: skip
+    return tuple(g if g is not None else nothing.clone() for g in order)

@@ -1,0 +1,121 @@
+"""The Triton backend where there is no GPU: what it says of itself, and the launches that a step makes.
+
+Its numbers are tested by the other files: with TRITON_INTERPRET=1 in the environment, or under a driver that runs
+compiled kernels on the CPU, they run on Triton alone.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import Call
+
+import fused_elbo
+from fused_elbo import BackendUnavailable, backends, decoupled_elbo
+
+pytest.importorskip("triton", reason="Triton is not installed (it is for Linux)")
+on_cpu = pytest.mark.skipif(
+    not backends.triton.runs_on_cpu(), reason="Triton runs on no CPU here: needs TRITON_INTERPRET=1 or such a driver"
+)
+
+
+@pytest.mark.skipif(
+    bool(backends.triton.runs_on_cpu()) or torch.cuda.is_available(),
+    reason="Triton can run here, which is not the case",
+)
+def test_it_says_why_it_cannot_serve() -> None:
+    with pytest.raises(BackendUnavailable, match="no GPU is"), fused_elbo.backend("triton"):
+        pass
+    row = backends.statuses()[0]
+    assert (row.name, row.ready) == ("triton", False)
+    assert "no GPU is" in row.detail
+    assert "TRITON_INTERPRET=1" in row.remedy
+
+
+def test_gpu_tensors_go_to_triton() -> None:
+    """The kernels are registered for the GPU's dispatch key when the first GPU tensor comes."""
+    assert backends.load_for("cuda")
+    for name in ("stats", "forward", "grads"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_elbo::{name}", "CUDA")
+
+
+def launches(monkeypatch: pytest.MonkeyPatch, call: Call) -> list[str]:
+    """The names of the kernels that a training step launches."""
+    from fused_elbo.kernels import elbo_finalize, elbo_grads, elbo_stats
+
+    seen: list[str] = []
+
+    class Spy:
+        def __init__(self, kernel: object, name: str) -> None:
+            self.kernel, self.name = kernel, name
+
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            seen.append(self.name)
+            return self.kernel[grid]  # type: ignore[index]
+
+    for module, name in (
+        (elbo_stats, "elbo_stats_kernel"),
+        (elbo_finalize, "elbo_finalize_kernel"),
+        (elbo_finalize, "elbo_weights_kernel"),
+        (elbo_grads, "elbo_grads_kernel"),
+    ):
+        monkeypatch.setattr(module, name, Spy(getattr(module, name), name))
+    loss = call(decoupled_elbo).loss
+    weight = torch.linspace(0.5, 1.0, loss.numel()).reshape(loss.shape)
+    torch.autograd.grad(loss, call.leaves(), weight, allow_unused=True)
+    return seen
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    "mode", ["optimal", "per-image", "learned", "learned-image", "beta-tensor", "beta-sample", "prior"]
+)
+def test_a_step_is_three_launches(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with fused_elbo.backend("triton"):
+        expected = ["elbo_stats_kernel", "elbo_finalize_kernel", "elbo_grads_kernel"]
+        assert launches(monkeypatch, Call(mode)) == expected
+        if mode in ("per-image", "learned", "learned-image"):
+            assert launches(monkeypatch, Call(mode, "none")) == expected
+
+
+@on_cpu
+def test_unequal_weights_and_a_shared_sigma_take_a_fourth(monkeypatch: pytest.MonkeyPatch) -> None:
+    with fused_elbo.backend("triton"):
+        assert "elbo_weights_kernel" in launches(monkeypatch, Call("optimal", "none"))
+        call = Call("optimal", "none")
+        loss = call(decoupled_elbo).loss
+        seen = launches(monkeypatch, Call("optimal", "none", batch=1))
+        assert loss.shape == (4,)
+        assert len(seen) == 4
+
+
+@on_cpu
+@pytest.mark.parametrize("mode", ["optimal", "learned-pixel", "prior"])
+def test_64_bit_offsets(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forced: no test has memory for a tensor that needs them."""
+    from fused_elbo.kernels import _layout
+
+    with fused_elbo.backend("triton"):
+        narrow = Call(mode)
+        expected = narrow.gradients(narrow(decoupled_elbo))
+        monkeypatch.setattr(_layout, "FORCE_WIDE", True)
+        wide = Call(mode)
+        for a, b in zip(wide.gradients(wide(decoupled_elbo)), expected, strict=True):
+            assert torch.equal(a, b)
+
+
+@on_cpu
+@pytest.mark.parametrize(("data", "latent"), [((8,), (3,)), ((5000,), (5000,)), ((3, 40, 40), (1,))], ids=str)
+def test_short_rows_and_many_tiles(
+    data: tuple[int, ...], latent: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D = 8 and K = 3 raced with contracted multiply-adds; few programs make each walk several tiles."""
+    from fused_elbo.kernels import _layout
+
+    with fused_elbo.backend("triton"):
+        plain = Call("free-bits", data=data, latent=latent)
+        expected = plain.gradients(plain(decoupled_elbo))
+        monkeypatch.setattr(_layout, "MANY", 2)
+        few = Call("free-bits", data=data, latent=latent)
+        for a, b in zip(few.gradients(few(decoupled_elbo)), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
