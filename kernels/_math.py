@@ -17,16 +17,22 @@ def number(value, ACC: tl.constexpr):
 
 
 @triton.jit
-def exp(x):
-    """tl.exp is exp2(x · log2 e), whose error grows with |x|; here the argument is reduced first: 2ⁿ exp(r)."""
-    if x.dtype == tl.float64:
-        return tl.exp(x)
+def exp_reduced(x):
+    """tl.exp of fp32 is exp2(x · log2 e), whose error grows with |x|; here the argument is reduced first: 2ⁿ exp(r)."""
     n = tl.floor(x * 1.44269504 + 0.5)
     r = (x - n * 0.693359375) - n * -2.12194440e-4  # log 2 in two parts, the first exact times n
     half = tl.floor(n * 0.5)  # 2ⁿ in two factors, for n reaches 128 and −150
     scaled = tl.exp(r) * tl.exp2(half) * tl.exp2(n - half)
     scaled = tl.where(x < -104.0, 0.0, scaled)  # −inf − (−inf) above is NaN
     return tl.where(x > 89.0, float("inf"), scaled)
+
+
+@triton.jit
+def exp(x):
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    else:
+        return exp_reduced(x)
 
 
 @triton.jit

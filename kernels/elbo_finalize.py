@@ -30,8 +30,10 @@ def row_sums(partials, rows, batch, chunks, ROWS: tl.constexpr, COLS: tl.constex
 def value_at(pointer, rows, stride, inside, value, PRESENT: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr):
     """The tensor's value of each sample (stride 0: one for all), or the number where there is no tensor."""
     if PRESENT:
-        return tl.load(pointer + rows * stride, inside, 0.0).to(ACC)
-    return tl.zeros((ROWS,), ACC) + number(value, ACC)
+        values = tl.load(pointer + rows * stride, inside, 0.0).to(ACC)
+    else:
+        values = tl.zeros((ROWS,), ACC) + number(value, ACC)
+    return values
 
 
 @triton.jit

@@ -12,15 +12,19 @@ from ._math import at_least, exp, kl, number
 def row_offsets(first_row, stride, ROWS: tl.constexpr, WIDE: tl.constexpr):
     rows = first_row + tl.arange(0, ROWS)
     if WIDE:
-        return rows.to(tl.int64)[:, None] * stride
-    return rows[:, None] * stride
+        offsets = rows.to(tl.int64)[:, None] * stride
+    else:
+        offsets = rows[:, None] * stride
+    return offsets
 
 
 @triton.jit
 def columns(tile, COLS: tl.constexpr, WIDE: tl.constexpr):
     if WIDE:
-        return (tl.full((), tile, tl.int64) * COLS + tl.arange(0, COLS))[None, :]
-    return (tile * COLS + tl.arange(0, COLS))[None, :]
+        cols = tl.full((), tile, tl.int64) * COLS + tl.arange(0, COLS)
+    else:
+        cols = tile * COLS + tl.arange(0, COLS)
+    return cols[None, :]
 
 
 @triton.jit
