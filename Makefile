@@ -10,14 +10,14 @@ PINS := $(VENV)/constraints.txt
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 CPP = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-triton gpu-check lint format clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # pip does not share an environment with another pip
 
 help: ## list the targets
 	@echo "usage: make TARGET [PYTHON=python3] [VENV=.venv] [ARGS=...]"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.demo ## install, then train a small VAE; ARGS go to examples/train_vae.py
 	@echo "== Training a small VAE: examples/train_vae.py $(ARGS)"
@@ -26,6 +26,14 @@ demo: $(VENV)/.demo ## install, then train a small VAE; ARGS go to examples/trai
 test: $(VENV)/.dev ## install, then run the tests; ARGS go to pytest, e.g. ARGS="-k sigma -x"
 	@echo "== Running the tests: pytest $(ARGS)"
 	@$(PY) -m pytest $(ARGS)
+
+test-triton: $(VENV)/.dev ## run the Triton kernels' tests in Triton's interpreter; ARGS go to pytest
+	@echo "== Running the Triton kernels in their interpreter: pytest $(ARGS)"
+	@TRITON_INTERPRET=1 $(PY) -m pytest $(ARGS)
+
+gpu-check: $(VENV)/.dev ## on a machine with a GPU: tests, CUDA graphs, benchmark, one report; ARGS go to bench/gpu_check.py
+	@echo "== Checking on the GPU: bench/gpu_check.py $(ARGS)"
+	@$(PY) bench/gpu_check.py $(ARGS)
 
 lint: $(VENV)/.dev ## check style and types, changing nothing
 	@echo "== ruff check"

@@ -6,7 +6,7 @@ looking at them would wait for the device.
 
 from __future__ import annotations
 
-import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from . import backends
 from .reference import REDUCTIONS
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+MAX = float(torch.finfo(torch.float32).max)  # numbers meet fp32 tensors
 
 
 def shape(t: Tensor) -> tuple[int, ...]:
@@ -28,6 +31,8 @@ def tensor(name: str, value: object, like: Tensor | None = None) -> None:
     if value.dtype not in DTYPES:
         hint = "; scale images to [0, 1] first: x.float() / 255" if value.dtype == torch.uint8 else ""
         raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {value.dtype}{hint}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}; use {name}.to_dense()")
     if like is not None and value.device != like.device:
         raise ValueError(f"{name}: on {value.device}, but the other tensors are on {like.device}")
 
@@ -52,13 +57,16 @@ def same_batch(recon: Tensor, mu: Tensor) -> None:
         raise ValueError(f"mu: on {mu.device}, but the other tensors are on {recon.device}")
 
 
-def number(name: str, value: object, minimum: float = -math.inf) -> None:
-    """A finite Python number, at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+def number(name: str, value: object, minimum: float = -MAX, maximum: float = MAX) -> None:
+    """A Python (or NumPy) number between two bounds."""
+    if isinstance(value, (torch.SymFloat, torch.SymInt)):  # a number that torch.compile traces has no value to check
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number, got {value!r}")
-    if isinstance(value, (int, float)) and not (minimum <= value < math.inf and value > -math.inf):
-        least = "" if minimum == -math.inf else f" of at least {minimum:g}"
-        raise ValueError(f"{name}: expected a finite number{least}, got {value!r}")
+    if not minimum <= value <= maximum:  # type: ignore[operator]
+        least = "" if minimum == -MAX else f" of at least {minimum:g}"
+        most = "" if maximum == MAX else f" and at most {maximum:g}"
+        raise ValueError(f"{name}: expected a finite number{least}{most}, got {value!r}")
 
 
 def weight(value: object, batch: int, like: Tensor) -> None:

@@ -56,9 +56,10 @@ def decoupled_elbo(
             (of each sample), a number (a constant standard deviation), or a mode from `fused_elbo.sigma`.
         log_sigma: a learned log σ, which takes the place of `sigma`: (), (1,) shared; (B,) per image; any other shape
             broadcasts against recon from the right: (C, 1, 1) per channel, (1, D) per feature, recon.shape per pixel.
-        min_log_sigma: floor of log σ in the optimal modes. The default −7 lies just below the quantisation noise of
-            8-bit data in [0, 1], log(1/(255·√12)) = −6.8. Has no part in a constant or learned σ.
-        prior: (mu_p, logvar_p), a Gaussian prior in place of N(0, I); each broadcasts to mu's shape.
+        min_log_sigma: floor of log σ in the optimal modes, within ±40. The default −7 lies just below the quantisation
+            noise of 8-bit data in [0, 1], log(1/(255·√12)) = −6.8. Has no part in a constant or learned σ.
+        prior: (mu_p, logvar_p), a Gaussian prior in place of N(0, I); each broadcasts to mu's shape. Keep logvar_p, as
+            any learned log σ, within fp32's reach: exp(−logvar_p) overflows below −88.
         free_bits: nats below which a latent element costs no less: the loss has Σ_k max(KL_ik, free_bits).
         capacity: C, in nats per sample: the loss has β·\|mean_i KL_i − C\| in place of β·KL. A number or a 0-d tensor
             (without gradient). Needs a scalar reduction and a scalar β.
@@ -98,7 +99,7 @@ def decoupled_elbo(
     return _call(
         (recon, target, *_latents(mu, logvar, prior)),
         beta=beta,
-        sigma=_sigma_arguments(recon, target, sigma, log_sigma, min_log_sigma),
+        sigma=_sigma_arguments((recon, target, mu, logvar), sigma, log_sigma, min_log_sigma),
         free_bits=free_bits,
         capacity=capacity,
         reduction=reduction,
@@ -125,7 +126,7 @@ def gaussian_nll(
     True
     """
     checks.pair("recon", recon, "target", target)
-    arguments = _sigma_arguments(recon, target, sigma, log_sigma, min_log_sigma)
+    arguments = _sigma_arguments((recon, target), sigma, log_sigma, min_log_sigma)
     return _call((recon, target, None, None, None, None), sigma=arguments, reduction=reduction).distortion
 
 
@@ -155,14 +156,14 @@ def gaussian_kl(
 
 
 def _sigma_arguments(
-    recon: Tensor,
-    target: Tensor,
+    inputs: tuple[Tensor, ...],
     sigma: str | float | Constant | Optimal,
     log_sigma: Tensor | None,
     min_log_sigma: float,
 ) -> tuple[Tensor | None, Kind, bool, float, float]:
     """(log_sigma, sigma_mode, softclip, log_sigma_value, min_log_sigma)."""
-    checks.number("min_log_sigma", min_log_sigma)
+    recon = inputs[0]
+    checks.number("min_log_sigma", min_log_sigma, -modes.LOG_SIGMA_RANGE, modes.LOG_SIGMA_RANGE)
     if log_sigma is not None:
         if sigma != "optimal":
             raise ValueError(f"sigma and log_sigma exclude each other, got sigma={sigma!r} beside a log_sigma")
@@ -180,7 +181,7 @@ def _sigma_arguments(
         kind = Kind.IMAGE if mode.per_image else Kind.BATCH
         return None, kind, mode.softclip, 0.0, min_log_sigma
     if torch.compiler.is_compiling():
-        return _on_device(mode.value, recon, target).log(), Kind.GIVEN, False, 0.0, min_log_sigma
+        return _on_device(mode.value, *inputs).log(), Kind.GIVEN, False, 0.0, min_log_sigma
     return None, Kind.GIVEN, False, math.log(mode.value), min_log_sigma
 
 
@@ -198,8 +199,10 @@ def _latents(
     if prior is not None:
         checks.prior(prior, mu)
     every = (mu, logvar, *(prior or ()))
-    if any(t.dtype != mu.dtype for t in every):
-        dtype = torch.float64 if any(t.dtype == torch.float64 for t in every) else torch.float32
+    # A prior that the batch shares sums its gradient over the batch: in fp32, then rounded once to its own dtype.
+    shared = prior is not None and any(t.shape != mu.shape for t in prior)
+    if shared or any(t.dtype != mu.dtype for t in every):
+        dtype = compute_dtype(*every)
         every = tuple(t.to(dtype) for t in every)
     if prior is None:
         return every[0], every[1], None, None
@@ -225,7 +228,7 @@ def _call(
         """(the tensor, the number): one of the two."""
         if value is None or isinstance(value, Tensor):
             return value, None
-        return (_on_device(value, recon, mu), None) if torch.compiler.is_compiling() else (None, value)
+        return (_on_device(value, recon, target, mu, logvar), None) if torch.compiler.is_compiling() else (None, value)
 
     beta_tensor, beta_value = knob(beta)
     capacity_tensor, capacity_value = knob(capacity)

@@ -21,7 +21,8 @@ class DecoupledELBO(nn.Module):
     are plain attributes: set them to follow a schedule. `forward(..., prior=…)` passes a prior on.
 
     momentum: with a number (0.1, say) and an optimal σ, training keeps a running average of σ² in the buffer
-        `running_var` (the first batch sets it), and eval mode uses it as one constant σ. The optimal σ is computed from
+        `running_var` (the first batch sets it, batches that are not finite are left out), and eval mode uses it as one
+        constant σ. The optimal σ is computed from
         the target, so a likelihood reported on test data must not use it: σ has to come from training. None (the
         default) uses the optimal σ in both modes. Before any training step `running_var` is 1, as in BatchNorm.
 
@@ -52,6 +53,7 @@ class DecoupledELBO(nn.Module):
         checks.reduction(reduction)
         mode = modes.resolve(sigma)
         if momentum is not None:
+            checks.number("momentum", momentum)
             if not 0 < momentum <= 1:
                 raise ValueError(f"momentum: expected a number in (0, 1], got {momentum!r}")
             if isinstance(mode, Constant):
@@ -93,8 +95,10 @@ class DecoupledELBO(nn.Module):
         assert self.momentum is not None
         var = sigma.square().mean().to(self.running_var.dtype)
         kept = torch.where(self.batches_seen == 0, 0.0, 1.0 - self.momentum)  # the first batch replaces the initial 1
-        self.running_var.copy_(var + kept * (self.running_var - var))
-        self.batches_seen.add_(1)
+        # A batch that overflowed, as happens under loss scaling, is left out, or it would stay in the average for ever.
+        usable = torch.isfinite(var)
+        self.running_var.copy_(torch.where(usable, var + kept * (self.running_var - var), self.running_var))
+        self.batches_seen.add_(usable)
 
     def extra_repr(self) -> str:
         shown: dict[str, Any] = {

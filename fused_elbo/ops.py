@@ -135,6 +135,8 @@ def _vmap_rule(name: str) -> Callable[..., Any]:
         def at(i: int) -> list[Any]:
             return [a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)]
 
+        if info.batch_size == 0:
+            raise ValueError(f"vmap over {operator}: the mapped dimension has size 0")
         slices = [operator(*at(i)) for i in range(info.batch_size)]
         if isinstance(slices[0], Tensor):
             return torch.stack(slices), 0

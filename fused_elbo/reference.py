@@ -47,13 +47,13 @@ def rows(x: Tensor, dtype: torch.dtype) -> Tensor:  # [B, *any] -> [B, D]
 
 def excess(t: Tensor) -> Tensor:
     """exp(t) − 1 − t, which is t²/2 near 0, where the literal formula (and expm1(t) − t) has cancelled."""
+    near = t.abs() < 0.5
+    small = torch.where(near, t, 0.0)  # far out the series would overflow, and its NaN reach the second derivative
     series = torch.ones_like(t)
     last = 18 if t.dtype == torch.float64 else 9
     for n in range(last, 2, -1):  # t²/2 (1 + t/3 (1 + t/4 (… )))
-        series = 1 + series * t / n
-    # Both branches are evaluated, so the one not taken must stay finite or its NaN would reach the second derivative.
-    near = t.abs() < 0.5
-    return torch.where(near, 0.5 * t * t * series, torch.where(near, 0.0, t).exp() - 1 - t)
+        series = 1 + series * small / n
+    return torch.where(near, 0.5 * small * small * series, t.exp() - 1 - t)
 
 
 def kl_elements(mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None) -> Tensor:

@@ -18,11 +18,14 @@ arithmetic in `finalize` and in the prologue of `grads`; only `Kind.ELEMENT` tou
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 from enum import IntEnum
 
 import torch.nn.functional as F
 from torch import Tensor
+
+LOG_SIGMA_RANGE = 40.0  # beyond it 1/σ² comes near the ends of fp32, and 0 · inf is NaN where the error is 0
 
 
 class Kind(IntEnum):
@@ -41,10 +44,11 @@ class Constant:
     value: float
 
     def __post_init__(self) -> None:
-        if isinstance(self.value, bool) or not isinstance(self.value, (int, float)):
+        if isinstance(self.value, bool) or not isinstance(self.value, numbers.Real):
             raise TypeError(f"sigma: a constant σ is a Python number, got {self.value!r}")
-        if not (0 < self.value < math.inf):
-            raise ValueError(f"sigma: a constant σ must be positive and finite, got {self.value!r}")
+        if not (0 < self.value < math.inf and abs(math.log(self.value)) <= LOG_SIGMA_RANGE):
+            limits = f"positive and finite, with log σ within ±{LOG_SIGMA_RANGE:g}"
+            raise ValueError(f"sigma: a constant σ must be {limits}, got {self.value!r}")
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,8 @@ def resolve(sigma: str | float | Constant | Optimal) -> Constant | Optimal:
         if sigma in BY_NAME:
             return BY_NAME[sigma]
         raise ValueError(f"sigma: unknown mode {sigma!r}; the modes are {_MODES}")
-    if isinstance(sigma, (int, float)) and not isinstance(sigma, bool):
-        return Constant(sigma)
+    if isinstance(sigma, numbers.Real) and not isinstance(sigma, bool):
+        return Constant(float(sigma))
     if isinstance(sigma, Tensor):
         raise TypeError("sigma: got a tensor; pass a learned σ as log_sigma=sigma.log()")
     raise TypeError(f"sigma: expected {_MODES}, got {type(sigma).__name__}")

@@ -23,6 +23,15 @@ def pytest_report_collectionfinish() -> list[str]:
     return [f"backend {s.name}: {'ready, ' if s.ready else 'not here: '}{s.detail}" for s in backends.statuses()]
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where Triton runs on CPU tensors, only what runs on a backend, or is about Triton, is worth its time."""
+    if backends.triton.runs_on_cpu():
+        about_triton = {"test_triton.py", "test_traffic.py"}
+        keep = [i for i in items if i.path.name in about_triton or "backend" in getattr(i, "fixturenames", ())]
+        config.hook.pytest_deselected(items=[i for i in items if i not in keep])
+        items[:] = keep
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         metafunc.parametrize("backend", present(), indirect=True)
@@ -46,6 +55,14 @@ def poison() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def vmapped() -> None:
+    """vmap has its rules on the operators. Triton's kernels are behind them for GPU tensors; asked for on CPU tensors
+    they are called directly."""
+    if backends.triton.runs_on_cpu():
+        pytest.skip("Triton on CPU tensors has no vmap: needs a GPU")
 
 
 @pytest.fixture

@@ -22,12 +22,14 @@ def small(mode: str, reduction: str = "batchmean") -> Call:
 @pytest.mark.parametrize("reduction", ["batchmean", "mean", "none"])
 @pytest.mark.parametrize("mode", MODES)
 def test_gradcheck(mode: str, reduction: str) -> None:
-    if not allowed(mode, reduction):
+    fast = backends.forced == "triton"
+    # A step takes a twentieth of a second where Triton runs on the CPU: there one reduction in one random direction.
+    if not allowed(mode, reduction) or (fast and reduction != "batchmean"):
         return
     call = small(mode, reduction)
     function = call.with_leaves(lambda *a, **kw: decoupled_elbo(*a, **kw)[:3])
-    assert torch.autograd.gradcheck(function, call.leaves())
-    assert torch.autograd.gradgradcheck(function, call.leaves())
+    assert torch.autograd.gradcheck(function, call.leaves(), fast_mode=fast)
+    assert torch.autograd.gradgradcheck(function, call.leaves(), fast_mode=fast)
 
 
 def test_second_derivative_where_the_error_is_zero() -> None:
@@ -141,7 +143,7 @@ def test_sigma_is_detached() -> None:
 
 
 @pytest.mark.parametrize("mode", ["optimal", "per-image", "learned", "beta-sample", *INSIDE_A_SAMPLE[:2]])
-def test_vmap(mode: str) -> None:
+def test_vmap(mode: str, vmapped: None) -> None:
     """Over an ensemble: each member is a batch with a σ of its own."""
     members = [Call(mode, dtype=torch.float64, seed=s) for s in range(3)]
     kw = {k: v.detach() if isinstance(v, Tensor) else v for k, v in members[0].kw.items()}
@@ -160,7 +162,7 @@ def test_vmap(mode: str) -> None:
             torch.testing.assert_close(g[i], e)
 
 
-def test_vmap_of_a_backward() -> None:
+def test_vmap_of_a_backward(vmapped: None) -> None:
     """is_grads_batched runs the backward under vmap."""
     call = Call("optimal", "none", dtype=torch.float64)
     loss = call(decoupled_elbo).loss
@@ -172,7 +174,7 @@ def test_vmap_of_a_backward() -> None:
         torch.testing.assert_close(rows[i], torch.autograd.grad(loss, call.tensors[0], one, retain_graph=True)[0])
 
 
-def test_functorch_hessian() -> None:
+def test_functorch_hessian(vmapped: None) -> None:
     mu, logvar = torch.randn(1, 3, dtype=torch.float64), torch.randn(1, 3, dtype=torch.float64)
     hessian = torch.func.jacrev(torch.func.jacrev(lambda l: gaussian_kl(mu, l)))(logvar)
     torch.testing.assert_close(hessian.reshape(3, 3), torch.diag(0.5 * logvar[0].exp()))

@@ -73,6 +73,25 @@ def test_running_sigma_travels_in_the_state_dict() -> None:
     assert not DecoupledELBO().state_dict()
 
 
+def test_a_batch_that_overflowed_does_not_stay_in_the_average() -> None:
+    """GradScaler skips such a step; the average must live on as well."""
+    module, call = DecoupledELBO(momentum=0.5), Call()
+    module(*call.tensors)
+    before = module.running_var.clone()
+    for bad in (float("inf"), float("nan")):
+        module(call.tensors[0] * bad, *call.tensors[1:])
+    assert torch.equal(module.running_var, before)
+    assert module.batches_seen == 1
+
+
+def test_learned_sigma_passes_its_configuration_on() -> None:
+    call = Call("prior")
+    module = LearnedSigmaELBO(init=-0.5, beta=2.0, free_bits=0.3, capacity=1.5, reduction="sum")
+    got = module(*call.tensors, prior=call.kw["prior"])
+    kw = {"beta": 2.0, "free_bits": 0.3, "capacity": 1.5, "reduction": "sum", "prior": call.kw["prior"]}
+    assert torch.equal(got.loss, decoupled_elbo(*call.tensors, log_sigma=torch.tensor(-0.5), **kw).loss)
+
+
 def test_without_momentum_evaluation_is_like_training() -> None:
     module, call = DecoupledELBO(), Call()
     assert torch.equal(module(*call.tensors).sigma, module.eval()(*call.tensors).sigma)

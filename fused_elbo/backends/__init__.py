@@ -41,7 +41,7 @@ class backend:
         if name not in NAMES:
             raise ValueError(f"backend: unknown name {name!r}; the backends are {', '.join(map(repr, NAMES))}")
         self.name = name
-        self.before: str | None = None
+        self.before: list[str | None] = []  # one instance may be entered again while it is entered
 
     def __enter__(self) -> None:
         global forced
@@ -50,13 +50,14 @@ class backend:
                 cpp.load()
             elif self.name == "triton":
                 triton.require()
-        self.before, forced = forced, self.name
+        self.before.append(forced)
+        forced = self.name
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         global forced
-        forced = self.before
+        forced = self.before.pop()
 
 
 _warned: set[str] = set()
