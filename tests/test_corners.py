@@ -70,6 +70,8 @@ class TestNumbers:
         logvar = torch.linspace(-0.6, 0.6, 400, dtype=dtype)[:, None]
         rate, wide = gaussian_kl(torch.zeros_like(logvar), logvar, reduction="none"), logvar.double()
         true = 0.5 * sum(wide**n / math.gamma(n + 1) for n in range(25, 1, -1)).squeeze()  # type: ignore[union-attr]
+        if backends.forced == "triton" and dtype == torch.float32:
+            tolerance = 1e-6  # just past ½, where exp(l) − 1 − l cancels most, by the hardware's exp2: 9.4e-7
         assert ((rate.double() - true).abs() / true).max() < tolerance
 
     @pytest.mark.parametrize("with_prior", [False, True])
