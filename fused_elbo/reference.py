@@ -300,8 +300,10 @@ def _latent_grads(
     per_sample = (mu.shape[0],) + (1,) * (mu.dim() - 1)
     m, l = mu.to(dtype), logvar.to(dtype)
     m_p, l_p = (None if t is None else t.to(dtype) for t in (prior_mu, prior_logvar))
-    b = torch.where(kl_elements(m, l, m_p, l_p) >= free_bits, through_loss.reshape(per_sample), 0.0)
-    b = b + through_rate.reshape(per_sample)
+    through_loss, through_rate = through_loss.reshape(per_sample), through_rate.reshape(per_sample)
+    if free_bits > 0:
+        through_loss = torch.where(kl_elements(m, l, m_p, l_p) >= free_bits, through_loss, 0.0)
+    b = through_loss + through_rate
     if m_p is None or l_p is None or prior_mu is None or prior_logvar is None:
         return [(b * m).to(mu.dtype), (b * 0.5 * torch.expm1(l)).to(logvar.dtype), None, None]
     pull, stretch = (m - m_p) * (-l_p).exp(), torch.expm1(l - l_p)

@@ -126,7 +126,9 @@ class Inputs:
         self.latents = 0 if self.mu is None else sample_size(self.mu)
         self.data_tiles = self._tiles(self.dims, self.recon, self.target, self.log_sigma)
         self.latent_tiles = self._tiles(self.latents, self.mu, self.logvar, self.prior_mu, self.prior_logvar)
-        self.wide = any(self.batch * batch_stride(t) + sample_size(t) >= 2**31 for t in given) or FORCE_WIDE
+        walked = (self.recon, self.target, self.log_sigma, self.mu, self.logvar, self.prior_mu, self.prior_logvar)
+        ends = [self.batch * batch_stride(t) + sample_size(t) for t in walked if t is not None]
+        self.wide = max(ends) >= 2**31 or FORCE_WIDE
         self.num_warps = WARPS
         self.triton_dtype = tl.float64 if self.dtype == torch.float64 else tl.float32
 

@@ -51,28 +51,25 @@ def grads(
         return Output(like, lead) if wanted[bit] and like is not None and lead is not None else None
 
     # log σ that is broadcast gets the gradient of every element, which is then summed in PyTorch's fixed order.
-    full = None if element is None else element.expand(recon.shape)
+    broadcast = element is not None and element.shape != recon.shape
+    full = element.expand(recon.shape).to(inputs.dtype) if broadcast else element
     outputs = Outputs(
-        output(0, recon, inputs.recon), output(1, target, inputs.recon),
-        None if full is None else output(4, full.to(inputs.dtype) if full is not element else full, inputs.recon),
+        output(0, recon, inputs.recon), output(1, target, inputs.recon), output(4, full, inputs.recon),
         output(2, mu, inputs.mu), output(3, logvar, inputs.mu),
         output(5, prior_mu, inputs.mu), output(6, prior_logvar, inputs.mu),
     )  # fmt: skip
-
-    def small(bit: int, like: Tensor | None) -> Tensor | None:
-        return (
-            torch.empty_like(like, memory_format=torch.contiguous_format) if wanted[bit] and like is not None else None
-        )
-
-    g_log_sigma, g_beta = small(4, knobs.log_sigma), small(7, beta)
+    g_log_sigma, g_beta = (
+        torch.empty_like(t) if t is not None and wanted[bit] else None for bit, t in ((4, knobs.log_sigma), (7, beta))
+    )
     elbo_grads(inputs, stats, knobs, (grad_loss, grad_distortion, grad_rate), outputs, g_log_sigma, g_beta)
-    if outputs.log_sigma is not None:
-        summed = outputs.log_sigma.finish().sum_to_size(element.shape)
-        g_log_sigma = torch.empty_like(element).copy_(summed) if full is not element else summed
-    finished = {name: o.finish() for name, o in outputs._asdict().items() if o is not None and name != "log_sigma"}
-    nothing = inputs.like.new_empty(0, dtype=torch.float32)
+
+    finished = {name: o.finish() for name, o in outputs._asdict().items() if o is not None}
+    if "log_sigma" in finished:
+        g_log_sigma = finished["log_sigma"]
+        if broadcast:
+            g_log_sigma = torch.empty_like(element).copy_(g_log_sigma.sum_to_size(element.shape))
     order = (
         finished.get("recon"), finished.get("target"), finished.get("mu"), finished.get("logvar"), g_log_sigma,
         finished.get("prior_mu"), finished.get("prior_logvar"), g_beta,
     )  # fmt: skip
-    return tuple(g if g is not None else nothing.clone() for g in order)
+    return tuple(inputs.like.new_empty(0, dtype=torch.float32) if g is None else g for g in order)

@@ -1,0 +1,215 @@
+"""What Triton kernels must satisfy, for any copy of the kernels folder: run by test_mutants.py, in the interpreter.
+
+    TRITON_INTERPRET=1 python tests/kernel_check.py FOLDER
+
+imports FOLDER/*/operators.py one after another and prints, as JSON, what the check says of each: null, or the fault.
+
+The interpreter does not see an access out of bounds by itself. So every input lies inside NaN, with NaN between its
+samples, and every tensor that the kernels allocate lies inside a sentinel: what is read outside shows in the values,
+what is written outside in the sentinel, and what is not written at all is NaN.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import torch
+from cases import Call
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fused_elbo import autograd, decoupled_elbo, reference
+
+GUARD = 1 << 12  # elements on each side: a tile
+GAP = 16  # elements between two samples: 16 divides it, so the loads stay as wide as without it
+SENTINEL = 12345.0
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 5e-6, torch.float16: 2e-3}
+IN_SMALL_TILES = ("softclip, none", "free-bits, none")
+
+Arguments = tuple[Any, ...]  # of ops.forward: nine tensors or None, then plain values
+
+
+def extent(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Elements from the first to the last."""
+    return 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+
+
+def guarded(t: Tensor, apart: bool = True) -> Tensor:
+    """A copy with the same strides inside NaN; `apart`: dense samples GAP elements apart, with NaN there too."""
+    shape, strides = t.shape, list(t.stride())
+    if apart and t.dim() and strides[0] == t.numel() // t.shape[0]:
+        strides[0] += GAP
+    memory = torch.full((extent(t.shape, strides) + 2 * GUARD,), float("nan"), dtype=t.dtype)
+    for dim, stride in enumerate(t.stride()):
+        t = t.narrow(dim, 0, 1) if stride == 0 else t  # copy_ refuses an expanded tensor
+    return memory.as_strided(t.shape, strides, GUARD).copy_(t).expand(shape)
+
+
+class GuardedAllocations(TorchDispatchMode):
+    """While it is active, what torch.empty and its kin return is NaN, between sentinels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[Tensor, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Arguments = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        allocates = func.__name__.removeprefix("new_").startswith("empty")
+        if not allocates or not made.is_floating_point():  # bytes are the interpreter's own
+            return made
+        end = GUARD + extent(made.shape, made.stride())
+        memory = torch.full((end + GUARD,), SENTINEL, dtype=made.dtype)
+        memory[GUARD:end] = float("nan")
+        self.made.append((memory, end))
+        return memory.as_strided(made.shape, made.stride(), GUARD)
+
+    def verify(self) -> None:
+        for memory, end in self.made:
+            assert (memory[:GUARD] == SENTINEL).all(), "written before the start of an output"
+            assert (memory[end:] == SENTINEL).all(), "written past the end of an output"
+
+
+def arguments(call: Call) -> Arguments:
+    """What `decoupled_elbo` hands to `ops.forward`, guarded."""
+    with mock.patch.object(autograd, "elbo", return_value=(None,) * 5) as operator:
+        call(decoupled_elbo)
+    return tuple(guarded(a.detach()) if isinstance(a, Tensor) else a for a in operator.call_args.args)
+
+
+def with_nan(call: Call, *which: int) -> Call:
+    with torch.no_grad():
+        for i in which:
+            call.tensors[i].view(-1)[7] = float("nan")
+    return call
+
+
+def in_two_orders(call: Call) -> Call:
+    recon = call.tensors[0].detach().contiguous(memory_format=torch.channels_last)
+    call.tensors[0] = recon.requires_grad_()
+    return call
+
+
+def calls() -> dict[str, Call]:
+    """Few, but each line of the kernels decides a value in one of them. Batches of 3 leave a row of a tile empty."""
+    small: dict[str, Any] = {"batch": 3, "data": (3, 5, 5), "dtype": torch.float64}
+    per_sample = ("softclip", "free-bits", "per-image-softclip", "learned", "learned-image", "beta-sample", "optimal")
+    reduced = (
+        "learned-pixel", "prior-shared", "softclip", "floor", "capacity-above", "capacity", "learned-channel",
+        "beta-tensor",
+    )  # fmt: skip
+    return {
+        **{f"{mode}, none": Call(mode, "none", **small) for mode in per_sample},
+        **{mode: Call(mode, **small) for mode in reduced},
+        "mean": Call("optimal", "mean", **small),
+        "two orders": in_two_orders(Call("optimal", **small)),
+        "fp32": Call("learned-pixel", **small | {"dtype": torch.float32}),
+        "wide rows": Call("prior", batch=3, data=(64,), latent=(32,)),
+        "two tiles": Call("free-bits", batch=2, data=(5000,), latent=(4100,), dtype=torch.float64),
+        "NaN in the latents": with_nan(Call("free-bits", **small), 2),
+        "NaN in the data": with_nan(Call("softclip", **small), 0),
+    }
+
+
+@contextmanager
+def far_apart() -> Iterator[Arguments]:
+    """Samples 2³⁰ elements apart: the third lies at 2³¹, which 32 bits hold as −2³¹. There, too, is a sample: the wrong
+    one. Nearly all of the 8 GB are a hole in a sparse file, and the rest is never touched."""
+    step, latents = 1 << 30, 8
+    with tempfile.NamedTemporaryFile() as file:
+        memory = torch.from_file(file.name, shared=True, size=2 * step * 2 + latents, dtype=torch.float16)
+        mu = memory.as_strided((3, latents), (step, 1), 2 * step).copy_(torch.randn(3, latents))
+        memory[:latents] = 3.0
+        yield (None, None, mu, guarded(torch.randn(3, latents).half()), *[None] * 5, 0, False, 0, 0, 0, 1.0, None, 3)
+
+
+def double(args: Arguments) -> Arguments:
+    return tuple(a.double() if isinstance(a, Tensor) else a for a in args)
+
+
+def compare(stage: str, got: Tensor, true: Tensor) -> None:
+    tolerance = TOLERANCE[got.dtype]
+    largest = true.abs().nan_to_num().max().item() if true.numel() else 0.0
+    torch.testing.assert_close(
+        got.double(), true, rtol=tolerance, atol=tolerance * largest, equal_nan=True, msg=lambda m: f"{stage}: {m}"
+    )
+
+
+class Case:
+    """Guarded arguments with what the reference makes of them in fp64, for grad_outputs that differ by sample."""
+
+    def __init__(self, args: Arguments) -> None:
+        self.args = args
+        self.outputs = reference.forward(*double(args))
+        wide = torch.float64 if any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args) else torch.float32
+        self.weights = tuple(guarded(torch.randn_like(o, dtype=wide)) for o in self.outputs[:3])
+        call = (*self.weights, *args[:9], self.outputs[4], *args[9:])
+        self.gradients = reference.grads(*double(call))
+
+    def check(self, operators: ModuleType) -> None:
+        """Raises AssertionError at the first fault."""
+        with GuardedAllocations() as allocations:
+            outputs = operators.forward(*self.args)
+        allocations.verify()
+        for name, value, true in zip(
+            ("loss", "distortion", "rate", "sigma", "stats"), outputs, self.outputs, strict=True
+        ):
+            compare(name, value, true)
+        mask = sum(1 << i for i in range(8) if self.args[i] is not None)
+        stats = guarded(outputs[4], apart=False)
+        with GuardedAllocations() as allocations:
+            gradients = operators.grads(*self.weights, *self.args[:9], stats, *self.args[9:], mask)
+        allocations.verify()
+        for name, value, true in zip(self.gradients._fields, gradients, self.gradients, strict=True):
+            if true is not None:
+                compare(f"gradient of {name}", value, true)
+
+
+@contextmanager
+def small_tiles(operators: ModuleType) -> Iterator[None]:
+    """Many tiles and many partial sums from few elements."""
+    kernels = operators.__package__
+    with (
+        mock.patch(f"{kernels}._layout.TILE", 32),
+        mock.patch(f"{kernels}._layout.MANY", 8),
+        mock.patch(f"{kernels}.elbo_finalize.BLOCK", 1),
+        mock.patch(f"{kernels}.elbo_grads.BLOCK", 1),
+    ):
+        yield
+
+
+@contextmanager
+def cases() -> Iterator[dict[str, Case]]:
+    torch.manual_seed(0)
+    with far_apart() as far:
+        yield {**{name: Case(arguments(call)) for name, call in calls().items()}, "far apart": Case(far)}
+
+
+def fault_of(operators: ModuleType, every: dict[str, Case]) -> str | None:
+    for name, case in every.items():
+        try:
+            with small_tiles(operators) if name in IN_SMALL_TILES else nullcontext():
+                case.check(operators)
+        except Exception as error:
+            return f"{name}: {type(error).__name__}: {error}"
+    return None
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    sys.path.insert(0, str(folder))
+    names = sorted(path.parent.name for path in folder.glob("*/operators.py"))
+    with cases() as every:
+        print(json.dumps({name: fault_of(importlib.import_module(f"{name}.operators"), every) for name in names}))
+
+
+if __name__ == "__main__":
+    main()
