@@ -46,7 +46,7 @@ class Constant:
     def __post_init__(self) -> None:
         if isinstance(self.value, bool) or not isinstance(self.value, numbers.Real):
             raise TypeError(f"sigma: a constant σ is a Python number, got {self.value!r}")
-        if not (0 < self.value < math.inf and abs(math.log(self.value)) <= LOG_SIGMA_RANGE):
+        if not math.exp(-LOG_SIGMA_RANGE) <= self.value <= math.exp(LOG_SIGMA_RANGE):  # type: ignore[operator]
             limits = f"positive and finite, with log σ within ±{LOG_SIGMA_RANGE:g}"
             raise ValueError(f"sigma: a constant σ must be {limits}, got {self.value!r}")
 
@@ -77,7 +77,7 @@ def resolve(sigma: str | float | Constant | Optimal) -> Constant | Optimal:
             return BY_NAME[sigma]
         raise ValueError(f"sigma: unknown mode {sigma!r}; the modes are {_MODES}")
     if isinstance(sigma, numbers.Real) and not isinstance(sigma, bool):
-        return Constant(float(sigma))
+        return Constant(sigma)  # type: ignore[arg-type]
     if isinstance(sigma, Tensor):
         raise TypeError("sigma: got a tensor; pass a learned σ as log_sigma=sigma.log()")
     raise TypeError(f"sigma: expected {_MODES}, got {type(sigma).__name__}")
