@@ -95,7 +95,7 @@ def start(trainer: Trainer, *, resume: bool) -> None:
     elif trainer.checkpoint.exists():
         previous = trainer.checkpoint.with_name("checkpoint.previous.pt")
         os.replace(trainer.checkpoint, previous)
-        print(f"starting anew; the checkpoint of the run before is kept as {previous} (--resume would continue it)")
+        print(f"starting anew; the checkpoint of the run before is kept as {previous}")
     write_json(trainer.checkpoint.with_name("settings.json"), trainer.settings)
 
 
@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\ninterrupted", file=sys.stderr)
         if (args.out / CHECKPOINT).exists():
             words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
-            command = shlex.join(["python", "examples/train_vae.py", *words, "--resume"])
+            command = shlex.join([sys.executable, "examples/train_vae.py", *words, "--resume"])
             print(f"the run is kept in {args.out}; continue it with:\n    {command}", file=sys.stderr)
         return 130
     return 0

@@ -38,7 +38,7 @@ def decoupled_elbo(
     capacity: float | Tensor | None = None,
     reduction: str = "batchmean",
 ) -> ELBO:
-    r"""The negative ELBO of a Gaussian VAE, with the decoder's σ and the weight β apart.
+    """The negative ELBO of a Gaussian VAE, with the decoder's σ and the weight β apart.
 
     For sample i with D data dimensions, e = recon − target and l = logvar::
 
@@ -61,15 +61,15 @@ def decoupled_elbo(
         prior: (mu_p, logvar_p), a Gaussian prior in place of N(0, I); each broadcasts to mu's shape. Keep logvar_p, as
             any learned log σ, within fp32's reach: exp(−logvar_p) overflows below −88.
         free_bits: nats below which a latent element costs no less: the loss has Σ_k max(KL_ik, free_bits).
-        capacity: C, in nats per sample: the loss has β·\|mean_i KL_i − C\| in place of β·KL. A number or a 0-d tensor
-            (without gradient). Needs a scalar reduction and a scalar β.
+        capacity: C, in nats per sample: the loss has β·|mean_i KL_i − C| in place of β·KL, KL_i being what free_bits
+            make of it. A number or a 0-d tensor (without gradient). Needs a scalar reduction and a scalar β.
         reduction: "batchmean" (nats per sample), "sum", "mean" (nats per data dimension: all three are divided by D)
             or "none" ((B,) tensors).
 
     Returns:
-        ELBO(loss, distortion, rate, sigma). fp32, or fp64 if any of the four inputs is fp64; sums are accumulated so
-        whatever the inputs' dtypes (fp64, fp32, bf16 and fp16, mixed as you like). `rate` is the plain KL, before β,
-        free_bits and capacity, so that rate–distortion plots stay true.
+        ELBO(loss, distortion, rate, sigma). fp32, or fp64 if any of the four inputs or the prior is fp64; sums are
+        accumulated so whatever the inputs' dtypes (fp64, fp32, bf16 and fp16, mixed as you like). `rate` is the plain
+        KL, before β, free_bits and capacity, so that rate–distortion plots stay true.
 
     Raises:
         TypeError, ValueError: before any work, naming the argument and showing what was passed. Values inside tensors

@@ -64,6 +64,11 @@ class Optimal:
     per_image: bool = False
     softclip: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("per_image", "softclip"):
+            if not isinstance(getattr(self, name), bool):  # Optimal(0.1) would otherwise mean per image
+                raise TypeError(f"sigma: Optimal's {name} is True or False, got {getattr(self, name)!r}")
+
 
 BY_NAME = {"optimal": Optimal(), "optimal-per-image": Optimal(per_image=True)}
 

@@ -58,11 +58,11 @@ def seed() -> None:
 
 
 @pytest.fixture
-def vmapped() -> None:
-    """vmap has its rules on the operators. Triton's kernels are behind them for GPU tensors; asked for on CPU tensors
-    they are called directly."""
+def operators() -> None:
+    """vmap and torch.compile work on the operators. Triton's kernels are behind them for GPU tensors; asked for on CPU
+    tensors they are called directly."""
     if backends.triton.runs_on_cpu():
-        pytest.skip("Triton on CPU tensors has no vmap: needs a GPU")
+        pytest.skip("Triton on CPU tensors has no vmap and no torch.compile: needs a GPU")
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 
 import fused_elbo
 from fused_elbo import DecoupledELBO, LearnedSigmaELBO, decoupled_elbo, gaussian_kl, gaussian_nll
-from fused_elbo.sigma import Constant
+from fused_elbo.sigma import Constant, Optimal
 
 # ruff: noqa: E501 (a table: one case a line)
 
@@ -104,6 +104,11 @@ def test_modules_refuse_at_construction() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             build()
+
+
+def test_optimal_is_not_constant() -> None:
+    with pytest.raises(TypeError, match="per_image is True or False, got"):
+        Optimal(0.1)  # type: ignore[arg-type]
 
 
 def test_unknown_backend() -> None:
