@@ -24,18 +24,22 @@ def elbo(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return cast(Any, function).apply(*args, backends.forced)
 
 
-def _implementation(backend: str | None) -> Any:
-    """Whose forward and grads to call: a forced backend's own, or the operators, which the dispatcher directs."""
-    if backend == "reference":
-        return ops.ByReference
-    return backends.triton.operators() if backend == "triton" else ops
+def _implementation(backend: str | None, device: str) -> Any:
+    """Whose forward and grads to call: the operators, or those of a forced backend that is not behind them."""
+    if backend is None or backend == backends.dispatched.get(device):
+        return ops
+    return backends.triton.operators() if backend == "triton" else ops.ByReference
+
+
+def _device_of(tensors: tuple[Any, ...]) -> str:
+    return (tensors[0] if tensors[0] is not None else tensors[2]).device.type  # recon, or mu where there are no data
 
 
 class _Shared(torch.autograd.Function):
     @staticmethod
     def _forward(args: tuple[Any, ...]) -> tuple[Tensor, ...]:
         *inputs, backend = args
-        return _implementation(backend).forward(*inputs)
+        return _implementation(backend, _device_of(args)).forward(*inputs)
 
     @staticmethod
     def _save(ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -57,7 +61,7 @@ class _Shared(torch.autograd.Function):
             of_stats: tuple[Any, ...] = (*inputs[:4], element, *inputs[5:7], ctx.values[4])
             stats, grads = reference.stats(*of_stats), ops.grads_by_reference
         else:
-            grads = _implementation(ctx.backend).grads
+            grads = _implementation(ctx.backend, _device_of(inputs)).grads
         gradients = grads(*grad_outputs[:3], *inputs, stats, *ctx.values, mask)
         return (*(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *[None] * 10)
 

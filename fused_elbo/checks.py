@@ -141,5 +141,10 @@ def device_served(x: Tensor) -> None:
     if backends.forced == "triton":
         if device not in ("cpu", "cuda"):
             raise ValueError(f'backend: "triton" was asked for, which serves GPU tensors; these are on {x.device}')
+        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if traced and backends.dispatched[device] != "triton":
+            raise ValueError(
+                f'backend: "triton" was asked for; for {device} tensors it works neither in torch.compile nor in vmap'
+            )
         if not torch.compiler.is_compiling():
             backends.triton.require(device)

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 import fused_elbo
-from fused_elbo import backends
+from fused_elbo import backends, ops
+
+
+def pytest_collection(session: pytest.Session) -> None:
+    """Where Triton runs on CPU tensors, its kernels stand behind the operators in place of the C++ ones, so that vmap,
+    torch.compile and the tests of the operators run on them too."""
+    if backends.triton.runs_on_cpu():
+        ops.register(backends.triton.operators(), "CPU")
+        backends.dispatched["cpu"] = "triton"
 
 
 def present() -> list[str]:
@@ -26,7 +34,7 @@ def pytest_report_collectionfinish() -> list[str]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Where Triton runs on CPU tensors, only what runs on a backend, or is about Triton, is worth its time."""
     if backends.triton.runs_on_cpu():
-        about_triton = {"test_triton.py", "test_traffic.py"}
+        about_triton = {"test_triton.py", "test_traffic.py", "test_ops.py", "test_compile.py"}
         keep = [i for i in items if i.path.name in about_triton or "backend" in getattr(i, "fixturenames", ())]
         config.hook.pytest_deselected(items=[i for i in items if i not in keep])
         items[:] = keep
@@ -55,14 +63,6 @@ def poison() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def operators() -> None:
-    """vmap and torch.compile work on the operators. Triton's kernels are behind them for GPU tensors; asked for on CPU
-    tensors they are called directly."""
-    if backends.triton.runs_on_cpu():
-        pytest.skip("Triton on CPU tensors has no vmap and no torch.compile: needs a GPU")
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ def test_the_reference_compiles_too(mode: str) -> None:
             torch.testing.assert_close(a, b)
 
 
-def test_a_schedule_of_beta_as_an_argument(backend: str, operators: None) -> None:
+def test_a_schedule_of_beta_as_an_argument(backend: str) -> None:
     fast, counter = compiled(lambda call, beta: decoupled_elbo(*call, beta=beta))
     call = Call("optimal")
     for beta in SCHEDULE:
@@ -63,7 +63,7 @@ def test_a_schedule_of_beta_as_an_argument(backend: str, operators: None) -> Non
     assert counter.frame_count <= 2
 
 
-def test_a_schedule_of_beta_and_capacity_as_attributes(backend: str, operators: None) -> None:
+def test_a_schedule_of_beta_and_capacity_as_attributes(backend: str) -> None:
     for module in (DecoupledELBO(momentum=0.1), LearnedSigmaELBO(3)):
         torch._dynamo.reset()
         fast, counter = compiled(module)
@@ -77,7 +77,7 @@ def test_a_schedule_of_beta_and_capacity_as_attributes(backend: str, operators: 
         assert counter.frame_count <= 2
 
 
-def test_a_schedule_of_a_constant_sigma(backend: str, operators: None) -> None:
+def test_a_schedule_of_a_constant_sigma(backend: str) -> None:
     fast, counter = compiled(lambda call, sigma: decoupled_elbo(*call, sigma=sigma))
     call = Call("optimal")
     for sigma in SCHEDULE[1:]:

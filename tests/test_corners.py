@@ -165,7 +165,7 @@ class TestDtypesAndShapes:
     def test_what_sigma_a_shape_means(self, shape: tuple[int, ...], sigma: tuple[int, ...]) -> None:
         assert decoupled_elbo(*Call("optimal").tensors, log_sigma=torch.zeros(shape)).sigma.shape == sigma
 
-    def test_vmap_over_another_dimension(self, operators: None) -> None:
+    def test_vmap_over_another_dimension(self) -> None:
         recon, target = torch.randn(4, 3, 3, dtype=F64), torch.randn(4, 3, dtype=F64)
         got = torch.vmap(lambda r: gaussian_nll(r, target), in_dims=2)(recon)
         torch.testing.assert_close(got, torch.stack([gaussian_nll(recon[..., i], target) for i in range(3)]))

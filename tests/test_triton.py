@@ -39,6 +39,17 @@ def test_gpu_tensors_go_to_triton() -> None:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_elbo::{name}", "CUDA")
 
 
+def test_beside_the_operators_it_is_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU tensors have the C++ kernels behind the operators. Triton's are then called past them, which neither vmap nor
+    torch.compile can see through."""
+    monkeypatch.setattr(backends, "forced", "triton")
+    monkeypatch.setitem(backends.dispatched, "cpu", "cpp")
+    x = torch.zeros(2, 3, 4)
+    for traced in (torch.vmap(decoupled_elbo), torch.compile(decoupled_elbo, backend="eager", fullgraph=True)):
+        with pytest.raises(Exception, match="neither in torch.compile nor in vmap"):
+            traced(x, x, x, x)
+
+
 def launches(monkeypatch: pytest.MonkeyPatch, call: Call) -> list[str]:
     """The names of the kernels that a training step launches."""
     from fused_elbo.kernels import elbo_finalize, elbo_grads, elbo_stats

@@ -20,6 +20,9 @@ NAMES = ("triton", "cpp", "reference")  # in the order of choice
 # thread-local.
 forced: str | None = None
 
+# Which backend's kernels the dispatcher has, or will have, for a type of device.
+dispatched = {"cpu": "cpp", "cuda": "triton"}
+
 
 class backend:
     """Force one backend: `with fused_elbo.backend("reference"): …`
