@@ -8,13 +8,14 @@ import pytest
 import torch
 
 import fused_elbo
-from fused_elbo import backends, ops
+from fused_elbo import BackendUnavailable, backends, ops
 
 
 def pytest_collection(session: pytest.Session) -> None:
     """Where Triton runs on CPU tensors, its kernels stand behind the operators in place of the C++ ones, so that vmap,
     torch.compile and the tests of the operators run on them too."""
     if backends.triton.runs_on_cpu():
+        backends.cpp._failure = BackendUnavailable("Triton's kernels have the place of the C++ ones in this run.")
         ops.register(backends.triton.operators(), "CPU")
         backends.dispatched["cpu"] = "triton"
 
