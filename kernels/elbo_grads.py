@@ -39,7 +39,7 @@ def elbo_grads_kernel(
     LATENT_VEC: tl.constexpr, LATENT_ROWS: tl.constexpr, LATENT_COLS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    if pid < data_programs:
+    if recon is not None and pid < data_programs:  # see elbo_stats_kernel
         first, chunk = pid // data_chunks * DATA_ROWS, pid % data_chunks
         rows = first + tl.arange(0, DATA_ROWS)
         a, _, _, _, _ = sample_factors(
@@ -69,7 +69,7 @@ def elbo_grads_kernel(
                 tl.store(g_recon + g_at + cols, g.to(g_recon.dtype.element_ty), inside)
             if g_target is not None:
                 tl.store(g_target + g_at + cols, (-g).to(g_target.dtype.element_ty), inside)
-    elif pid < data_programs + latent_programs:
+    elif mu is not None and pid < data_programs + latent_programs:
         lpid = pid - data_programs
         lfirst, lchunk = lpid // latent_chunks * LATENT_ROWS, lpid % latent_chunks
         lrows = lfirst + tl.arange(0, LATENT_ROWS)

@@ -45,7 +45,8 @@ def elbo_stats_kernel(
     LATENT_VEC: tl.constexpr, LATENT_ROWS: tl.constexpr, LATENT_COLS: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    if pid < data_programs:
+    # What is absent is None, and its branch must not be compiled: `and` stops at a constant that is false.
+    if recon is not None and pid < data_programs:
         first, chunk = pid // data_chunks * DATA_ROWS, pid % data_chunks
         rows = first + tl.arange(0, DATA_ROWS)
         r_at = row_offsets(first, recon_stride * DATA_VEC, DATA_ROWS, WIDE)
@@ -62,7 +63,7 @@ def elbo_stats_kernel(
             else:
                 total += e * e
         tl.store(s_partials + rows * data_chunks + chunk, tl.sum(total, 1), rows < batch)
-    else:
+    elif mu is not None:
         lpid = pid - data_programs
         lfirst, lchunk = lpid // latent_chunks * LATENT_ROWS, lpid % latent_chunks
         lrows = lfirst + tl.arange(0, LATENT_ROWS)
