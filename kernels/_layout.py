@@ -57,14 +57,51 @@ def batch_stride(t: Tensor) -> int:
 class Output:
     """A result with empty_like's strides; written through a buffer where those are not the leader's order."""
 
-    def __init__(self, like: Tensor, lead: Tensor) -> None:
-        self.result = torch.empty_like(like)
+    def __init__(self, like: Tensor, lead: Tensor, dtype: torch.dtype | None = None) -> None:
+        self.result = torch.empty_like(like, dtype=dtype)
         dense = like.shape[0] == 1 or self.result.stride(0) == sample_size(like)
         direct = dense and inner_strides(self.result) == inner_strides(lead)
-        self.buffer = self.result if direct else empty_in_order(lead, like.dtype)
+        self.buffer = self.result if direct else empty_in_order(lead, self.result.dtype)
 
     def finish(self) -> Tensor:
         return self.result if self.buffer is self.result else self.result.copy_(self.buffer)
+
+
+@dataclass(frozen=True)
+class Inside:
+    """Where the log σ of an element lies, if it varies inside a sample: Σ over levels of
+    element // divisor % size · stride, from the place where the sample's own begin.
+
+    A level is a run of dimensions that can be walked as one and over which log σ is not repeated. No level: log σ lies
+    as the data do. Two are enough for up to five dimensions (video); beyond, log σ may have to be copied.
+    """
+
+    levels: tuple[tuple[int, int, int], ...]  # (divisor, size, stride), innermost first
+
+    @classmethod
+    def of(cls, log_sigma: Tensor, lead: Tensor) -> Inside:
+        """`log_sigma`: expanded to lead's shape, so that it has stride 0 where it is repeated."""
+        levels: list[tuple[int, int, int]] = []
+        dims = sorted((k for k in range(1, lead.dim()) if lead.shape[k] > 1), key=lead.stride)
+        divisor = 1
+        for k in dims:
+            n = lead.shape[k]
+            stride = log_sigma.stride(k)
+            if levels and stride == levels[-1][1] * levels[-1][2] and divisor == levels[-1][0] * levels[-1][1]:
+                levels[-1] = (levels[-1][0], levels[-1][1] * n, levels[-1][2])
+            elif stride:
+                levels.append((divisor, n, stride))
+            divisor *= n
+        if levels == [(1, divisor, 1)]:
+            return AS_THE_DATA
+        return cls(tuple(levels) or ((1, 1, 0),))
+
+    def arguments(self) -> tuple[int, ...]:
+        """Of two levels; one that is missing adds 0."""
+        return tuple(n for level in (*self.levels, (1, 1, 0), (1, 1, 0))[:2] for n in level)
+
+
+AS_THE_DATA = Inside(())
 
 
 @dataclass(frozen=True)
@@ -112,11 +149,16 @@ class Inputs:
         self.like, self.batch = given[0], given[0].shape[0]
         self.dtype = torch.float64 if any(t.dtype == torch.float64 for t in given) else torch.float32
         self.recon = self.target = self.log_sigma = self.mu = self.logvar = self.prior_mu = self.prior_logvar = None
+        self.inside = AS_THE_DATA
         if recon is not None and target is not None:
             self.recon = leader(recon)
             self.target = in_order_of(target, self.recon)
             if log_sigma is not None:
-                self.log_sigma = in_order_of(log_sigma.expand(recon.shape), self.recon)
+                self.log_sigma = log_sigma.expand(recon.shape)
+                self.inside = Inside.of(self.log_sigma, self.recon)
+                if log_sigma.numel() == recon.numel() or len(self.inside.levels) > 2:
+                    self.log_sigma = in_order_of(self.log_sigma, self.recon)
+                    self.inside = AS_THE_DATA
         if mu is not None and logvar is not None:
             self.mu = leader(mu)
             self.logvar = in_order_of(logvar, self.mu)
@@ -124,7 +166,8 @@ class Inputs:
                 self.prior_mu, self.prior_logvar = in_order_of(prior_mu, self.mu), in_order_of(prior_logvar, self.mu)
         self.dims = 0 if self.recon is None else sample_size(self.recon)
         self.latents = 0 if self.mu is None else sample_size(self.mu)
-        self.data_tiles = self._tiles(self.dims, self.recon, self.target, self.log_sigma)
+        as_the_data = None if self.inside.levels else self.log_sigma
+        self.data_tiles = self._tiles(self.dims, self.recon, self.target, as_the_data)
         self.latent_tiles = self._tiles(self.latents, self.mu, self.logvar, self.prior_mu, self.prior_logvar)
         walked = (self.recon, self.target, self.log_sigma, self.mu, self.logvar, self.prior_mu, self.prior_logvar)
         ends = [self.batch * batch_stride(t) + sample_size(t) for t in walked if t is not None]
@@ -140,6 +183,12 @@ class Inputs:
     def strides(self, name: str, tiles: Tiles) -> int:
         t = getattr(self, name)
         return 0 if t is None else batch_stride(t) // tiles.vec
+
+    def log_sigma_stride(self, tiles: Tiles) -> int:
+        """Between samples; in units of vec only where log σ lies as the data do."""
+        if self.log_sigma is None:
+            return 0
+        return batch_stride(self.log_sigma) // (1 if self.inside.levels else tiles.vec)
 
     def device_guard(self) -> contextlib.AbstractContextManager:
         return torch.cuda.device(self.like.device) if self.like.is_cuda else contextlib.nullcontext()

@@ -11,7 +11,7 @@ from torch import Tensor
 from ._layout import Output, Tiles
 from ._math import exp, expm1, kl, number
 from .elbo_finalize import BATCH, BLOCK, ELEMENT, Knobs, each, elbo_weights, sample_factors, stride_of, unequal
-from .elbo_stats import columns, row_offsets
+from .elbo_stats import columns, log_sigma_at, row_offsets
 
 
 @triton.jit
@@ -26,14 +26,15 @@ def elbo_grads_kernel(
     # shapes
     batch, data_programs, latent_programs,
     grad_loss_stride, grad_distortion_stride, grad_rate_stride, log_sigma_stride, beta_stride,
-    dims, recon_stride, target_stride, element_stride, data_chunks, data_tiles,
+    dims, recon_stride, target_stride, data_chunks, data_tiles,
+    element_stride, divisor0, size0, stride0, divisor1, size1, stride1,
     latents, mu_stride, logvar_stride, prior_mu_stride, prior_logvar_stride, latent_chunks, latent_tiles,
     # what there is
     HAS_GRAD_LOSS: tl.constexpr, HAS_GRAD_DISTORTION: tl.constexpr, HAS_GRAD_RATE: tl.constexpr,
     MODE: tl.constexpr, SOFTCLIP: tl.constexpr, HAS_LOG_SIGMA: tl.constexpr, HAS_BETA: tl.constexpr,
     HAS_CAPACITY: tl.constexpr, CAPACITY_TENSOR: tl.constexpr, HAS_THROUGH: tl.constexpr,
     LOG_SIGMA_EACH: tl.constexpr, BETA_EACH: tl.constexpr,
-    PRIOR: tl.constexpr, FREE_BITS: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+    LEVELS: tl.constexpr, PRIOR: tl.constexpr, FREE_BITS: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
     # tunables
     DATA_VEC: tl.constexpr, DATA_ROWS: tl.constexpr, DATA_COLS: tl.constexpr,
     LATENT_VEC: tl.constexpr, LATENT_ROWS: tl.constexpr, LATENT_COLS: tl.constexpr, ROWS: tl.constexpr,
@@ -59,8 +60,11 @@ def elbo_grads_kernel(
             e = tl.load(recon + r_at + cols, inside, 0.0).to(ACC) - tl.load(target + t_at + cols, inside, 0.0).to(ACC)
             g = a * e
             if MODE == ELEMENT:
-                ls_at = row_offsets(first, element_stride * DATA_VEC, DATA_ROWS, WIDE)
-                inverse = exp(-2.0 * tl.load(element_sigma + ls_at + cols, inside, 0.0).to(ACC))
+                ls_at = log_sigma_at(
+                    first, cols, element_stride, divisor0, size0, stride0, divisor1, size1, stride1,
+                    LEVELS, DATA_VEC, DATA_ROWS, WIDE,
+                )  # fmt: skip
+                inverse = exp(-2.0 * tl.load(element_sigma + ls_at, inside, 0.0).to(ACC))
                 g = a * (e * inverse)
                 if g_element_sigma is not None:
                     g_ls = a * (1.0 - e * (e * inverse))
@@ -172,14 +176,15 @@ def elbo_grads(
             # shapes
             inputs.batch, data_programs, latent_programs,
             *map(stride_of, grad_outputs), stride_of(knobs.log_sigma), stride_of(knobs.beta),
-            d.length, stride("recon", d), stride("target", d), stride("log_sigma", d), d.chunks, d.per_chunk,
+            d.length, stride("recon", d), stride("target", d), d.chunks, d.per_chunk,
+            inputs.log_sigma_stride(d), *inputs.inside.arguments(),
             k.length, stride("mu", k), stride("logvar", k), stride("prior_mu", k), stride("prior_logvar", k),
             k.chunks, k.per_chunk,
             # what there is
             HAS_GRAD_LOSS=grad_outputs[0] is not None, HAS_GRAD_DISTORTION=grad_outputs[1] is not None,
             HAS_GRAD_RATE=grad_outputs[2] is not None, **knobs.present(), HAS_THROUGH=through is not None,
             LOG_SIGMA_EACH=each(knobs.log_sigma), BETA_EACH=each(knobs.beta),
-            PRIOR=inputs.prior_mu is not None, FREE_BITS=knobs.free_bits > 0,
+            LEVELS=len(inputs.inside.levels), PRIOR=inputs.prior_mu is not None, FREE_BITS=knobs.free_bits > 0,
             ACC=inputs.triton_dtype, WIDE=inputs.wide,
             # tunables
             DATA_VEC=d.vec, DATA_ROWS=d.rows, DATA_COLS=d.cols,

@@ -28,6 +28,21 @@ def columns(tile, COLS: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def log_sigma_at(
+    first_row, cols, stride, divisor0, size0, stride0, divisor1, size1, stride1,
+    LEVELS: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Where a tile's log σ lie, if σ varies inside a sample: as the data, or by the strides of `_layout.Inside`."""
+    if LEVELS == 0:
+        return row_offsets(first_row, stride * VEC, ROWS, WIDE) + cols
+    else:
+        inside = cols // divisor0 % size0 * stride0
+        if LEVELS == 2:
+            inside += cols // divisor1 % size1 * stride1
+        return row_offsets(first_row, stride, ROWS, WIDE) + inside
+
+
+@triton.jit
 def elbo_stats_kernel(
     # inputs; samples are dense, `stride` apart. Lengths and strides count in units of VEC elements (see Tiles).
     recon, target, log_sigma, mu, logvar, prior_mu, prior_logvar,
@@ -36,10 +51,12 @@ def elbo_stats_kernel(
     s_partials, kl_partials, clamped_partials,
     # shapes
     batch, data_programs,
-    dims, recon_stride, target_stride, log_sigma_stride, data_chunks, data_tiles,
+    dims, recon_stride, target_stride, data_chunks, data_tiles,
+    log_sigma_stride, divisor0, size0, stride0, divisor1, size1, stride1,
     latents, mu_stride, logvar_stride, prior_mu_stride, prior_logvar_stride, latent_chunks, latent_tiles,
     # what there is
-    ELEMENT: tl.constexpr, PRIOR: tl.constexpr, FREE_BITS: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+    ELEMENT: tl.constexpr, LEVELS: tl.constexpr, PRIOR: tl.constexpr, FREE_BITS: tl.constexpr,
+    ACC: tl.constexpr, WIDE: tl.constexpr,
     # tunables
     DATA_VEC: tl.constexpr, DATA_ROWS: tl.constexpr, DATA_COLS: tl.constexpr,
     LATENT_VEC: tl.constexpr, LATENT_ROWS: tl.constexpr, LATENT_COLS: tl.constexpr,
@@ -57,8 +74,11 @@ def elbo_stats_kernel(
             inside = (rows < batch)[:, None] & (cols < dims * DATA_VEC)
             e = tl.load(recon + r_at + cols, inside, 0.0).to(ACC) - tl.load(target + t_at + cols, inside, 0.0).to(ACC)
             if ELEMENT:
-                ls_at = row_offsets(first, log_sigma_stride * DATA_VEC, DATA_ROWS, WIDE)
-                ls = tl.load(log_sigma + ls_at + cols, inside, 0.0).to(ACC)
+                ls_at = log_sigma_at(
+                    first, cols, log_sigma_stride, divisor0, size0, stride0, divisor1, size1, stride1,
+                    LEVELS, DATA_VEC, DATA_ROWS, WIDE,
+                )  # fmt: skip
+                ls = tl.load(log_sigma + ls_at, inside, 0.0).to(ACC)
                 total += e * e * exp(-2.0 * ls) + 2.0 * ls
             else:
                 total += e * e
@@ -123,11 +143,13 @@ def elbo_stats(inputs, free_bits: float) -> Partials:
             s, rate, clamped,
             # shapes
             inputs.batch, data_programs,
-            d.length, stride("recon", d), stride("target", d), stride("log_sigma", d), d.chunks, d.per_chunk,
+            d.length, stride("recon", d), stride("target", d), d.chunks, d.per_chunk,
+            inputs.log_sigma_stride(d), *inputs.inside.arguments(),
             k.length, stride("mu", k), stride("logvar", k), stride("prior_mu", k), stride("prior_logvar", k),
             k.chunks, k.per_chunk,
             # what there is
-            ELEMENT=inputs.log_sigma is not None, PRIOR=inputs.prior_mu is not None, FREE_BITS=free_bits > 0,
+            ELEMENT=inputs.log_sigma is not None, LEVELS=len(inputs.inside.levels),
+            PRIOR=inputs.prior_mu is not None, FREE_BITS=free_bits > 0,
             ACC=inputs.triton_dtype, WIDE=inputs.wide,
             # tunables
             DATA_VEC=d.vec, DATA_ROWS=d.rows, DATA_COLS=d.cols,

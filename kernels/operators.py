@@ -52,9 +52,12 @@ def grads(
 
     # log σ that is broadcast gets the gradient of every element, which is then summed in PyTorch's fixed order.
     broadcast = element is not None and element.shape != recon.shape
-    full = element.expand(recon.shape).to(inputs.dtype) if broadcast else element
+    if broadcast and wanted[4]:
+        of_element = Output(inputs.recon, inputs.recon, inputs.dtype)
+    else:
+        of_element = output(4, element, inputs.recon)
     outputs = Outputs(
-        output(0, recon, inputs.recon), output(1, target, inputs.recon), output(4, full, inputs.recon),
+        output(0, recon, inputs.recon), output(1, target, inputs.recon), of_element,
         output(2, mu, inputs.mu), output(3, logvar, inputs.mu),
         output(5, prior_mu, inputs.mu), output(6, prior_logvar, inputs.mu),
     )  # fmt: skip

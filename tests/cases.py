@@ -34,6 +34,7 @@ MODES: dict[str, Callable[[int, tuple[int, ...], tuple[int, ...]], dict[str, Any
     "learned-channel-image": lambda b, d, k: {"log_sigma": torch.randn(b, d[0], *[1] * (len(d) - 1)) * 0.3},
     "learned-map": lambda b, d, k: {"log_sigma": torch.randn(1, *d[1:]) * 0.3},
     "learned-last": lambda b, d, k: {"log_sigma": torch.randn(1, *[1] * (len(d) - 1), d[-1]) * 0.3},
+    "learned-rows": lambda b, d, k: {"log_sigma": torch.randn(1, *d[:1], *[1] * (len(d) - 2), *d[1:][-1:]) * 0.3},
     "learned-data": lambda b, d, k: {"log_sigma": torch.randn(1, *d) * 0.3},
     "learned-pixel": lambda b, d, k: {"log_sigma": torch.randn(b, *d) * 0.3},
     "beta": lambda b, d, k: {"beta": 4.0},
@@ -46,7 +47,8 @@ MODES: dict[str, Callable[[int, tuple[int, ...], tuple[int, ...]], dict[str, Any
     "prior-shared": lambda b, d, k: {"prior": (torch.randn(k), torch.randn(k) * 0.3), "free_bits": 0.2},
 }
 INSIDE_A_SAMPLE = [
-    "learned-channel", "learned-channel-image", "learned-map", "learned-last", "learned-data", "learned-pixel",
+    "learned-channel", "learned-channel-image", "learned-map", "learned-last", "learned-rows", "learned-data",
+    "learned-pixel",
 ]  # fmt: skip
 
 

@@ -104,7 +104,7 @@ def calls() -> dict[str, Call]:
     per_sample = ("softclip", "free-bits", "per-image-softclip", "learned", "learned-image", "beta-sample", "optimal")
     reduced = (
         "learned-pixel", "prior-shared", "softclip", "floor", "capacity-above", "capacity", "learned-channel",
-        "beta-tensor",
+        "learned-rows", "learned-channel-image", "beta-tensor",
     )  # fmt: skip
     return {
         **{f"{mode}, none": Call(mode, "none", **small) for mode in per_sample},

@@ -78,6 +78,13 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "g_logvar_without_its_half": (GRADS, "(b * 0.5 * stretch)", "(b * stretch)"),
     "2_log_sigma_is_left_out": (STATS, "exp(-2.0 * ls) + 2.0 * ls", "exp(-2.0 * ls)"),
     "a_series_too_short": (MATH, "18 if t.dtype", "8 if t.dtype"),
+    # σ inside a sample
+    "one_level_of_log_sigma_only": (STATS, "if LEVELS == 2:", "if LEVELS == 3:"),
+    "log_sigma_does_not_wrap": (STATS, "cols // divisor0 % size0 * stride0", "cols // divisor0 * stride0"),
+    "one_log_sigma_for_a_run": (STATS, "cols // divisor0 % size0", "cols * 0 % size0"),
+    "the_samples_log_sigma_is_the_first_ones": (
+        STATS, "row_offsets(first_row, stride, ROWS, WIDE) + inside", "row_offsets(first_row, 0, ROWS, WIDE) + inside",
+    ),
     # σ and the rate
     "no_coupling_by_sigma_for_unequal_weights": (FINALIZE, "error += tl.load(through)", "error += 0.0"),
     "no_coupling_by_sigma_for_equal_weights": (

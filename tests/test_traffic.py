@@ -38,6 +38,28 @@ def log() -> list[Launch]:
     return executor.LOG
 
 
+def moved_since(log: list[Launch], before: int) -> tuple[dict[str, int], dict[str, Counter[str]]]:
+    """Bytes read and written by each kernel, and all its counts."""
+    done: dict[str, Counter[str]] = {}
+    for name, _, _, counts in log[before:]:
+        done.setdefault(name.removesuffix("_kernel"), Counter()).update(counts)
+    return {name: c["read_bytes"] + c["written_bytes"] for name, c in done.items()}, done
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 1), (1, 128, 1), (2, 3, 1, 1)], ids=str)
+def test_a_broadcast_sigma_is_read_where_it_lies(shape: tuple[int, ...], log: list[Launch]) -> None:
+    """Forward reads 2N, and no copy of log σ as large as the data, with which it would be 3N."""
+    target = torch.randn(2, 3, 128, 64)
+    recon = target + 0.3 * torch.randn(2, 3, 128, 64)
+    before = len(log)
+    with fused_elbo.backend("triton"):
+        fused_elbo.gaussian_nll(recon, target, log_sigma=torch.zeros(shape))
+    moved, _ = moved_since(log, before)
+    n = recon.numel() * recon.element_size()
+    assert list(moved) == ["elbo_stats", "elbo_finalize"]
+    assert 2.0 <= moved["elbo_stats"] / n <= 2.1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("batch", "dims"), [(16, 1024), (8, 2048), (7, 3072), (6, 4096), (3, 12288)])
 def test_a_step_moves_five_times_its_data(batch: int, dims: int, dtype: torch.dtype, log: list[Launch]) -> None:
@@ -48,11 +70,8 @@ def test_a_step_moves_five_times_its_data(batch: int, dims: int, dtype: torch.dt
     with fused_elbo.backend("triton"):
         torch.autograd.grad(decoupled_elbo(recon, target, mu, logvar).loss, [recon, mu, logvar])
 
-    done: dict[str, Counter[str]] = {}
-    for name, _, _, counts in log[before:]:
-        done.setdefault(name.removesuffix("_kernel"), Counter()).update(counts)
+    moved, done = moved_since(log, before)
     assert list(done) == ["elbo_stats", "elbo_finalize", "elbo_grads"]
-    moved = {name: c["read_bytes"] + c["written_bytes"] for name, c in done.items()}
     n, latents = recon.numel() * recon.element_size(), mu.numel() * mu.element_size()
     ratio = sum(moved.values()) / (5 * n + 6 * latents)
     used = {name: moved[name] / (SECTOR * done[name]["sectors"]) for name in ("elbo_stats", "elbo_grads")}
