@@ -15,7 +15,9 @@ def pytest_collection(session: pytest.Session) -> None:
     """Where Triton runs on CPU tensors, its kernels stand behind the operators in place of the C++ ones, so that vmap,
     torch.compile and the tests of the operators run on them too."""
     if backends.triton.runs_on_cpu():
-        backends.cpp._failure = BackendUnavailable("Triton's kernels have the place of the C++ ones in this run.")
+        backends.cpp.library.failure = BackendUnavailable(
+            "Triton's kernels have the place of the C++ ones in this run."
+        )
         ops.register(backends.triton.operators(), "CPU")
         backends.dispatched["cpu"] = "triton"
 
