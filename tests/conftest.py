@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from workshop import Workshop
 
 import fused_elbo
 from fused_elbo import BackendUnavailable, backends, ops
@@ -66,6 +68,20 @@ def poison() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
+    return Workshop(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The C++ and CUDA backends as in a process that has not asked for them yet."""
+    for library in (backends.cpp.library, backends.cuda.library):
+        monkeypatch.setattr(library, "loaded", None)
+        monkeypatch.setattr(library, "failure", None)
+    monkeypatch.setattr(backends.cuda, "_operators", None)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import torch
 
 from fused_elbo import build as builder
-from fused_elbo.backends.base import BackendUnavailable, Status
+from fused_elbo.backends.base import BackendUnavailable
 from fused_elbo.backends.library import Library
 
 # Whose tensors the operators take. The tests have a library for CPU tensors: they say so here and in `library.loaded`.

@@ -1,4 +1,4 @@
-"""A compiled library that registers operators: the packaged one, or one built here; loaded once, a failure remembered."""
+"""A compiled library that registers operators: packaged or built here, loaded once, a failure remembered."""
 
 from __future__ import annotations
 
