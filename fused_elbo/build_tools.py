@@ -58,9 +58,9 @@ class Compiler:
     variable: str = "CXX"  # which names another one
 
     def __str__(self) -> str:
-        if "nvcc" in self.version:  # "Cuda compilation tools, release 13.0, V13.0.88" is its fourth line
-            release = (line for line in self.version.splitlines() if "release" in line)
-            return f"nvcc, {next(release, '').partition('tools, ')[2]}"
+        for line in self.version.splitlines():
+            if line.startswith("Cuda compilation tools, "):  # nvcc's fourth
+                return line.replace("Cuda compilation tools", "nvcc")
         return self.version.partition("\n")[0]
 
 

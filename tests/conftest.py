@@ -25,11 +25,13 @@ def pytest_collection(session: pytest.Session) -> None:
 
 
 def present() -> list[str]:
-    """Asked for when tests are collected, since a plugin may bring Triton a driver for the CPU. Where Triton runs on
-    CPU tensors, slowly, the run is about Triton."""
+    """The backends for tensors of the default device. Asked for when tests are collected, since a plugin may bring
+    Triton a driver for the CPU. Where Triton runs on CPU tensors, slowly, the run is about Triton."""
     if backends.triton.runs_on_cpu():
         return ["triton"]
-    return [status.name for status in backends.statuses() if status.ready]
+    device = torch.get_default_device().type
+    serves = {"triton": "cuda", "cuda": backends.cuda.device, "cpp": "cpu", "reference": device}
+    return [status.name for status in backends.statuses() if status.ready and serves[status.name] == device]
 
 
 def pytest_report_collectionfinish() -> list[str]:
