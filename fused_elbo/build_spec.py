@@ -125,12 +125,15 @@ _NAMED = {
 }
 
 
-def architectures() -> tuple[str, ...]:
-    """What to compile for, as in TORCH_CUDA_ARCH_LIST ("8.0", "9.0a", "10.0+PTX"): what that says, else the GPUs here.
+def architectures(default: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """What to compile for, as in TORCH_CUDA_ARCH_LIST ("8.0", "9.0a", "10.0+PTX"): what that says, else the default,
+    else the GPUs here.
 
-    Raises BackendUnavailable where neither says anything, or the variable cannot be read.
+    Raises BackendUnavailable where none of them says anything, or the variable cannot be read.
     """
     listed = Settings.read().cuda_arch_list
+    if not listed and default:
+        return default
     if not listed:
         if not torch.cuda.is_available():
             raise BackendUnavailable(
@@ -151,14 +154,15 @@ def architectures() -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def cuda_spec() -> BuildSpec:
-    """The CUDA library, for `architectures()`. It builds where torch has no CUDA, and cannot be loaded there."""
-    archs = architectures()
+def cuda_spec(default: tuple[str, ...] = ()) -> BuildSpec:
+    """The CUDA library, for `architectures(default)`. It builds where torch has no CUDA, and cannot be loaded there."""
+    sources = _sources("cuda/*.cu") + _sources("cuda/*.cpp")
+    archs = architectures(default)
     numbers = [arch.removesuffix("+PTX").replace(".", "") for arch in archs]
     ptx = [number for arch, number in zip(archs, numbers, strict=True) if arch.endswith("+PTX")]
     return BuildSpec(
         name="fused_elbo_cuda",
-        parts=(Part("cuda", _sources("cuda/*.cu") + _sources("cuda/*.cpp")),),
+        parts=(Part("cuda", sources),),
         cflags=(
             "-O3",
             _CXX17,

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from workshop import Workshop, finish, needs_compiler, python
+from workshop import USE, Workshop, finish, needs_compiler, python
 
 from fused_elbo import build as builder
 from fused_elbo.backends import cpp
@@ -107,24 +107,6 @@ def test_a_remembered_failure_does_not_keep_the_caller_s_tensors(
 
     assert call()() is None  # the first failure
     assert call()() is None  # and a remembered one
-
-
-USE = """
-    import warnings, torch
-    warnings.simplefilter("always")
-    from fused_elbo import decoupled_elbo
-    torch.manual_seed(0)
-    recon, x = torch.rand(4, 3, 5, requires_grad=True), torch.rand(4, 3, 5)
-    mu, logvar = torch.randn(4, 2, requires_grad=True), torch.randn(4, 2, requires_grad=True)
-    for _ in range(3):
-        decoupled_elbo(recon, x, mu, logvar, beta=4.0).loss.backward()
-    mse = torch.nn.functional.mse_loss(recon, x)
-    kl = 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum() / 4
-    expected = torch.autograd.grad(15 / 2 * mse.log() + 4 * kl, (recon, mu, logvar))
-    for leaf, gradient in zip((recon, mu, logvar), expected):
-        torch.testing.assert_close(leaf.grad, 3 * gradient)
-    print("right")
-"""
 
 
 def test_without_a_compiler_the_reference_serves_with_one_warning(shop: Workshop) -> None:

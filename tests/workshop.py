@@ -117,3 +117,22 @@ def build_script(shop: Workshop, gate: Path | None = None) -> str:
             "print(library.one() + library.two())",
         ]
     )
+
+
+# A step of the loss on whatever backend serves, against the formula; every warning is shown.
+USE = """
+    import warnings, torch
+    warnings.simplefilter("always")
+    from fused_elbo import decoupled_elbo
+    torch.manual_seed(0)
+    recon, x = torch.rand(4, 3, 5, requires_grad=True), torch.rand(4, 3, 5)
+    mu, logvar = torch.randn(4, 2, requires_grad=True), torch.randn(4, 2, requires_grad=True)
+    for _ in range(3):
+        decoupled_elbo(recon, x, mu, logvar, beta=4.0).loss.backward()
+    mse = torch.nn.functional.mse_loss(recon, x)
+    kl = 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum() / 4
+    expected = torch.autograd.grad(15 / 2 * mse.log() + 4 * kl, (recon, mu, logvar))
+    for leaf, gradient in zip((recon, mu, logvar), expected):
+        torch.testing.assert_close(leaf.grad, 3 * gradient)
+    print("right")
+"""
