@@ -55,6 +55,12 @@ torch.save(values, sys.argv[3])
 """
 
 
+def capabilities() -> list[str]:
+    """What ATEN_CPU_CAPABILITY can be on this machine."""
+    levels = ["default", "avx2", "avx512"]
+    return levels[: levels.index(torch.backends.cpu.get_cpu_capability().lower()) + 1]
+
+
 def of_each_instruction_set(folder: Path, program: str = sys.executable) -> dict[str, list[torch.Tensor]]:
     """Outputs and gradients by PyTorch's name for it, for all that this machine has. (PyTorch's switch also changes
     torch.randn, so the inputs are made once.)"""
@@ -62,12 +68,10 @@ def of_each_instruction_set(folder: Path, program: str = sys.executable) -> dict
     calls = [Call(mode, data=(3, 11, 13), latent=(70,), dtype=dtype) for mode in MODES for dtype in dtypes]
     torch.save(calls, folder / "calls.pt")
     results = {}
-    levels = ["default", "avx2", "avx512"]
-    levels = levels[: levels.index(torch.backends.cpu.get_cpu_capability().lower()) + 1]
-    for capability in levels:
+    for capability in capabilities():
         paths = (str(HERE), str(folder / "calls.pt"), str(folder / f"{capability}.pt"))
         environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
-        subprocess.run([program, "-c", RUN, *paths], check=True, env=environment)
+        subprocess.run([program, "-c", RUN, *paths], check=True, env=environment, cwd=folder)
         results[capability] = torch.load(paths[-1])
     return results
 
