@@ -85,15 +85,15 @@ class Library:
                 refusal = f"{packaged} does not load: {error.__cause__ or error}; and to build another, "
         try:
             target = builder.build(self._spec())
+        except BackendUnavailable as error:
+            raise BackendUnavailable(refusal + error.reason, error.remedy) if refusal else error
+        try:
             torch.ops.load_library(target.library)
         except OSError as error:
             raise BackendUnavailable(
                 f"{target.library} does not load: {error.__cause__ or error}.",
                 "Delete its folder to have it built anew; where the disk is mounted noexec, set FUSED_ELBO_CACHE_DIR.",
             ) from error
-        except BackendUnavailable as error:
-            error.reason = refusal + error.reason
-            raise
         return _origin(target)
 
     def _packaged(self) -> Path | None:
