@@ -86,7 +86,9 @@ class Library:
         try:
             target = builder.build(self._spec())
         except BackendUnavailable as error:
-            raise BackendUnavailable(refusal + error.reason, error.remedy) if refusal else error
+            if not refusal:
+                raise
+            raise BackendUnavailable(refusal + error.reason, error.remedy) from error
         try:
             torch.ops.load_library(target.library)
         except OSError as error:
