@@ -22,7 +22,7 @@ def packaged(shop: Workshop, monkeypatch: pytest.MonkeyPatch, unloaded: None) ->
     folder.mkdir()
     monkeypatch.setattr(library, "PACKAGED", folder)
     monkeypatch.setattr(builder, "cpu_spec", lambda: shop.spec)
-    monkeypatch.setattr(cpp.library, "_level", lambda path: "; told")
+    monkeypatch.setattr(cpp.library, "chosen", lambda path: "told")
     (folder / "fused_elbo_cpu.txt").write_text("baseline\n")
     return folder / "fused_elbo_cpu.so"
 
@@ -38,14 +38,14 @@ def test_it_is_preferred(shop: Workshop, packaged: Path) -> None:
     assert cpp.status().detail == f"{packaged} (packaged)"
     cpp.load()
     assert str(packaged) in torch.ops.loaded_libraries
-    assert cpp.status().detail == f"{packaged} (packaged; told)"
+    assert cpp.status().detail == f"{packaged} (told)"
     assert not shop.calls()
 
 
 @needs_compiler
 def test_one_for_other_machines_is_left_alone(shop: Workshop, packaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packaged.write_text("no library: nobody may try to load it")
-    monkeypatch.setattr(cpp.library, "_fits", lambda label: label != "baseline")
+    monkeypatch.setattr(cpp.library, "fits", lambda label: label != "baseline")
     cpp.load()
     assert str(builder.build(shop.spec).library) in cpp.status().detail
 

@@ -9,13 +9,19 @@ from fused_elbo import build as builder
 from fused_elbo.backends.library import Library
 
 
-def _level(path: Path) -> str:
-    """Which instruction set a packaged library chose: csrc/cpu/library.cpp."""
-    chosen = ctypes.CDLL(str(path)).fused_elbo_cpu_level
-    chosen.restype = ctypes.c_char_p
-    return f"; {chosen().decode()}"
+class _Cpp(Library):
+    name, stem = "cpp", "fused_elbo_cpu"
+
+    def spec(self) -> builder.BuildSpec:
+        return builder.cpu_spec()
+
+    def chosen(self, path: Path) -> str:
+        """The instruction set: csrc/cpu/library.cpp."""
+        level = ctypes.CDLL(str(path)).fused_elbo_cpu_level
+        level.restype = ctypes.c_char_p
+        return f"packaged; {level().decode()}"
 
 
-library = Library("cpp", "fused_elbo_cpu", lambda: builder.cpu_spec(), level=_level)
+library = _Cpp()
 load = library.load
 status = library.status

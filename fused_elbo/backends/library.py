@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,29 +16,36 @@ PACKAGED = Path(__file__).resolve().parent.parent / "lib"
 
 
 class Library:
-    """What one backend's operators are loaded from.
-
-    name: the backend's. stem: the library's, as in the spec. spec: what is built where no packaged library fits.
-    check: raises BackendUnavailable where no library can be of use; asked first. fits: whether a packaged library
-    can serve here, by the label of its spec. level: what a loaded library, given as its path, chose for this machine.
+    """What one backend's operators are loaded from. A backend says what is its own by overriding what is below `name`.
 
     `loaded` says where the operators come from, once they are there, and `failure` why they are not.
     """
 
-    def __init__(
-        self,
-        name: str,
-        stem: str,
-        spec: Callable[[], builder.BuildSpec],
-        check: Callable[[], None] = lambda: None,
-        fits: Callable[[str], bool] = lambda label: True,
-        level: Callable[[Path], str] = lambda path: "",
-    ) -> None:
-        self.name, self.stem = name, stem
-        self._spec, self._check, self._fits, self._level = spec, check, fits, level
+    name: str  # the backend's
+    stem: str  # the library's, as in its spec
+
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self.loaded: str | None = None
         self.failure: BackendUnavailable | None = None
+
+    def spec(self) -> builder.BuildSpec:
+        """What is built where no packaged library can serve."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raise BackendUnavailable where no library can be of use; asked before anything is built."""
+
+    def fits(self, label: str) -> bool:
+        """Whether a packaged library can serve here, by the label of its spec."""
+        return True
+
+    def chosen(self, path: Path) -> str:
+        """What a packaged library, now loaded, chose for this machine, or that it is packaged."""
+        return "packaged"
+
+    def probe(self) -> None:
+        """Raise BackendUnavailable where the operators, now loaded, do not run."""
 
     def load(self) -> None:
         """Registers the operators with PyTorch's dispatcher, once; the first call ever may compile them.
@@ -50,7 +56,9 @@ class Library:
         with self._lock:
             if self.loaded is None and self.failure is None:
                 try:
-                    self.loaded = self._load()
+                    loaded = self._load()
+                    self.probe()
+                    self.loaded = loaded
                 except BackendUnavailable as error:
                     self.failure = copy.copy(error)
         if self.failure is not None:
@@ -64,10 +72,10 @@ class Library:
                 self.load()
             if self.loaded is not None:
                 return Status(self.name, True, self.loaded)
-            self._check()
+            self.check()
             if packaged := self._packaged():
                 return Status(self.name, True, f"{packaged} (packaged)")
-            target = builder.resolve(self._spec())
+            target = builder.resolve(self.spec())
         except BackendUnavailable as error:
             return Status(self.name, False, error.reason, error.remedy)
         if not target.library.exists():
@@ -75,16 +83,16 @@ class Library:
         return Status(self.name, True, _origin(target))
 
     def _load(self) -> str:
-        self._check()
+        self.check()
         packaged, refusal = self._packaged(), ""
         if packaged:
             try:
                 torch.ops.load_library(packaged)
-                return f"{packaged} (packaged{self._level(packaged)})"
+                return f"{packaged} ({self.chosen(packaged)})"
             except OSError as error:  # an older glibc or torch than it was made for; one that is built here may do
                 refusal = f"{packaged} does not load: {error.__cause__ or error}; and to build another, "
         try:
-            target = builder.build(self._spec())
+            target = builder.build(self.spec())
         except BackendUnavailable as error:
             if not refusal:
                 raise
@@ -101,7 +109,7 @@ class Library:
     def _packaged(self) -> Path | None:
         path = PACKAGED / f"{self.stem}.so"
         label = path.with_suffix(".txt")  # beside it
-        return path if path.exists() and self._fits(label.read_text().strip()) else None
+        return path if path.exists() and self.fits(label.read_text().strip()) else None
 
 
 def _origin(target: builder.Target) -> str:
