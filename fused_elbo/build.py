@@ -2,7 +2,7 @@
 
     library = build(cpu_spec()).library
 
-Layout of the cache, one folder for each key (see `resolve`: PyTorch, machine, flags and sources; then the compiler):
+Layout of the cache, one folder for each key (PyTorch, machine, flags, sources and headers; then the compiler):
 
     <cache>/fused_elbo_cpu-torch2.13.0-avx512-0123456789abcdef-0123456789abcdef/
         fused_elbo_cpu.so     appears by one atomic rename, so that what has this name is whole
@@ -47,7 +47,7 @@ __all__ = ["BuildFailed", "BuildSpec", "Settings", "Target", "build", "cpu_spec"
 
 # torch.utils.cpp_extension would know the include folders too, but imports setuptools (0.1 s) to say so.
 _TORCH = Path(torch.__file__).resolve().parent
-_SOURCE_SUFFIXES = {".h", ".hpp", ".cuh", ".inc", ".c", ".cc", ".cpp", ".cu"}
+_HEADERS = {"C++": {".h", ".hpp", ".inc"}, "CUDA": {".h", ".hpp", ".inc", ".cuh"}}
 _LOCK_TIMEOUT = 600.0  # seconds; only a builder that is alive, but stuck or stopped, can hold the lock for so long
 
 
@@ -142,7 +142,8 @@ def _make_private(cache_dir: Path) -> None:
 
 def _key(spec: BuildSpec) -> str:
     """A hash over everything that the library's bytes depend on, but the compiler."""
-    files = [path for path in spec.root.rglob("*") if path.suffix in _SOURCE_SUFFIXES]
+    files = {path for path in spec.root.rglob("*") if path.suffix in _HEADERS[spec.language]}
+    files |= {spec.root / source for part in spec.parts for source in part.sources}
     versions = [torch.__version__, torch.version.git_version]
     # A home may be shared by unlike machines. The ninja file names every flag and every folder.
     return digest([versions, sys.platform, platform.machine(), ninja_file(spec, ()), digests(files, spec.root)])

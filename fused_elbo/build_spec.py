@@ -67,7 +67,7 @@ def cpu_spec(levels: tuple[str, ...] = ()) -> BuildSpec:
     """The CPU library, for this machine's instruction set, or for several of INSTRUCTION_SETS.
 
     With several, csrc/cpu/library.cpp chooses when it is loaded. At first use the machine is known, and one instruction
-    set is compiled: all three would take 2.5 times as long.
+    set is compiled: all three take three times as long.
     """
     levels = levels or (instruction_set(),)
     return BuildSpec(

@@ -187,6 +187,8 @@ def test_key_changes_with_nothing_else(shop: Workshop, monkeypatch: pytest.Monke
     before = shop.key()
     os.utime(shop.root / "one.cpp", (0, 0))
     shop.write("README.md", "no source")
+    shop.write("other.cpp", "not one of the spec's sources\n")
+    shop.write("device.cuh", "no C++ includes it\n")
     shop.compiler(before="true")  # another file, the same --version
     monkeypatch.setenv("MAX_JOBS", "7")
     monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")

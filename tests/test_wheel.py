@@ -18,10 +18,14 @@ from isa_check import WIDER, needs_binutils, trespassers
 from test_determinism import capabilities, of_each_instruction_set
 from workshop import USE, Workshop, needs_compiler
 
+from fused_elbo import BackendUnavailable, build_spec
 from fused_elbo import build as builder
-from fused_elbo import build_spec
 
 REPO = Path(__file__).parent.parent
+sys.path.insert(0, str(REPO / "tools"))
+
+import make_wheel  # noqa: E402
+
 LINUX = sys.platform == "linux"
 needs_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="the instruction sets are x86's")
 pytestmark = needs_compiler
@@ -179,3 +183,26 @@ def test_the_packaged_kernels_give_the_same_bits_on_every_instruction_set(
     for capability, values in results.items():
         for got, true in zip(values, results["default"], strict=True):
             assert torch.equal(got, true), capability
+
+
+def test_the_cuda_library_comes_along_where_nvcc_is(
+    shop: Workshop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def build(spec: build_spec.BuildSpec) -> builder.Target:
+        if spec.language == "CUDA" and failure:
+            raise failure[0]
+        return builder.Target(spec, None, shop.folder)
+
+    failure: list[BackendUnavailable] = []
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(builder, "build", build)
+    both = make_wheel.libraries(cpu_only=False)
+    assert [target.spec.name for target in both] == ["fused_elbo_cpu", "fused_elbo_cuda"]
+    assert both[1].spec.label == "sm_75+sm_80+sm_90+sm_100+sm_120+compute_120"
+    assert len(make_wheel.libraries(cpu_only=True)) == 1
+    failure.append(BackendUnavailable("nvcc was not found."))
+    assert len(make_wheel.libraries(cpu_only=False)) == 1
+    assert capsys.readouterr().out == "The CUDA library is left out: nvcc was not found.\n"
+    failure[0] = builder.BuildFailed("it does not compile.")
+    with pytest.raises(builder.BuildFailed):  # no wheel is better than one that lacks what was meant to be in it
+        make_wheel.libraries(cpu_only=False)

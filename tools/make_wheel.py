@@ -37,11 +37,8 @@ def libraries(cpu_only: bool) -> list[build.Target]:
     built = [build.build(build.cpu_spec(LEVELS))]
     if cpu_only:
         return built
-    cuda = build.cuda_spec(default=ARCHITECTURES)
-    if not cuda.parts[0].sources:  # TODO: goes when csrc/cuda is there
-        return built
     try:
-        built.append(build.build(cuda))
+        built.append(build.build(build.cuda_spec(default=ARCHITECTURES)))
     except build.BuildFailed:  # nvcc is there, and refuses
         raise
     except BackendUnavailable as error:
