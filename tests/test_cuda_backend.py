@@ -6,6 +6,7 @@ There need be no GPU: operators on the CPU stand in for the library's.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -112,6 +113,23 @@ def test_triton_then_cuda_then_the_reference(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.warns(RuntimeWarning, match=r"no Triton\. And no nvcc\."):
         assert not backends.load_for("cuda")
     assert not backends.load_for("cuda")  # a second warning would be an error
+
+
+def test_a_triton_that_cannot_be_imported_is_none(tmp_path: Path) -> None:
+    package = tmp_path / "triton"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('libtriton.so: undefined symbol')\n")
+    out, _ = finish(
+        python(
+            f"""
+            import sys
+            sys.path.insert(0, {str(tmp_path)!r})
+            from fused_elbo import backends
+            print(backends.triton.runs_on_cpu(), backends.triton.status())
+            """
+        )
+    )
+    assert out.startswith("None Status(name='triton', ready=False, detail='Triton cannot be imported: libtriton.so")
 
 
 def test_a_gpu_too_old_for_triton_is_cuda_s(monkeypatch: pytest.MonkeyPatch) -> None:
