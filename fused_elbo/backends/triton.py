@@ -22,10 +22,8 @@ def operators() -> ModuleType:
         raise BackendUnavailable("Triton is not installed.", "Install it: pip install triton (Linux).")
     try:
         from fused_elbo.kernels import operators as loaded
-    except ImportError as error:  # another Python's, or a driver's library that is missing
-        raise BackendUnavailable(
-            f"Triton cannot be imported: {error}.", "Install it anew: pip install triton"
-        ) from error
+    except ImportError as error:  # one for another Python, say
+        raise BackendUnavailable(f"Triton cannot be imported: {error}.", "Install it anew.") from error
     return loaded
 
 
