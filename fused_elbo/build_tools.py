@@ -89,7 +89,8 @@ def _find_nvcc(settings: Settings) -> tuple[str, ...]:
     places = [*(os.path.join(home, "bin") for home in settings.cuda_homes), None, os.path.join(_USUAL_CUDA, "bin")]
     for place in places:  # None: PATH
         if path := shutil.which("nvcc", path=place):
-            return (os.path.abspath(path), "-ccbin", _find_cxx(settings)[0])
+            programs = [found for word in _find_cxx(settings) if (found := shutil.which(word))]
+            return (os.path.abspath(path), "-ccbin", programs[-1])  # of "ccache g++ -O1", g++
     raise BackendUnavailable(
         f"nvcc was not found (tried CUDA_HOME, CUDA_PATH, PATH, {_USUAL_CUDA}).",
         "Install the CUDA toolkit, or name its folder in CUDA_HOME.",

@@ -91,6 +91,7 @@ def test_where_nvcc_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for folder in ("usual", "on_path", "cuda_path", "cuda_home"):  # each comes before those before it
         program = install(folder)
         assert found() == program
+    monkeypatch.setenv("CXX", f"/usr/bin/env {shop.cxx} -O1")
     compiler = build_tools.find_compiler("CUDA", build_tools.Settings.read())
     assert compiler.command[1:] == ("-ccbin", str(shop.cxx))
     assert str(compiler) == "nvcc, release 99.1, V99.1.2"
