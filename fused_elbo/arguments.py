@@ -132,3 +132,13 @@ def of_forward(
         None if capacity_value is None else float(capacity_value),
         index,
     )  # fmt: skip
+
+
+def of_grad_scale(grad_scale: float | Tensor | None, recon: Tensor) -> tuple[Tensor | None, float]:
+    """`step`'s grad_scale and grad_scale_value."""
+    if grad_scale is None:
+        return None, 1.0
+    checks.grad_scale(grad_scale, recon)
+    if isinstance(grad_scale, Tensor):
+        return grad_scale.reshape(()), 1.0
+    return (_on_device(grad_scale, recon), 1.0) if torch.compiler.is_compiling() else (None, float(grad_scale))

@@ -25,15 +25,12 @@ def elbo(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def elbo_backward(
-    *args: Any, grad_scale: float | Tensor | None, retain_graph: bool
+    *args: Any, grad_scale: tuple[Tensor | None, float], retain_graph: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, distortion, rate, sigma), detached, after the backward of grad_scale · loss."""
     _refuse_backward(args[: _BETA + 1])
-    by_tensor = isinstance(grad_scale, Tensor)
-    tensor = grad_scale.reshape(()) if by_tensor else None
-    number = 1.0 if by_tensor or grad_scale is None else float(grad_scale)
-    tensors, values = args[_TENSORS], args[_VALUES]
-    outputs = cast(Any, _Step).apply(*tensors, tensor, *values, number, backends.forced)
+    scale, number = grad_scale
+    outputs = cast(Any, _Step).apply(*args[_TENSORS], scale, *args[_VALUES], number, backends.forced)
     loss = outputs[0].detach()
     # _Step has the gradients and looks at no grad_output: any tensor of the loss's shape spares a launch of ones.
     torch.autograd.backward(outputs[0], loss, retain_graph=retain_graph)
@@ -131,6 +128,5 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        gradients = ctx.gradients
-        del ctx.gradients
+        gradients, ctx.gradients = ctx.gradients, None
         return (*(g if needed else None for g, needed in zip(gradients, ctx.needs, strict=True)), *[None] * 12)

@@ -98,8 +98,6 @@ def capacity(value: object, beta: object, reduction: str, like: Tensor) -> None:
 
 
 def grad_scale(value: object, like: Tensor) -> None:
-    if value is None:
-        return
     if not isinstance(value, Tensor):
         number("grad_scale", value)
         return

@@ -142,8 +142,8 @@ def decoupled_elbo_backward(
         RuntimeError: if no tensor requires a gradient, under torch.no_grad, or inside torch.func's transforms.
 
     It calls backward, so it ends the graph as `loss.backward()` does. If another loss goes back through the same
-    decoder, add it to `decoupled_elbo(…).loss` instead: one backward is cheaper than two. torch.compile breaks its graph
-    here, as it does at `loss.backward()`.
+    decoder, add it to `decoupled_elbo(…).loss` instead: one backward is cheaper than two. torch.compile breaks its
+    graph here, as it does at `loss.backward()`.
 
     >>> x, weight = torch.rand(2, 8), torch.ones(8, requires_grad=True)
     >>> mu, logvar = torch.ones(2, 4, requires_grad=True), torch.zeros(2, 4)
@@ -167,8 +167,8 @@ def decoupled_elbo_backward(
         capacity=capacity,
         reduction=reduction,
     )
-    checks.grad_scale(grad_scale, recon)
-    return _elbo(args, autograd.elbo_backward(*args, grad_scale=grad_scale, retain_graph=retain_graph))
+    scale = arguments.of_grad_scale(grad_scale, recon)
+    return _elbo(args, autograd.elbo_backward(*args, grad_scale=scale, retain_graph=retain_graph))
 
 
 def gaussian_nll(
@@ -222,5 +222,5 @@ def gaussian_kl(
 
 def _elbo(args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> ELBO:
     """`outputs` begin with loss, distortion, rate and sigma; the operators' sigma is empty where it is None here."""
-    varies_inside = args[ops.SIGMA_MODE] == Kind.ELEMENT
-    return ELBO(*outputs[:3], None if varies_inside else outputs[3])
+    loss, distortion, rate, std = outputs[:4]
+    return ELBO(loss, distortion, rate, None if args[ops.SIGMA_MODE] == Kind.ELEMENT else std)

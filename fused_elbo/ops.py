@@ -11,10 +11,10 @@ at once can read the data once. Its loss is one number: `reduction` is not "none
 The rows of stats are S_i, KL_i and Σ_k max(KL_ik, free_bits); the last column is their sum over the batch, all that a σ
 shared by several batches needs. `recon, target` or `mu, logvar` may be absent together. Where σ varies inside a sample,
 log_sigma has as many dimensions as recon, each of recon's size or 1. `sigma_mode` is a `sigma.Kind`, `reduction` an
-index into `reference.REDUCTIONS`. A number may come as a tensor on the device (beta, capacity, log_sigma, grad_scale) or,
-where that is None, as a Python value; the tensor wins. Returned numbers have the compute dtype (fp64 if any input is fp64,
-else fp32); gradients have their input's dtype and the strides of `torch.empty_like(input)`. Outputs that `mask` does
-not ask for, and `sigma` where σ varies inside a sample, have shape (0,).
+index into `reference.REDUCTIONS`. A number may come as a tensor on the device (beta, capacity, log_sigma, and the 0-d
+grad_scale) or, where that is None, as a Python value; the tensor wins. Returned numbers have the compute dtype (fp64 if
+any input is fp64, else fp32); gradients have their input's dtype and the strides of `torch.empty_like(input)`. Outputs
+that `mask` does not ask for, and `sigma` where σ varies inside a sample, have shape (0,).
 
 Registered here: the schemas, the fakes, the vmap rules, and the default implementation. The default gets a device's
 kernels loaded at the first call and then dispatches again, to them; where there are none it runs the reference.
@@ -128,7 +128,7 @@ def step_of(forward: Callable[..., Any], grads: Callable[..., Any]) -> Callable[
     def step(*args: Any) -> tuple[Tensor, ...]:
         tensors, grad_scale, values, grad_scale_value, mask = args[:9], args[9], args[10:-2], args[-2], args[-1]
         *outputs, stats = forward(*tensors, *values)
-        grad_loss = outputs[0].new_full((), grad_scale_value) if grad_scale is None else grad_scale.reshape(())
+        grad_loss = outputs[0].new_full((), grad_scale_value) if grad_scale is None else grad_scale
         return (*outputs, *grads(grad_loss, None, None, *tensors, stats, *values, mask))
 
     return step

@@ -84,5 +84,5 @@ def step(
     *values, grad_scale_value, mask = values_and_mask
     inputs = (recon, target, mu, logvar, log_sigma, prior_mu, prior_logvar, beta, capacity)
     *outputs, stats = forward(*inputs, *values)
-    grad_loss = outputs[0].new_full((), grad_scale_value) if grad_scale is None else grad_scale.reshape(())
+    grad_loss = outputs[0].new_full((), grad_scale_value) if grad_scale is None else grad_scale
     return (*outputs, *grads(grad_loss, None, None, *inputs, stats, *values, mask))
