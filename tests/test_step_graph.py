@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from typing import Any
 
 import pytest
@@ -156,7 +157,13 @@ def test_gradients_are_freed_once_they_are_used(monkeypatch: pytest.MonkeyPatch)
     code, x = torch.ones(2, 6, requires_grad=True), torch.rand(2, 6)
     inner = code * 2
     expired: list[bool] = []
-    inner.register_hook(lambda g: expired.append(made[0].expired()))
+
+    def look(_: Tensor) -> None:
+        if backends.forced == "triton":
+            gc.collect()  # Triton's interpreter holds the arguments of a launch in a cycle
+        expired.append(made[0].expired())
+
+    inner.register_hook(look)
     decoupled_elbo_backward((inner * 3).exp(), x, inner, inner)
     assert expired == [True]
 
