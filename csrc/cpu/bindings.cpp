@@ -274,14 +274,12 @@ TwelveTensors step(
   const Knobs knobs = knobs_of(
       log_sigma, beta, capacity, sigma_mode, softclip, log_sigma_value, min_log_sigma, beta_value, capacity_value,
       reduction);
-  const Tensor stats = run_stats(in);
-  const Stats sums = read_stats(stats);
-  const Outputs out = elbo_finalize(sums, in.data.dims, in.latents.dims, knobs);
   const double scale = grad_scale ? values_of(grad_scale)[0] : in.rounded(grad_scale_value);
-  const Weights weights = elbo_weights(sums, in.data.dims, in.latents.dims, knobs, {{scale}, {}, {}});
   Results results(in, recon, target, mu, logvar, log_sigma, prior_mu, prior_logvar, beta, sigma_mode, mask);
-  (in.is_double ? elbo_grads<double> : elbo_grads<float>)(in.batch, in.data, in.latents, weights, results.spans);
-  return std::tuple_cat(tensors_of(out, in, log_sigma, sigma_mode, reduction), results.finish(weights));
+  const Step step =
+      (in.is_double ? elbo_step<double> : elbo_step<float>)(in.batch, in.data, in.latents, knobs, scale, results.spans);
+  const Outputs out = elbo_finalize(step.stats, in.data.dims, in.latents.dims, knobs);
+  return std::tuple_cat(tensors_of(out, in, log_sigma, sigma_mode, reduction), results.finish(step.weights));
 }
 
 }  // namespace

@@ -3,8 +3,6 @@
 #include "tasks.h"
 
 namespace elbo {
-namespace {
-
 // a_i e, and its negative for the target.
 template <class A>
 void data_gradient(const Data& data, A a, int64_t sample, int64_t chunk, const Gradients& out) {
@@ -24,6 +22,8 @@ void data_gradient(const Data& data, A a, int64_t sample, int64_t chunk, const G
     }
   });
 }
+
+namespace {
 
 // The same where σ varies inside a sample. `log_sigma(first, n, block)` takes the gradient of a block of log σ.
 template <class A, class F>
@@ -163,6 +163,8 @@ void elbo_grads(int64_t batch, const Data& data, const Latents& latents, const W
   });
 }
 
+template void data_gradient<float>(const Data&, float, int64_t, int64_t, const Gradients&);
+template void data_gradient<double>(const Data&, double, int64_t, int64_t, const Gradients&);
 template void elbo_grads<float>(int64_t, const Data&, const Latents&, const Weights&, const Gradients&);
 template void elbo_grads<double>(int64_t, const Data&, const Latents&, const Weights&, const Gradients&);
 

@@ -3,8 +3,6 @@
 #include "tasks.h"
 
 namespace elbo {
-namespace {
-
 template <class A>
 double squared_error(const Data& data, int64_t sample, int64_t chunk) {
   double sum = 0;
@@ -26,6 +24,8 @@ double squared_error(const Data& data, int64_t sample, int64_t chunk) {
   });
   return sum;
 }
+
+namespace {
 
 template <class A, bool Prior>
 void rates(const Latents& latents, int64_t sample, int64_t chunk, double& rate, double& clamped) {
@@ -72,14 +72,11 @@ Stats elbo_stats(int64_t batch, const Data& data, const Latents& latents) {
     (latents.has_prior ? rates<A, true> : rates<A, false>)(latents, sample, chunk, rate[task], clamped[task]);
   });
 
-  const auto per_sample = [batch](const std::vector<double>& partials, int64_t count) {
-    std::vector<double> sums(batch, 0.0);
-    for (int64_t i = 0; i < batch * count; ++i) sums[i / count] += partials[i];
-    return sums;
-  };
-  return {per_sample(s, data_chunks), per_sample(rate, latent_chunks), per_sample(clamped, latent_chunks)};
+  return {sums_of(batch, s), sums_of(batch, rate), sums_of(batch, clamped)};
 }
 
+template double squared_error<float>(const Data&, int64_t, int64_t);
+template double squared_error<double>(const Data&, int64_t, int64_t);
 template Stats elbo_stats<float>(int64_t, const Data&, const Latents&);
 template Stats elbo_stats<double>(int64_t, const Data&, const Latents&);
 
