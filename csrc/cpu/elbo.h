@@ -78,10 +78,6 @@ struct Gradients {
 template <class A>
 Stats elbo_stats(int64_t batch, const Data& data, const Latents& latents);
 
-// One partial sum of S.
-template <class A>
-double squared_error(const Data& data, int64_t sample, int64_t chunk);
-
 Outputs elbo_finalize(const Stats& stats, int64_t data_dims, int64_t latent_dims, const Knobs& knobs);
 
 Weights elbo_weights(
@@ -94,10 +90,6 @@ double own_error_weight(
 template <class A>
 void elbo_grads(
     int64_t batch, const Data& data, const Latents& latents, const Weights& weights, const Gradients& gradients);
-
-// The gradients of recon and target in one chunk, where σ does not vary inside a sample.
-template <class A>
-void data_gradient(const Data& data, A error_weight, int64_t sample, int64_t chunk, const Gradients& gradients);
 
 struct Step {
   Stats stats;  // as read back from a tensor of A

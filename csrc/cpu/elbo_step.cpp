@@ -1,34 +1,41 @@
-// All stages in one call. Where a sample's σ is its own, the gradient of what was just summed is taken while it is in
-// the cache, and the data are read from memory once; the numbers are those of the three stages called one after the
-// other.
+// All stages in one call. Where a sample's σ is its own, a gradient is taken while what was summed for it is in the
+// cache, so that the data are read from memory once. The numbers are those of the stages called one after the other.
+#include "blocks.h"
 #include "elbo.h"
 #include "tasks.h"
 
 namespace elbo {
 namespace {
 
-constexpr int64_t kCache = int64_t{1} << 20;  // bytes of a core's own cache that a sample may fill
+// Bytes of recon and target that a sample may have to stay in a core's own cache: most have 1 MiB or more.
+constexpr int64_t kCache = int64_t{1} << 20;
 
 template <class A>
 double as_stored(double value) {
   return static_cast<A>(value);
 }
 
-// σ is given, so that a chunk's gradient needs no sum: chunk by chunk.
+// σ is given: no gradient waits for a sum, and each block is read, and converted, once.
 template <class A>
 std::vector<double> given_pass(
     int64_t batch, const Data& data, const Knobs& knobs, double grad_scale, const Gradients& out) {
   const int64_t per_sample = chunks(data.dims);
   std::vector<double> partials(batch * per_sample);
   for_chunks(batch, data.dims, [&](int64_t sample, int64_t chunk) {
-    partials[sample * per_sample + chunk] = squared_error<A>(data, sample, chunk);
-    const double a = own_error_weight(sample, 0, batch, data.dims, knobs, grad_scale);
-    data_gradient<A>(data, static_cast<A>(a), sample, chunk, out);
+    const A a = static_cast<A>(own_error_weight(sample, 0, batch, data.dims, knobs, grad_scale));
+    double sum = 0;
+    for_blocks(chunk, data.dims, [&](int64_t first, int64_t n) {
+      with_block<A>(data, sample, first, n, [&](const A* r, const A* t) {
+        sum += squared_error(r, t, n);
+        data_gradient(a, r, t, sample, first, n, out);
+      });
+    });
+    partials[sample * per_sample + chunk] = sum;
   });
   return sums_of(batch, partials);
 }
 
-// σ is the sample's optimum: sample by sample.
+// σ is the sample's optimum: a sample is summed, and then in the cache for its gradient.
 template <class A>
 std::vector<double> image_pass(
     int64_t batch, const Data& data, const Knobs& knobs, double grad_scale, const Gradients& out) {
@@ -36,20 +43,24 @@ std::vector<double> image_pass(
   std::vector<double> s(batch);
   torch::stable::parallel_for(0, batch, std::max<int64_t>(1, kGrain / data.dims), [&](int64_t begin, int64_t end) {
     for (int64_t sample = begin; sample < end; ++sample) {
-      double sum = 0;
-      for (int64_t chunk = 0; chunk < count; ++chunk) sum += squared_error<A>(data, sample, chunk);
-      s[sample] = sum;
-      const double a = own_error_weight(sample, as_stored<A>(sum), batch, data.dims, knobs, grad_scale);
-      for (int64_t chunk = count; chunk-- > 0;) data_gradient<A>(data, static_cast<A>(a), sample, chunk, out);
+      for (int64_t chunk = 0; chunk < count; ++chunk) s[sample] += chunk_sum<A>(data, sample, chunk);
+      const double weight = own_error_weight(sample, as_stored<A>(s[sample]), batch, data.dims, knobs, grad_scale);
+      for (int64_t chunk = count; chunk-- > 0;) {
+        chunk_gradient<A>(data, static_cast<A>(weight), sample, chunk, out);
+      }
     }
   });
   return s;
 }
 
-// Whether whole samples are tasks that fit the cache, and enough of them to keep every thread at work.
+// Whether image_pass is worth it: samples that fit the cache, enough of them to keep every thread at work, and numbers
+// of the width that is computed in. Half-precision data are bound by their conversion, and took up to 1.6 times as
+// long.
+template <class A>
 bool samples_are_tasks(int64_t batch, const Data& data) {
-  const int64_t bytes = data.dims * (data.recon.itemsize + data.target.itemsize);
-  return bytes <= kCache && batch >= 4 * int64_t{torch::stable::get_num_threads()};
+  const bool converted = data.recon.dtype != kDtype<A> || data.target.dtype != kDtype<A>;
+  const int64_t bytes = 2 * data.dims * static_cast<int64_t>(sizeof(A));
+  return !converted && bytes <= kCache && batch >= 4 * int64_t{torch::stable::get_num_threads()};
 }
 
 }  // namespace
@@ -59,8 +70,8 @@ Step elbo_step(
     int64_t batch, const Data& data, const Latents& latents, const Knobs& knobs, double grad_scale,
     const Gradients& out) {
   const bool wanted = out.recon.base || out.target.base;
-  const bool given = wanted && data.dims && knobs.sigma_mode == kGiven;
-  const bool image = wanted && data.dims && knobs.sigma_mode == kImage && samples_are_tasks(batch, data);
+  const bool given = wanted && knobs.sigma_mode == kGiven;
+  const bool image = wanted && knobs.sigma_mode == kImage && samples_are_tasks<A>(batch, data);
   const Data rest = given || image ? Data{} : data;
 
   Step step;
