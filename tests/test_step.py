@@ -42,6 +42,7 @@ def test_mixed_dtypes(mode: str) -> None:
     compare(wide_logvar)
 
 
+@pytest.mark.one_target
 @pytest.mark.parametrize("mode", ["optimal", "per-image", "learned", "learned-channel"])
 @pytest.mark.parametrize(
     ("data", "latent", "batch"),
