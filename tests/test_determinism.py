@@ -47,12 +47,14 @@ def test_any_number_of_threads(mode: str, cpp: None, threads: None) -> None:
 RUN = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
-from fused_elbo import backend, decoupled_elbo
+from fused_elbo import backend, decoupled_elbo, decoupled_elbo_backward
 calls, values = torch.load(sys.argv[2], weights_only=False), []
 with backend("cpp"):
     for call in calls:
         outputs = call(decoupled_elbo)
         values += [o.detach() for o in outputs if o is not None] + call.gradients(outputs)
+        at_once = call(decoupled_elbo_backward)
+        values += [o for o in at_once if o is not None] + [leaf.grad for leaf in call.leaves()]
 torch.save(values, sys.argv[3])
 """
 
