@@ -54,6 +54,12 @@ std::vector<Sigma> sigmas(const Stats& stats, double dims, const Knobs& knobs) {
   return result;
 }
 
+// a_i, but for what comes through a σ that the batch shares; `slope` is ∂ distortion_i / ∂ log σ, weighted.
+double error_weight(double w, double s, double slope, const Sigma& sigma, const Knobs& knobs) {
+  const bool own_optimum = knobs.sigma_mode == kImage && s != 0;
+  return w * sigma.inverse_variance + (own_optimum ? sigma.slope * slope / s : 0);
+}
+
 }  // namespace
 
 Outputs elbo_finalize(const Stats& stats, int64_t data_dims, int64_t latent_dims, const Knobs& knobs) {
@@ -117,10 +123,9 @@ Weights elbo_weights(
     out.error[i] = w;
     if (sigma.empty()) continue;
     const Sigma& own = sigma[sigma.size() == 1 ? 0 : i];
-    out.error[i] = w * own.inverse_variance;
     const double slope = w * distortion_slope(stats.s[i], dims, own.inverse_variance);
     if (!out.log_sigma.empty()) out.log_sigma[out.log_sigma.size() == 1 ? 0 : i] += slope;
-    if (knobs.sigma_mode == kImage && stats.s[i] != 0) out.error[i] += own.slope * slope / stats.s[i];
+    out.error[i] = error_weight(w, stats.s[i], slope, own, knobs);
     batch_slope += slope;
   }
   const double total = sum(stats.s);
@@ -128,6 +133,15 @@ Weights elbo_weights(
     for (double& a : out.error) a += sigma[0].slope * batch_slope / total;
   }
   return out;
+}
+
+double own_error_weight(
+    int64_t sample, double s, int64_t batch, int64_t data_dims, const Knobs& knobs, double grad_scale) {
+  const double dims = static_cast<double>(data_dims);
+  const double w = reduction_weight(knobs.reduction, batch, dims) * grad_scale;
+  const Sigma sigma = knobs.sigma_mode == kImage ? optimal_sigma(s, dims, knobs.min_log_sigma, knobs.softclip)
+                                                 : given_sigma(at(knobs.log_sigma, sample, knobs.log_sigma_value));
+  return error_weight(w, s, w * distortion_slope(s, dims, sigma.inverse_variance), sigma, knobs);
 }
 
 }  // namespace elbo
