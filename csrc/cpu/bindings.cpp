@@ -181,7 +181,8 @@ EightTensors grads(
   std::optional<Output> outputs[kBeta + 1];
   const auto output = [&](Bit bit, const OptTensor& input, const Tensor& lead) {
     if (!wanted(bit)) return Span{};
-    outputs[bit].emplace(*input, lead);
+    outputs[bit].emplace(*input, lead, input->scalar_type());
+    advise_huge_pages(outputs[bit]->buffer);
     return span_of(outputs[bit]->buffer);
   };
 
