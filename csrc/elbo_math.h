@@ -10,8 +10,10 @@
 
 #if defined(__CUDACC__)
 #define ELBO_INLINE __host__ __device__ __forceinline__
+#define ELBO_UNROLL _Pragma("unroll")
 #else
 #define ELBO_INLINE inline __attribute__((always_inline))
+#define ELBO_UNROLL _Pragma("GCC unroll 16")
 #endif
 
 namespace elbo {
@@ -46,7 +48,7 @@ ELBO_INLINE V excess_series(V t) {
   using A = Scalar<V>;
   constexpr int last = sizeof(A) == 4 ? 9 : 18;
   V series = V{} + A(1);
-#pragma GCC unroll 16
+  ELBO_UNROLL
   for (int n = last; n > 2; --n) series = A(1) + series * t * (A(1) / A(n));
   return series;
 }
