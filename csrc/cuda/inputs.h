@@ -37,7 +37,7 @@ struct Inputs {
       const OptTensor& element_log_sigma, const OptTensor& p_m, const OptTensor& p_l, double free_bits) {
     batch.size = (r ? *r : *m).size(0);
     for (const OptTensor* x : {&r, &t, &m, &l}) batch.is_double |= *x && (*x)->scalar_type() == ScalarType::Double;
-    if (r) set_data(*r, *t);
+    if (r) set_data(*r, *t, element_log_sigma);
     if (r && element_log_sigma) set_log_sigma(*element_log_sigma);
     if (m) set_latents(*m, *l, p_m, p_l, free_bits);
   }
@@ -51,11 +51,15 @@ struct Inputs {
   }
 
  private:
-  // recon in its own dtype, target in the same or in float; all double where anything is.
-  void set_data(const Tensor& r, const Tensor& t) {
+  // recon in its own dtype, target in the same or in float; all double where anything is. A log σ for each element has
+  // target's dtype too.
+  void set_data(const Tensor& r, const Tensor& t, const OptTensor& element_log_sigma) {
     const Tensor lead = leader(r);
     recon = in_order_of(lead, lead, batch.is_double ? ScalarType::Double : lead.scalar_type());
-    target = in_order_of(t, recon, t.scalar_type() == recon.scalar_type() ? t.scalar_type() : dtype());
+    log_sigma_is_broadcast = element_log_sigma && element_log_sigma->numel() != recon.numel();
+    bool alike = t.scalar_type() == recon.scalar_type();
+    if (element_log_sigma && !log_sigma_is_broadcast) alike &= element_log_sigma->scalar_type() == t.scalar_type();
+    target = in_order_of(t, recon, alike ? t.scalar_type() : dtype());
     Data& data = batch.data;
     data.dims = sample_size(recon);
     data.pieces = pieces_of(data.dims, batch.size);
@@ -63,11 +67,10 @@ struct Inputs {
     data.target = span_of(target);
   }
 
-  // In target's dtype where there is one for each element; where it is broadcast it is small, and cast.
+  // Where log σ is broadcast it is small, and cast to the compute type.
   void set_log_sigma(const Tensor& values) {
     Data& data = batch.data;
     data.has_log_sigma = true;
-    log_sigma_is_broadcast = values.numel() != recon.numel();
     if (log_sigma_is_broadcast) {
       log_sigma = values.scalar_type() == dtype() ? values : torch::stable::to(values, dtype());
       if (set_levels()) return;
