@@ -189,9 +189,8 @@ EightTensors grads_of(
   const auto result = [&](Wanted::Bit bit) {
     return outputs[bit] ? outputs[bit]->finish() : small[bit] ? *small[bit] : nothing(in);
   };
-  return {
-      result(Wanted::kRecon),    result(Wanted::kTarget),  result(Wanted::kMu),          result(Wanted::kLogvar),
-      result(Wanted::kLogSigma), result(Wanted::kPriorMu), result(Wanted::kPriorLogvar), result(Wanted::kBeta)};
+  return {result(Wanted::kRecon),    result(Wanted::kTarget),  result(Wanted::kMu),          result(Wanted::kLogvar),
+          result(Wanted::kLogSigma), result(Wanted::kPriorMu), result(Wanted::kPriorLogvar), result(Wanted::kBeta)};
 }
 
 bool unequal(const OptTensor& grad_output) {
@@ -216,8 +215,8 @@ EightTensors grads(
       knobs_of(log_sigma, beta, capacity, values), grad_outputs, on.stream);
 }
 
-using TwelveTensors = std::tuple<
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using TwelveTensors =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 TwelveTensors step(
     OptTensor recon, OptTensor target, OptTensor mu, OptTensor logvar, OptTensor log_sigma, OptTensor prior_mu,
@@ -241,22 +240,26 @@ TwelveTensors step(
 }  // namespace
 }  // namespace elbo
 
-#define ELBO_INPUTS \
-  "Tensor? recon, Tensor? target, Tensor? mu, Tensor? logvar, Tensor? log_sigma, Tensor? prior_mu, Tensor? prior_logvar"
+#define ELBO_INPUTS                                                                                          \
+  "Tensor? recon, Tensor? target, Tensor? mu, Tensor? logvar, Tensor? log_sigma, Tensor? prior_mu, Tensor? " \
+  "prior_logvar"
 #define ELBO_KNOBS "Tensor? beta, Tensor? capacity"
-#define ELBO_VALUES                                                                                  \
-  "int sigma_mode, bool softclip, float log_sigma_value, float min_log_sigma, float free_bits, "     \
+#define ELBO_VALUES                                                                              \
+  "int sigma_mode, bool softclip, float log_sigma_value, float min_log_sigma, float free_bits, " \
   "float beta_value, float? capacity_value, int reduction"
 #define ELBO_EIGHT "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor"
 
-// As in fused_elbo/ops.py, under a name of its own: which library stands behind fused_elbo's operators is decided there.
+// As in fused_elbo/ops.py, under a name of its own: which library stands behind fused_elbo's operators is decided
+// there.
 STABLE_TORCH_LIBRARY(fused_elbo_cuda, m) {
   m.def("stats(" ELBO_INPUTS ", float free_bits) -> Tensor");
   m.def("forward(" ELBO_INPUTS ", " ELBO_KNOBS ", " ELBO_VALUES ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("grads(Tensor? grad_loss, Tensor? grad_distortion, Tensor? grad_rate, " ELBO_INPUTS ", " ELBO_KNOBS
-        ", Tensor stats, " ELBO_VALUES ", int mask) -> (" ELBO_EIGHT ")");
-  m.def("step(" ELBO_INPUTS ", " ELBO_KNOBS ", Tensor? grad_scale, " ELBO_VALUES
-        ", float grad_scale_value, int mask) -> (Tensor, Tensor, Tensor, Tensor, " ELBO_EIGHT ")");
+  m.def(
+      "grads(Tensor? grad_loss, Tensor? grad_distortion, Tensor? grad_rate, " ELBO_INPUTS ", " ELBO_KNOBS
+      ", Tensor stats, " ELBO_VALUES ", int mask) -> (" ELBO_EIGHT ")");
+  m.def(
+      "step(" ELBO_INPUTS ", " ELBO_KNOBS ", Tensor? grad_scale, " ELBO_VALUES
+      ", float grad_scale_value, int mask) -> (Tensor, Tensor, Tensor, Tensor, " ELBO_EIGHT ")");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_elbo_cuda, ELBO_DISPATCH_KEY, m) {

@@ -8,7 +8,7 @@ void elbo_finalize(
   const double scale = reduction_weight(knobs.reduction, static_cast<double>(batch.size), static_cast<double>(dims));
   const FinalizeArguments args = {
       batch.size, batch.data.dims, scale, partials, batch.data.pieces.per_sample, batch.latents.pieces.per_sample,
-      knobs, outputs};
+      knobs,      outputs};
   const auto kernel = batch.is_double ? elbo_finalize_kernel<double> : elbo_finalize_kernel<float>;
   launch("elbo_finalize", kernel, args, 1, kFinalizeThreads, stream);
 }

@@ -41,7 +41,8 @@ __device__ double sum_pieces(const void* partials, int64_t batch, int64_t pieces
     const int64_t sample = begin + threadIdx.x / width;
     double sum = 0;
     if (sample < batch) {
-      for (int64_t p = threadIdx.x % width; p < pieces; p += width) sum += static_cast<double>(from[sample * pieces + p]);
+      for (int64_t p = threadIdx.x % width; p < pieces; p += width)
+        sum += static_cast<double>(from[sample * pieces + p]);
     }
     sum = block_each ? block_sum(sum) : warp_sum(sum, lanes);
     if (sample < batch && threadIdx.x % width == 0) row[sample] = static_cast<A>(sum);

@@ -8,8 +8,7 @@ void elbo_grads(
   const Gradients& g = gradients;
   const bool with_data = g.recon.base || g.target.base || g.element_log_sigma.base;
   const bool with_latents = g.mu.base || g.logvar.base || g.prior_mu.base || g.prior_logvar.base;
-  const int64_t pieces =
-      (with_data ? batch.data.pieces.count : 0) + (with_latents ? batch.latents.pieces.count : 0);
+  const int64_t pieces = (with_data ? batch.data.pieces.count : 0) + (with_latents ? batch.latents.pieces.count : 0);
   const int64_t blocks = std::max<int64_t>(blocks_for(pieces), g.log_sigma.base || g.beta.base ? 1 : 0);
   if (blocks == 0) return;
   const int64_t dims = batch.data.dims ? batch.data.dims : batch.latents.dims;

@@ -146,12 +146,13 @@ __device__ void latent_gradient(
         if (g_mu) store_any(out.mu, g_mu, i, count, [&](int j) { return g[j].mu; });
         if (g_logvar) store_any(out.logvar, g_logvar, i, count, [&](int j) { return g[j].logvar; });
         if (g_prior_mu) store_any(out.prior_mu, g_prior_mu, i, count, [&](int j) { return g[j].prior_mu; });
-        if (g_prior_logvar) store_any(out.prior_logvar, g_prior_logvar, i, count, [&](int j) { return g[j].prior_logvar; });
+        if (g_prior_logvar)
+          store_any(out.prior_logvar, g_prior_logvar, i, count, [&](int j) { return g[j].prior_logvar; });
       });
 }
 
 template <class A, class R, class T, bool Element>
-__global__ void __launch_bounds__(kThreads) elbo_grads_kernel(GradsArguments args) {
+__global__ void __launch_bounds__(kThreads, kLeastBlocks<A>) elbo_grads_kernel(GradsArguments args) {
   const Shared shared = prologue<A>(args);
   for_pieces(args.batch, args.with_data, args.with_latents, [&](const Piece& piece) {
     const Factors f = factors_of<A>(args, shared, piece.sample);

@@ -53,7 +53,7 @@ __device__ void rates(const Latents& latents, const Piece& p, A& rate, A& clampe
 }
 
 template <class A, class R, class T, bool Element>
-__global__ void __launch_bounds__(kThreads) elbo_stats_kernel(StatsArguments args) {
+__global__ void __launch_bounds__(kThreads, kLeastBlocks<A>) elbo_stats_kernel(StatsArguments args) {
   const Partials& out = args.partials;
   for_pieces(args.batch, true, true, [&](const Piece& piece) {
     if (piece.is_data) {

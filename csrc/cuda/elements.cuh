@@ -5,7 +5,6 @@
 
 namespace elbo {
 
-constexpr int kDataTurns = 4;      // with 128 bits of recon and of target each, 128 bytes in flight a thread
 constexpr int kLatentVector = 4;  // elements: 128 bits of float, 64 of a half dtype
 
 __device__ inline int64_t offset_of(const Inside& inside, uint32_t element) {
@@ -20,8 +19,8 @@ __device__ inline int64_t offset_of(const Inside& inside, uint32_t element) {
 
 template <class A, class R, class T, bool Element>
 struct DataPiece {
-  static constexpr int Turns = Element ? 2 : kDataTurns;
   static constexpr int V = 16 / sizeof(R);
+  static constexpr int Turns = Element && V > 4 ? 1 : 2;  // of 128 bits of each tensor; more would cost registers
   const R* recon;
   const T* target;
   const Inside* inside;
@@ -66,7 +65,8 @@ struct DataPiece {
         for (int j = 0; j < N; ++j) f.log_sigma.value[j] = static_cast<A>(few.value[j]);
       } else {
 #pragma unroll
-        for (int j = 0; j < N; ++j) f.log_sigma.value[j] = reinterpret_cast<const A*>(log_sigma)[offset_of(*inside, first + i + j)];
+        for (int j = 0; j < N; ++j)
+          f.log_sigma.value[j] = reinterpret_cast<const A*>(log_sigma)[offset_of(*inside, first + i + j)];
       }
     }
     return f;

@@ -106,8 +106,7 @@ struct Inputs {
     return true;
   }
 
-  void set_latents(
-      const Tensor& m, const Tensor& l, const OptTensor& p_m, const OptTensor& p_l, double free_bits) {
+  void set_latents(const Tensor& m, const Tensor& l, const OptTensor& p_m, const OptTensor& p_l, double free_bits) {
     Latents& latents = batch.latents;
     mu = leader(m);
     logvar = in_order_of(l, mu);

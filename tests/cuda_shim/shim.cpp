@@ -227,8 +227,7 @@ char* exchange() {
   return block.warps[threadIdx.x / kWarpSize].places[block.current->shuffles++ % 2];
 }
 
-cudaError_t launch(
-    dim3 grid, dim3 size, void (*body)(const void*), const void* argument, size_t, bool) {
+cudaError_t launch(dim3 grid, dim3 size, void (*body)(const void*), const void* argument, size_t, bool) {
   failure.clear();
   run_in_turn(grid, size, body, argument);
   return failure.empty() ? cudaSuccess : cudaErrorLaunchFailure;
