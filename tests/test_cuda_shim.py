@@ -43,7 +43,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "one_turn_of_two": (DEVICE, "first += Turns * kWarpSize", "first += 2 * Turns * kWarpSize"),
     # pieces and partial sums
     "a_dropped_partial": (FINALIZE, "p < pieces; p += width", "p < pieces - 1; p += width"),
-    "one_round_of_the_grid": (DEVICE, "i < all; i += step", "i < all; i += all"),
+    "one_round_of_the_grid": (DEVICE, "i < all; i += warps", "i < all; i += all"),
     "samples_beyond_the_block": (FINALIZE, "begin < batch; begin += together", "begin < 1; begin += together"),
     "a_piece_too_long": (DEVICE, "min(dims - first, pieces.size)", "pieces.size"),
     "32_bits_for_an_offset": (SPAN, "(sample * batch_stride", "(static_cast<int32_t>(sample * batch_stride)"),

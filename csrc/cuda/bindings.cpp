@@ -9,7 +9,7 @@
 #include <optional>
 #include <tuple>
 
-#include "inputs.h"
+#include "outputs.h"
 
 #ifndef ELBO_DISPATCH_KEY
 #define ELBO_DISPATCH_KEY CUDA
@@ -29,14 +29,6 @@ struct OnDevice {
     stream = static_cast<cudaStream_t>(current);
   }
 };
-
-Tensor empty(const Inputs& in, const std::vector<int64_t>& sizes) {
-  return torch::stable::new_empty(in.any(), sizes, in.dtype());
-}
-
-Tensor nothing(const Inputs& in) {
-  return torch::stable::new_empty(in.any(), {0}, ScalarType::Float);
-}
 
 Number number_of(const OptTensor& t, double value) {
   if (!t) return {{}, value};
@@ -69,22 +61,11 @@ OptTensor element_sigma(const OptTensor& log_sigma, int64_t sigma_mode) {
   return sigma_mode == kElement ? log_sigma : std::nullopt;
 }
 
-// Stages one and two. The tensors of `outputs` are made by the caller.
+// Stages one and two.
 void run_forward(const Inputs& in, const Knobs& knobs, const Outputs& outputs, cudaStream_t stream) {
-  const Batch& batch = in.batch;
-  std::optional<Tensor> s, kl, clamped;
-  const auto partials = [&](std::optional<Tensor>& t, const Pieces& pieces) {
-    t = empty(in, {pieces.count});
-    return t->data_ptr();
-  };
-  Partials sums;
-  if (batch.data.dims) sums.s = partials(s, batch.data.pieces);
-  if (batch.latents.dims) {
-    sums.kl = partials(kl, batch.latents.pieces);
-    sums.clamped = batch.latents.free_bits > 0 ? partials(clamped, batch.latents.pieces) : sums.kl;
-  }
-  elbo_stats(batch, sums, stream);
-  elbo_finalize(batch, sums, knobs, outputs, stream);
+  const Sums sums(in, true);
+  elbo_stats(in.batch, sums.partials, stream);
+  elbo_finalize(in.batch, sums.partials, knobs, outputs, stream);
 }
 
 // ------------------------------------------------------------------------------------------------------- operators
@@ -104,23 +85,6 @@ Tensor stats(
 using FiveTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using EightTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-FiveTensors forward_of(const Inputs& in, const OptTensor& log_sigma, const Knobs& knobs, cudaStream_t stream) {
-  const std::vector<int64_t> each = {in.batch.size}, one;
-  const auto& shape = knobs.reduction == kNone ? each : one;
-  Tensor loss = empty(in, shape), distortion = empty(in, shape), rate = empty(in, shape);
-  Tensor stats = empty(in, {3, in.batch.size + 1});
-  std::vector<int64_t> sigma_shape;
-  if (knobs.sigma_mode == kElement) sigma_shape = {0};
-  if (knobs.sigma_mode == kImage) sigma_shape = each;
-  if (knobs.sigma_mode == kGiven && log_sigma && log_sigma->dim() == 1) sigma_shape = {log_sigma->size(0)};
-  Tensor sigma = empty(in, sigma_shape);
-  run_forward(
-      in, knobs,
-      {loss.data_ptr(), distortion.data_ptr(), rate.data_ptr(), sigma.data_ptr(), sigma.numel() > 1, stats.data_ptr()},
-      stream);
-  return {loss, distortion, rate, sigma, stats};
-}
-
 FiveTensors forward(
     OptTensor recon, OptTensor target, OptTensor mu, OptTensor logvar, OptTensor log_sigma, OptTensor prior_mu,
     OptTensor prior_logvar, OptTensor beta, OptTensor capacity, int64_t sigma_mode, bool softclip,
@@ -130,67 +94,10 @@ FiveTensors forward(
   const Inputs in(recon, target, mu, logvar, element_sigma(log_sigma, sigma_mode), prior_mu, prior_logvar, free_bits);
   const Values values = {sigma_mode, softclip,   log_sigma_value, min_log_sigma,
                          free_bits,  beta_value, capacity_value,  reduction};
-  return forward_of(in, log_sigma, knobs_of(log_sigma, beta, capacity, values), on.stream);
-}
-
-// The tensors as the schema has them, in the order of the mask's bits.
-struct Wanted {
-  const OptTensor &recon, &target, &mu, &logvar, &log_sigma, &prior_mu, &prior_logvar, &beta;
-  int64_t mask;
-
-  enum Bit { kRecon, kTarget, kMu, kLogvar, kLogSigma, kPriorMu, kPriorLogvar, kBeta };
-
-  bool has(Bit bit) const {
-    return (mask >> bit & 1) != 0;
-  }
-};
-
-EightTensors grads_of(
-    const Inputs& in, const Wanted& wanted, const void* stats, const Knobs& knobs, const GradOutputs& grad_outputs,
-    cudaStream_t stream) {
-  std::optional<Output> outputs[Wanted::kBeta + 1];
-  std::optional<Tensor> small[Wanted::kBeta + 1];
-  const auto output = [&](Wanted::Bit bit, const OptTensor& input, const Tensor& lead, ScalarType written) {
-    if (!wanted.has(bit)) return Span{};
-    outputs[bit].emplace(*input, lead, written);
-    return span_of(outputs[bit]->buffer);
-  };
-  const auto of_batch = [&](Wanted::Bit bit, const OptTensor& input, bool& each) {
-    if (!wanted.has(bit)) return Span{};
-    small[bit] = torch::stable::empty_like(*input);
-    each = small[bit]->numel() > 1;
-    return span_of(*small[bit], each ? 1 : 0);
-  };
-
-  Gradients out;
-  const ScalarType of_recon = in.batch.data.recon.dtype, of_target = in.batch.data.target.dtype;
-  out.recon = output(Wanted::kRecon, wanted.recon, in.recon, of_recon);
-  out.target = output(Wanted::kTarget, wanted.target, in.recon, of_target);
-  const auto latent = [&](Wanted::Bit bit, const OptTensor& input) {
-    return output(bit, input, in.mu, input ? input->scalar_type() : ScalarType::Float);
-  };
-  out.mu = latent(Wanted::kMu, wanted.mu);
-  out.logvar = latent(Wanted::kLogvar, wanted.logvar);
-  out.prior_mu = latent(Wanted::kPriorMu, wanted.prior_mu);
-  out.prior_logvar = latent(Wanted::kPriorLogvar, wanted.prior_logvar);
-  std::optional<Tensor> of_elements;  // where one log σ has many elements: the gradient of each, to be summed
-  if (knobs.sigma_mode != kElement) {
-    out.log_sigma = of_batch(Wanted::kLogSigma, wanted.log_sigma, out.log_sigma_each);
-  } else if (wanted.has(Wanted::kLogSigma) && in.log_sigma_is_broadcast) {
-    of_elements = empty_in_order(in.recon, in.dtype());
-    out.element_log_sigma = span_of(*of_elements);
-  } else {
-    out.element_log_sigma = output(Wanted::kLogSigma, wanted.log_sigma, in.recon, of_target);
-  }
-  out.beta = of_batch(Wanted::kBeta, wanted.beta, out.beta_each);
-  elbo_grads(in.batch, stats, knobs, grad_outputs, out, stream);
-
-  if (of_elements) small[Wanted::kLogSigma] = summed_like(*of_elements, *wanted.log_sigma);
-  const auto result = [&](Wanted::Bit bit) {
-    return outputs[bit] ? outputs[bit]->finish() : small[bit] ? *small[bit] : nothing(in);
-  };
-  return {result(Wanted::kRecon),    result(Wanted::kTarget),  result(Wanted::kMu),          result(Wanted::kLogvar),
-          result(Wanted::kLogSigma), result(Wanted::kPriorMu), result(Wanted::kPriorLogvar), result(Wanted::kBeta)};
+  const Knobs knobs = knobs_of(log_sigma, beta, capacity, values);
+  const ForLoss out(in, log_sigma, knobs);
+  run_forward(in, knobs, out.outputs, on.stream);
+  return {out.loss, out.distortion, out.rate, out.sigma, out.stats};
 }
 
 bool unequal(const OptTensor& grad_output) {
@@ -210,9 +117,10 @@ EightTensors grads(
       number_of(grad_loss, 0), number_of(grad_distortion, 0), number_of(grad_rate, 0),
       !unequal(grad_loss) && !unequal(grad_distortion)};
   const Tensor dense = torch::stable::contiguous(stats);
-  return grads_of(
-      in, {recon, target, mu, logvar, log_sigma, prior_mu, prior_logvar, beta, mask}, dense.data_ptr(),
-      knobs_of(log_sigma, beta, capacity, values), grad_outputs, on.stream);
+  const Knobs knobs = knobs_of(log_sigma, beta, capacity, values);
+  ForGradients out(in, knobs, {recon, target, mu, logvar, log_sigma, prior_mu, prior_logvar, beta, mask});
+  elbo_grads(in.batch, dense.data_ptr(), knobs, grad_outputs, out.gradients, on.stream);
+  return out.finish();
 }
 
 using TwelveTensors =
@@ -228,13 +136,21 @@ TwelveTensors step(
   const Values values = {sigma_mode, softclip,   log_sigma_value, min_log_sigma,
                          free_bits,  beta_value, capacity_value,  reduction};
   const Knobs knobs = knobs_of(log_sigma, beta, capacity, values);
-  const auto [loss, distortion, rate, sigma, stats] = forward_of(in, log_sigma, knobs, on.stream);
-  const GradOutputs grad_outputs = {number_of(grad_scale, grad_scale_value), {}, {}, true};
-  return std::tuple_cat(
-      std::make_tuple(loss, distortion, rate, sigma),
-      grads_of(
-          in, {recon, target, mu, logvar, log_sigma, prior_mu, prior_logvar, beta, mask}, stats.data_ptr(), knobs,
-          grad_outputs, on.stream));
+  const ForLoss loss(in, log_sigma, knobs);
+  ForGradients gradients(in, knobs, {recon, target, mu, logvar, log_sigma, prior_mu, prior_logvar, beta, mask});
+  const Number scale = number_of(grad_scale, grad_scale_value);
+  const StepPlan plan = wants_data(gradients.gradients) ? elbo_step_plan(in.batch, knobs) : StepPlan{};
+  if (plan.fits) {
+    const Sums sums(in, false);
+    const Tensor workspace = torch::stable::new_empty(in.any(), {plan.data_blocks + 2}, ScalarType::Double);
+    elbo_step(
+        in.batch, plan, knobs, scale, sums.partials, static_cast<double*>(workspace.data_ptr()), loss.outputs,
+        gradients.gradients, on.stream);
+  } else {
+    run_forward(in, knobs, loss.outputs, on.stream);
+    elbo_grads(in.batch, loss.outputs.stats, knobs, {scale, {}, {}, true}, gradients.gradients, on.stream);
+  }
+  return std::tuple_cat(std::make_tuple(loss.loss, loss.distortion, loss.rate, loss.sigma), gradients.finish());
 }
 
 }  // namespace

@@ -181,19 +181,29 @@ struct Piece {
   int n;
 };
 
-// Calls f(piece) for those that are this warp's. Data and latents share one numbering, so that one launch does both.
+// Calls f(piece) for those that are this warp's: one in `warps`, from the index-th on. Data and latents share one
+// numbering, so that one launch does both.
 template <class F>
-__device__ inline void for_pieces(const Batch& batch, bool with_data, bool with_latents, F f) {
+__device__ inline void for_pieces(
+    const Batch& batch, bool with_data, bool with_latents, int64_t index, int64_t warps, F f) {
   const int64_t of_data = with_data ? batch.data.pieces.count : 0;
   const int64_t all = of_data + (with_latents ? batch.latents.pieces.count : 0);
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kWarps;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kWarps + warp(); i < all; i += step) {
+  for (int64_t i = index; i < all; i += warps) {
     const bool is_data = i < of_data;
     const Pieces& pieces = is_data ? batch.data.pieces : batch.latents.pieces;
-    const int64_t dims = is_data ? batch.data.dims : batch.latents.dims, index = is_data ? i : i - of_data;
-    const int64_t sample = index / pieces.per_sample, first = index % pieces.per_sample * pieces.size;
-    f(Piece{is_data, index, sample, first, static_cast<int>(min(dims - first, pieces.size))});
+    const int64_t dims = is_data ? batch.data.dims : batch.latents.dims, own = is_data ? i : i - of_data;
+    const int64_t sample = own / pieces.per_sample, first = own % pieces.per_sample * pieces.size;
+    f(Piece{is_data, own, sample, first, static_cast<int>(min(dims - first, pieces.size))});
   }
+}
+
+// Of this warp among all of those of some blocks, the first of which is `begin`.
+__device__ inline int64_t warp_of_blocks(int begin) {
+  return static_cast<int64_t>(static_cast<int>(blockIdx.x) - begin) * (blockDim.x / kWarpSize) + warp();
+}
+
+__device__ inline int64_t warps_of_blocks(int blocks) {
+  return static_cast<int64_t>(blocks) * (blockDim.x / kWarpSize);
 }
 
 }  // namespace elbo

@@ -8,6 +8,7 @@
 
 #include "../elbo_math.h"
 #include "../span.h"
+#include "step_plan.h"
 
 namespace elbo {
 
@@ -101,6 +102,14 @@ struct Gradients {
   bool log_sigma_each = false, beta_each = false;
 };
 
+inline bool wants_data(const Gradients& g) {
+  return g.recon.base || g.target.base || g.element_log_sigma.base;
+}
+
+inline bool wants_latents(const Gradients& g) {
+  return g.mu.base || g.logvar.base || g.prior_mu.base || g.prior_logvar.base;
+}
+
 void elbo_stats(const Batch& batch, const Partials& partials, cudaStream_t stream);
 
 void elbo_finalize(
@@ -109,5 +118,14 @@ void elbo_finalize(
 void elbo_grads(
     const Batch& batch, const void* stats, const Knobs& knobs, const GradOutputs& grad_outputs,
     const Gradients& gradients, cudaStream_t stream);
+
+// Loss and gradients of grad_scale · loss in one launch. `fits` is false where the batch, or what is asked, is not for
+// it: then the three above do.
+StepPlan elbo_step_plan(const Batch& batch, const Knobs& knobs);
+
+// partials: of the latents. workspace: data_blocks + 2 numbers. outputs: without stats.
+void elbo_step(
+    const Batch& batch, const StepPlan& plan, const Knobs& knobs, const Number& grad_scale, const Partials& partials,
+    double* workspace, const Outputs& outputs, const Gradients& gradients, cudaStream_t stream);
 
 }  // namespace elbo

@@ -5,11 +5,9 @@ namespace elbo {
 void elbo_grads(
     const Batch& batch, const void* stats, const Knobs& knobs, const GradOutputs& grad_outputs,
     const Gradients& gradients, cudaStream_t stream) {
-  const Gradients& g = gradients;
-  const bool with_data = g.recon.base || g.target.base || g.element_log_sigma.base;
-  const bool with_latents = g.mu.base || g.logvar.base || g.prior_mu.base || g.prior_logvar.base;
+  const bool with_data = wants_data(gradients), with_latents = wants_latents(gradients);
   const int64_t pieces = (with_data ? batch.data.pieces.count : 0) + (with_latents ? batch.latents.pieces.count : 0);
-  const int64_t blocks = std::max<int64_t>(blocks_for(pieces), g.log_sigma.base || g.beta.base ? 1 : 0);
+  const int64_t blocks = std::max<int64_t>(blocks_for(pieces), gradients.log_sigma.base || gradients.beta.base ? 1 : 0);
   if (blocks == 0) return;
   const int64_t dims = batch.data.dims ? batch.data.dims : batch.latents.dims;
   const double scale = reduction_weight(knobs.reduction, static_cast<double>(batch.size), static_cast<double>(dims));

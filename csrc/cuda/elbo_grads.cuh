@@ -43,6 +43,11 @@ __device__ Factors factors_of(const GradsArguments& args, const Shared& shared, 
   return f;
 }
 
+template <class A>
+__device__ void put(const Span& to, int64_t i, double value) {
+  store_any(to, to.at(0, i), 0, Count<1>{}, [value](int) { return static_cast<A>(value); });
+}
+
 // By the whole block. The first block also writes the gradients of a given log σ and of β.
 template <class A>
 __device__ Shared prologue(const GradsArguments& args) {
@@ -57,20 +62,17 @@ __device__ Shared prologue(const GradsArguments& args) {
   const bool is_shared = args.knobs.sigma_mode == kBatch;
   double slopes = 0, beta = 0;  // Σ_j w_j (D − S_j/σ²), which is also the gradient of a given log σ; and β's gradient
   if (small || (is_shared && !args.grad_outputs.equal)) {
-    const auto put = [](const Span& to, int64_t i, double value) {
-      store_any(to, to.at(0, i), 0, Count<1>{}, [value](int) { return static_cast<A>(value); });
-    };
     for (int64_t i = threadIdx.x; i < args.batch.size; i += blockDim.x) {
       const Factors f = factors_of<A>(args, shared, i);
       slopes += f.log_sigma;
       beta += f.beta;
-      if (small && out.log_sigma.base && out.log_sigma_each) put(out.log_sigma, i, f.log_sigma);
-      if (small && out.beta.base && out.beta_each) put(out.beta, i, f.beta);
+      if (small && out.log_sigma.base && out.log_sigma_each) put<A>(out.log_sigma, i, f.log_sigma);
+      if (small && out.beta.base && out.beta_each) put<A>(out.beta, i, f.beta);
     }
     slopes = block_sum(slopes);
     beta = block_sum(beta);
-    if (small && threadIdx.x == 0 && out.log_sigma.base && !out.log_sigma_each) put(out.log_sigma, 0, slopes);
-    if (small && threadIdx.x == 0 && out.beta.base && !out.beta_each) put(out.beta, 0, beta);
+    if (small && threadIdx.x == 0 && out.log_sigma.base && !out.log_sigma_each) put<A>(out.log_sigma, 0, slopes);
+    if (small && threadIdx.x == 0 && out.beta.base && !out.beta_each) put<A>(out.beta, 0, beta);
   }
   if (is_shared) {
     const Sigma sigma = sigma_of(args.knobs, 0, 0, shared.total, batch, dims);
@@ -154,15 +156,17 @@ __device__ void latent_gradient(
 template <class A, class R, class T, bool Element>
 __global__ void __launch_bounds__(kThreads, kLeastBlocks<A>) elbo_grads_kernel(GradsArguments args) {
   const Shared shared = prologue<A>(args);
-  for_pieces(args.batch, args.with_data, args.with_latents, [&](const Piece& piece) {
-    const Factors f = factors_of<A>(args, shared, piece.sample);
-    if (piece.is_data) {
-      data_gradient<A, R, T, Element>(args.batch.data, args.gradients, static_cast<A>(f.error), piece);
-    } else {
-      const A through_loss = static_cast<A>(f.through_loss), through_rate = static_cast<A>(f.through_rate);
-      latent_gradient<A>(args.batch.latents, args.gradients, through_loss, through_rate, piece);
-    }
-  });
+  for_pieces(
+      args.batch, args.with_data, args.with_latents, warp_of_blocks(0), warps_of_blocks(gridDim.x),
+      [&](const Piece& piece) {
+        const Factors f = factors_of<A>(args, shared, piece.sample);
+        if (piece.is_data) {
+          data_gradient<A, R, T, Element>(args.batch.data, args.gradients, static_cast<A>(f.error), piece);
+        } else {
+          const A through_loss = static_cast<A>(f.through_loss), through_rate = static_cast<A>(f.through_rate);
+          latent_gradient<A>(args.batch.latents, args.gradients, through_loss, through_rate, piece);
+        }
+      });
 }
 
 }  // namespace elbo

@@ -52,19 +52,23 @@ __device__ void rates(const Latents& latents, const Piece& p, A& rate, A& clampe
   clamped = warp_sum(sum_clamped);
 }
 
+template <class A>
+__device__ void write_rates(const Batch& batch, const Partials& out, const Piece& piece) {
+  A rate, clamped;
+  rates<A>(batch.latents, piece, rate, clamped);
+  if (lane() != 0) return;
+  static_cast<A*>(out.kl)[piece.index] = rate;
+  if (out.clamped != out.kl) static_cast<A*>(out.clamped)[piece.index] = clamped;
+}
+
 template <class A, class R, class T, bool Element>
 __global__ void __launch_bounds__(kThreads, kLeastBlocks<A>) elbo_stats_kernel(StatsArguments args) {
-  const Partials& out = args.partials;
-  for_pieces(args.batch, true, true, [&](const Piece& piece) {
+  for_pieces(args.batch, true, true, warp_of_blocks(0), warps_of_blocks(gridDim.x), [&](const Piece& piece) {
     if (piece.is_data) {
       const A s = squared_error<A, R, T, Element>(args.batch.data, piece);
-      if (lane() == 0) static_cast<A*>(out.s)[piece.index] = s;
+      if (lane() == 0) static_cast<A*>(args.partials.s)[piece.index] = s;
     } else {
-      A rate, clamped;
-      rates<A>(args.batch.latents, piece, rate, clamped);
-      if (lane() != 0) return;
-      static_cast<A*>(out.kl)[piece.index] = rate;
-      if (out.clamped != out.kl) static_cast<A*>(out.clamped)[piece.index] = clamped;
+      write_rates<A>(args.batch, args.partials, piece);
     }
   });
 }

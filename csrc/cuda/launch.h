@@ -35,12 +35,14 @@ inline int64_t blocks_for(int64_t pieces) {
   return std::min((pieces + kWarps - 1) / kWarps, static_cast<int64_t>(multiprocessors()) * kBlocksPerSm);
 }
 
+// cooperative: every block is on the device at once, or the launch fails.
 template <class Arguments>
 inline void launch(
     const char* name, void (*kernel)(Arguments), const Arguments& arguments, int64_t blocks, int threads,
-    cudaStream_t stream) {
+    cudaStream_t stream, int64_t shared_bytes = 0, bool cooperative = false) {
   void* pointers[] = {const_cast<Arguments*>(&arguments)};
-  check(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), pointers, 0, stream), name);
+  const auto run = cooperative ? cudaLaunchCooperativeKernel<void(Arguments)> : cudaLaunchKernel<void(Arguments)>;
+  check(run(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), pointers, shared_bytes, stream), name);
 }
 
 template <class Compute, class Recon, class Target>

@@ -1,9 +1,9 @@
 // Stands in for CUDA's header, so that a C++ compiler makes CPU code of csrc/cuda as it is: a block runs on an OS
 // thread, its CUDA threads are fibers there, and memory of all kinds is the process's. shim.cpp has the scheduler.
 //
-// A fiber runs until it meets the others, in __syncthreads, a shuffle or __nanosleep; then the schedule says who is
-// next. What a kernel gets wrong by forgetting to meet shows in its numbers. A barrier that not all threads reach ends
-// the launch with an error. Memory is sequentially consistent: a missing fence is not seen.
+// A fiber runs until it meets the others, in __syncthreads, a shuffle or a barrier of the grid; then the schedule says
+// who is next. What a kernel gets wrong by forgetting to meet shows in its numbers. A barrier that not all threads
+// reach ends the launch with an error. Memory is sequentially consistent: a missing fence is not seen.
 #pragma once
 
 #include <algorithm>
@@ -47,17 +47,13 @@ constexpr int kWarpSize = 32;
 
 void meet_block();
 void meet_warp();
-void yield();
+void meet_grid();  // of a cooperative launch
 char* exchange();  // 32 places of 16 bytes for the warp's next shuffle
 
 }  // namespace shim
 
 inline void __syncthreads() {
   shim::meet_block();
-}
-
-inline void __syncwarp(unsigned = 0xffffffffu) {
-  shim::meet_warp();
 }
 
 template <class T>
@@ -71,27 +67,9 @@ inline T __shfl_xor_sync(unsigned, T x, int with) {
   return x;
 }
 
-inline void __nanosleep(unsigned) {
-  shim::yield();
-}
-
-inline void __threadfence() {
-  __atomic_thread_fence(__ATOMIC_SEQ_CST);
-}
-
-template <class T>
-inline T atomicAdd(T* p, T x) {
-  return __atomic_fetch_add(p, x, __ATOMIC_SEQ_CST);
-}
-
-template <class T>
-inline T atomicExch(T* p, T x) {
-  return __atomic_exchange_n(p, x, __ATOMIC_SEQ_CST);
-}
-
 // ------------------------------------------------------------------------------------------------------- the runtime
 
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorCooperativeLaunchTooLarge, cudaErrorLaunchFailure };
+enum cudaError_t { cudaSuccess, cudaErrorLaunchFailure };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 using cudaStream_t = struct CUstream_st*;
@@ -99,6 +77,17 @@ using cudaStream_t = struct CUstream_st*;
 const char* cudaGetErrorString(cudaError_t error);
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+
+template <class Kernel>
+inline cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+
+template <class Kernel>
+inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
+  *blocks = 1;
+  return cudaSuccess;
+}
 
 namespace shim {
 
@@ -117,11 +106,28 @@ struct Call {
   }
 };
 
-}  // namespace shim
+template <class Kernel>
+struct Launch;
 
 template <class Arguments>
+struct Launch<void(Arguments)> {
+  static cudaError_t run(
+      void (*kernel)(Arguments), dim3 grid, dim3 block, void** arguments, size_t shared, bool cooperative) {
+    const Call<Arguments> call = {kernel, static_cast<const Arguments*>(arguments[0])};
+    return launch(grid, block, Call<Arguments>::run, &call, shared, cooperative);
+  }
+};
+
+}  // namespace shim
+
+template <class Kernel>
 inline cudaError_t cudaLaunchKernel(
-    void (*kernel)(Arguments), dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t) {
-  const shim::Call<Arguments> call = {kernel, static_cast<const Arguments*>(arguments[0])};
-  return shim::launch(grid, block, shim::Call<Arguments>::run, &call, shared, false);
+    Kernel* kernel, dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t) {
+  return shim::Launch<Kernel>::run(kernel, grid, block, arguments, shared, false);
+}
+
+template <class Kernel>
+inline cudaError_t cudaLaunchCooperativeKernel(
+    Kernel* kernel, dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t) {
+  return shim::Launch<Kernel>::run(kernel, grid, block, arguments, shared, true);
 }

@@ -22,14 +22,14 @@ namespace shim {
 namespace {
 
 constexpr size_t kStack = size_t{256} << 10;
-constexpr int kPatience = 100000;  // rounds in which nobody meets anybody: the threads wait for something else for ever
+constexpr int kSharedBytes = 227 << 10;  // that a block may ask for: an H100's
 
 enum Schedule { kAscending, kDescending, kRandom };
 
 // Set by the tests, between launches.
 Schedule schedule = kAscending;
 std::mt19937 random_numbers;
-int multiprocessors = 1;
+int multiprocessors = 3;
 std::string failure;
 
 std::vector<int> order_of(int n) {
@@ -80,7 +80,6 @@ struct Block {
   jmp_buf scheduler;
   void (*body)(const void*) = nullptr;
   const void* argument = nullptr;
-  int meetings = 0;  // held since the block began
 
   void begin(uint3 index, dim3 grid, dim3 size, void (*run)(const void*), const void* with) {
     blockIdx = index;
@@ -93,7 +92,6 @@ struct Block {
     warps.assign((threads + kWarpSize - 1) / kWarpSize, {});
     for (Warp& warp : warps) warp.meeting.size = kWarpSize;
     all = {threads, 0, 0};
-    meetings = 0;
     for (int i = 0; i < threads; ++i) {
       Fiber& f = *fibers[i];
       f.done = false;
@@ -103,8 +101,10 @@ struct Block {
     }
   }
 
-  // Lets every thread that can run do so once. False when all are done; an error where none can.
-  bool round() {
+  enum Outcome { kDone, kRan, kStuck };
+
+  // Lets every thread that can run do so once.
+  Outcome round() {
     bool alive = false, ran = false;
     for (int i : order_of(all.size)) {
       Fiber& f = *fibers[i];
@@ -114,15 +114,13 @@ struct Block {
       ran = true;
       enter(f);
     }
-    if (alive && !ran) failure = "threads wait at a barrier or a shuffle that others do not reach";
-    return alive && ran;
+    return !alive ? kDone : ran ? kRan : kStuck;
   }
 
   void meet(Meeting& meeting) {
     if (++meeting.arrived == meeting.size) {
       meeting.arrived = 0;
       ++meeting.held;
-      ++meetings;
       return;
     }
     current->waits_for = &meeting;
@@ -132,7 +130,6 @@ struct Block {
 
   void enter(Fiber& f);
   void leave();
-  void abandon();
 };
 
 thread_local Block block;
@@ -195,17 +192,82 @@ void Block::leave() {
   in_fiber(fake);
 }
 
-// After a failed launch: fibers stopped in the middle cannot be used again.
-void Block::abandon() {
-  fibers.clear();
-}
+constexpr const char* kStuckMessage = "threads wait at a barrier or a shuffle that others do not reach";
 
 void run_in_turn(dim3 grid, dim3 size, void (*body)(const void*), const void* argument) {
   for (int b : order_of(static_cast<int>(grid.x))) {
     block.begin({static_cast<unsigned>(b), 0, 0}, grid, size, body, argument);
-    while (block.round()) {
+    Block::Outcome outcome;
+    while ((outcome = block.round()) == Block::kRan) {
     }
-    if (!failure.empty()) return block.abandon();
+    if (outcome == Block::kDone) continue;
+    failure = kStuckMessage;
+    return block.fibers.clear();  // those stopped in the middle cannot be used again
+  }
+}
+
+// A block on a thread of its own, which runs a round when told to; so one thread runs at a time, and the schedule
+// decides everything.
+class Resident {
+ public:
+  Resident(unsigned index, dim3 grid, dim3 size, void (*body)(const void*), const void* argument)
+      : thread_([=] {
+          block.begin({index, 0, 0}, grid, size, body, argument);
+          for (;;) {
+            std::unique_lock<std::mutex> lock(mutex_);
+            changed_.wait(lock, [&] { return told_; });
+            if (stop_) return;
+            outcome_ = block.round();
+            told_ = false;
+            changed_.notify_all();
+          }
+        }) {}
+
+  ~Resident() {
+    tell(true);
+    thread_.join();
+  }
+
+  Block::Outcome round() {
+    tell(false);
+    std::unique_lock<std::mutex> lock(mutex_);
+    changed_.wait(lock, [&] { return !told_; });
+    return outcome_;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  bool told_ = false, stop_ = false;
+  Block::Outcome outcome_ = Block::kRan;
+  std::thread thread_;  // last: it uses the others
+
+  void tell(bool stop) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    told_ = true;
+    stop_ = stop;
+    changed_.notify_all();
+  }
+};
+
+Meeting whole_grid;
+
+void run_together(dim3 grid, dim3 size, void (*body)(const void*), const void* argument) {
+  whole_grid = {static_cast<int>(grid.x * size.x), 0, 0};
+  std::vector<std::unique_ptr<Resident>> blocks;
+  for (unsigned b = 0; b < grid.x; ++b) blocks.push_back(std::make_unique<Resident>(b, grid, size, body, argument));
+  for (;;) {
+    bool alive = false, ran = false;
+    for (int b : order_of(static_cast<int>(grid.x))) {
+      const Block::Outcome outcome = blocks[b]->round();
+      alive |= outcome != Block::kDone;
+      ran |= outcome == Block::kRan;
+    }
+    if (!alive) return;
+    if (!ran) {
+      failure = kStuckMessage;
+      return;
+    }
   }
 }
 
@@ -219,17 +281,20 @@ void meet_warp() {
   block.meet(block.warps[threadIdx.x / kWarpSize].meeting);
 }
 
-void yield() {
-  block.leave();
+void meet_grid() {
+  block.meet(whole_grid);
 }
 
 char* exchange() {
   return block.warps[threadIdx.x / kWarpSize].places[block.current->shuffles++ % 2];
 }
 
-cudaError_t launch(dim3 grid, dim3 size, void (*body)(const void*), const void* argument, size_t, bool) {
+cudaError_t launch(
+    dim3 grid, dim3 size, void (*body)(const void*), const void* argument, size_t shared, bool cooperative) {
   failure.clear();
-  run_in_turn(grid, size, body, argument);
+  if (shared > kSharedBytes) failure = "a block asks for more shared memory than there is";
+  if (cooperative && static_cast<int>(grid.x) > multiprocessors) failure = "the blocks do not fit at once";
+  if (failure.empty()) (cooperative ? run_together : run_in_turn)(grid, size, body, argument);
   return failure.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
@@ -244,9 +309,14 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = shim::multiprocessors;
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? shim::multiprocessors : shim::kSharedBytes;
   return cudaSuccess;
+}
+
+// Of csrc/cuda/elbo_step.cuh: the memory that CUDA gives a block with its launch.
+namespace elbo {
+thread_local float on_chip[shim::kSharedBytes / sizeof(float)];
 }
 
 // --------------------------------------------------------------------------------- what PyTorch has with CUDA only
