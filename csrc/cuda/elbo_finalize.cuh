@@ -105,7 +105,7 @@ __device__ void finish(const FinalizeArguments& args, const Totals& totals) {
 }
 
 template <class A>
-__global__ void __launch_bounds__(kFinalizeThreads) elbo_finalize_kernel(FinalizeArguments args) {
+__device__ void run_finalize(const FinalizeArguments& args) {
   A* stats = static_cast<A*>(args.outputs.stats);
   const Partials& from = args.partials;
   const int64_t row = args.batch + 1;
@@ -114,6 +114,11 @@ __global__ void __launch_bounds__(kFinalizeThreads) elbo_finalize_kernel(Finaliz
   totals.kl = sum_pieces(from.kl, args.batch, args.latent_pieces, stats + row);
   totals.clamped = sum_pieces(from.clamped, args.batch, args.latent_pieces, stats + 2 * row);
   if (args.outputs.loss) finish<A>(args, totals);
+}
+
+template <class A>
+__global__ void __launch_bounds__(kFinalizeThreads) elbo_finalize_kernel(FinalizeArguments args) {
+  run_finalize<A>(args);
 }
 
 }  // namespace elbo

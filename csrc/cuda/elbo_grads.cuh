@@ -154,7 +154,7 @@ __device__ void latent_gradient(
 }
 
 template <class A, class R, class T, bool Element>
-__global__ void __launch_bounds__(kThreads, kLeastBlocks<A>) elbo_grads_kernel(GradsArguments args) {
+__device__ void run_grads(const GradsArguments& args) {
   const Shared shared = prologue<A>(args);
   for_pieces(
       args.batch, args.with_data, args.with_latents, warp_of_blocks(0), warps_of_blocks(gridDim.x),
@@ -167,6 +167,11 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks<A>) elbo_grads_kernel(G
           latent_gradient<A>(args.batch.latents, args.gradients, through_loss, through_rate, piece);
         }
       });
+}
+
+template <class A, class R, class T, bool Element>
+__global__ void __launch_bounds__(kThreads, kLeastBlocks<A>) elbo_grads_kernel(GradsArguments args) {
+  run_grads<A, R, T, Element>(args);
 }
 
 }  // namespace elbo

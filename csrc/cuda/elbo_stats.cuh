@@ -62,7 +62,7 @@ __device__ void write_rates(const Batch& batch, const Partials& out, const Piece
 }
 
 template <class A, class R, class T, bool Element>
-__global__ void __launch_bounds__(kThreads, kLeastBlocks<A>) elbo_stats_kernel(StatsArguments args) {
+__device__ void run_stats(const StatsArguments& args) {
   for_pieces(args.batch, true, true, warp_of_blocks(0), warps_of_blocks(gridDim.x), [&](const Piece& piece) {
     if (piece.is_data) {
       const A s = squared_error<A, R, T, Element>(args.batch.data, piece);
@@ -71,6 +71,11 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks<A>) elbo_stats_kernel(S
       write_rates<A>(args.batch, args.partials, piece);
     }
   });
+}
+
+template <class A, class R, class T, bool Element>
+__global__ void __launch_bounds__(kThreads, kLeastBlocks<A>) elbo_stats_kernel(StatsArguments args) {
+  run_stats<A, R, T, Element>(args);
 }
 
 }  // namespace elbo

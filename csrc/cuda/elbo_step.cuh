@@ -177,8 +177,13 @@ __device__ inline void latent_role(const StepArguments& args) {
 }
 
 template <class R, class T>
-__global__ void __launch_bounds__(kStepThreads, 1) elbo_step_kernel(StepArguments args) {
+__device__ void run_step(const StepArguments& args) {
   static_cast<int>(blockIdx.x) < args.plan.data_blocks ? data_role<R, T>(args) : latent_role(args);
+}
+
+template <class R, class T>
+__global__ void __launch_bounds__(kStepThreads, 1) elbo_step_kernel(StepArguments args) {
+  run_step<R, T>(args);
 }
 
 }  // namespace elbo
