@@ -30,6 +30,7 @@ def fault_of(operators: SimpleNamespace, every: dict[str, Case]) -> str | None:
 
 def main() -> None:
     shim = Shim(Path(sys.argv[1]))
+    shim.multiprocessors(1)
     namespace = torch.ops.fused_elbo_cuda
     operators = SimpleNamespace(forward=namespace.forward.default, grads=namespace.grads.default)
     with cases() as every:

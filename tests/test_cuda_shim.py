@@ -19,8 +19,12 @@ import pytest
 pytestmark = pytest.mark.skipif(cuda_shim.compiler() is None, reason="there is no C++ compiler")
 HERE = Path(__file__).parent
 
-# Many pieces, and long ones, from few elements.
-SMALL = (("cuda/elbo_stats.cu", "kPiece = 4096", "kPiece = 32"), ("cuda/elbo_stats.cu", "kMany = 8192", "kMany = 100"))
+# Few elements then make many pieces, several for a warp, and pieces of several times the least size.
+SMALL = (
+    ("cuda/elbo_stats.cu", "kPiece = 4096", "kPiece = 512"),
+    ("cuda/elbo_stats.cu", "kMany = 8192", "kMany = 16"),
+    ("cuda/launch.h", "kBlocksPerSm = 2048 / kThreads", "kBlocksPerSm = 1"),
+)
 
 DEVICE, ELEMENTS = "cuda/device.cuh", "cuda/elements.cuh"
 STATS, FINALIZE, GRADS = (f"cuda/elbo_{stem}.cuh" for stem in ("stats", "finalize", "grads"))
@@ -38,7 +42,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "no_elements_after_the_last_vector": (DEVICE, "walk_groups<Turns>(n - between,", "walk_groups<Turns>(head,"),
     "an_element_too_many": (DEVICE, "walk_groups<Turns>(n - between,", "walk_groups<Turns>(n - between + 1,"),
     "the_head_is_taken_for_the_tail": (DEVICE, "return g < head ? g : g + between;", "return g + between;"),
-    "a_vector_too_few": (DEVICE, "vectors = (n - head) / N", "vectors = max((n - head) / N - 1, 0)"),
+    "a_vector_too_few": (DEVICE, "if (group < groups) use", "if (group < groups - 1) use"),
     "vectors_off_their_place": (DEVICE, "return head + g * N;", "return g * N;"),
     "one_turn_of_two": (DEVICE, "first += Turns * kWarpSize", "first += 2 * Turns * kWarpSize"),
     # pieces and partial sums

@@ -103,16 +103,23 @@ struct Block {
 
   enum Outcome { kDone, kRan, kStuck };
 
-  // Lets every thread that can run do so once.
+  // Lets the warps run in turn, each as far as it can: one may be far ahead of the others, as on a GPU.
   Outcome round() {
     bool alive = false, ran = false;
-    for (int i : order_of(all.size)) {
-      Fiber& f = *fibers[i];
-      alive |= !f.done;
-      if (!f.ready()) continue;
-      f.waits_for = nullptr;
-      ran = true;
-      enter(f);
+    for (int w : order_of(static_cast<int>(warps.size()))) {
+      bool more = true;
+      while (more) {
+        more = false;
+        for (int i : order_of(kWarpSize)) {
+          Fiber& f = *fibers[w * kWarpSize + i];
+          alive |= !f.done;
+          if (!f.ready()) continue;
+          f.waits_for = nullptr;
+          more = ran = true;
+          enter(f);
+        }
+        if (schedule == kRandom && random_numbers() % 2) break;  // or not so far
+      }
     }
     return !alive ? kDone : ran ? kRan : kStuck;
   }
