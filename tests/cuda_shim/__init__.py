@@ -46,7 +46,7 @@ def build(folder: Path, csrc: Path = CSRC, flags: tuple[str, ...] = ()) -> Path:
     """The library, compiled from a folder like csrc; 10 s on two cores. Objects are kept beside `folder`, so that one
     which differs in a line compiles only what that line is part of."""
     sources = [*sorted(csrc.glob("cuda/*.cu")), *sorted(csrc.glob("cuda/*.cpp")), *sorted(HERE.glob("*.cpp"))]
-#- x c ++, for the compiler takes a.cu for something to be linked
+    # -x c++, for the compiler takes a .cu for something to be linked
     command = [*(compiler() or "").split(), *_FLAGS, *flags, f"-I{HERE}", "-isystem", str(_TORCH / "include")]
     command += ["-x", "c++"]
     folder.mkdir(parents=True, exist_ok=True)
