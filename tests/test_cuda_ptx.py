@@ -116,7 +116,7 @@ class Step:
     def in_one_pass(self, kernels: dict[str, Any], data_blocks: int) -> None:
         vector = 16 // self.inputs[0].element_size()
         rows = -(-self.batch * self.dims // (data_blocks * STEP_THREADS * vector))
-        shared = max(0, rows - 72 // vector) * vector * STEP_THREADS * 4
+        shared = max(0, rows - 56 // vector) * vector * STEP_THREADS * 4
         kl = torch.full((self.batch * self.pieces[1],), float("nan")).numpy()
         workspace = torch.full((data_blocks + 2,), float("nan"), dtype=torch.float64).numpy()
         plan = (BETA, GRAD_SCALE, data_blocks, 1, rows)

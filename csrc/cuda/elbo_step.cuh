@@ -39,10 +39,11 @@ struct Row {
     n = k < args.plan.rows ? static_cast<int>(max(min(args.elements - first, int64_t{V}), int64_t{0})) : 0;
   }
 
+  template <bool Full>
   __device__ void read(const StepArguments& args, float (&e)[V]) const {
     const R* recon = reinterpret_cast<const R*>(args.grads.batch.data.recon.base) + first;
     const T* target = reinterpret_cast<const T*>(args.grads.batch.data.target.base) + first;
-    if (n == V) {
+    if (Full || n == V) {
       const auto r = load(recon, Count<V>{});
       const auto t = load(target, Count<V>{});
 #pragma unroll
@@ -68,45 +69,72 @@ struct Row {
   }
 };
 
+// What registers do not hold, one difference after the other.
+__device__ inline float& beyond(int k, int j, int vector) {
+  return on_chip[(k * vector + j) * kStepThreads + threadIdx.x];
+}
+
+template <class R, class T>
+struct Held {
+  static constexpr int V = Row<R, T>::V, rows = kHeld / V;
+  float e[rows][V];
+
+  // Reads the warp's rows and returns this lane's Σ e². Full: no row is missing or short, so that nothing stands
+  // between one row's loads and the next one's.
+  template <bool Full>
+  __device__ float read(const StepArguments& args) {
+    float sum = 0;
+#pragma unroll
+    for (int k = 0; k < rows; ++k) {
+      Row<R, T>(args, k).template read<Full>(args, e[k]);
+      if (k % 4 == 3) asm volatile("" ::: "memory");  // or all would be asked for at once, and spill
+    }
+#pragma unroll
+    for (int k = 0; k < rows; ++k) sum += square(e[k]);
+#pragma unroll 2
+    for (int k = rows; k < args.plan.rows; ++k) {
+      float more[V];
+      Row<R, T>(args, k).template read<Full>(args, more);
+      sum += square(more);
+#pragma unroll
+      for (int j = 0; j < V; ++j) beyond(k - rows, j, V) = more[j];
+    }
+    return sum;
+  }
+
+  static __device__ float square(const float (&x)[V]) {
+    float sum = 0;
+#pragma unroll
+    for (int j = 0; j < V; ++j) sum += x[j] * x[j];
+    return sum;
+  }
+};
+
 template <class R, class T>
 __device__ void data_role(const StepArguments& args) {
-  using Own = Row<R, T>;
-  constexpr int V = Own::V, kept = kHeld / V;
+  constexpr int V = Row<R, T>::V, rows = Held<R, T>::rows;
   const Gradients& out = args.grads.gradients;
   const cooperative_groups::grid_group grid = cooperative_groups::this_grid();
-  float held[kept][V], sum = 0;
-#pragma unroll
-  for (int k = 0; k < kept; ++k) {
-    Own(args, k).read(args, held[k]);
-#pragma unroll
-    for (int j = 0; j < V; ++j) sum += held[k][j] * held[k][j];
-  }
-#pragma unroll 2
-  for (int k = kept; k < args.plan.rows; ++k) {
-    float e[V];
-    Own(args, k).read(args, e);
-#pragma unroll
-    for (int j = 0; j < V; ++j) {
-      sum += e[j] * e[j];
-      on_chip[((k - kept) * V + j) * kStepThreads + threadIdx.x] = e[j];
-    }
-  }
+  const int64_t end = (warp_of_blocks(0) + 1) * args.plan.rows * kWarpSize * V;
+  Held<R, T> held;
+  const bool full = args.plan.rows >= rows && end <= args.elements;
+  const float sum = full ? held.template read<true>(args) : held.template read<false>(args);
   const double total = block_sum(sum);
   if (threadIdx.x == 0) args.sums[blockIdx.x] = total;
   grid.sync();  // the leader adds the sums up
   grid.sync();  // and has told what follows
   const float a = static_cast<float>(args.agreed[0]);
 #pragma unroll
-  for (int k = 0; k < kept; ++k) {
-    const Own row(args, k);
-    row.template write<R>(out.recon, held[k], a);
-    row.template write<T>(out.target, held[k], -a);
+  for (int k = 0; k < rows; ++k) {
+    const Row<R, T> row(args, k);
+    row.template write<R>(out.recon, held.e[k], a);
+    row.template write<T>(out.target, held.e[k], -a);
   }
-  for (int k = kept; k < args.plan.rows; ++k) {
-    const Own row(args, k);
+  for (int k = rows; k < args.plan.rows; ++k) {
+    const Row<R, T> row(args, k);
     float e[V];
 #pragma unroll
-    for (int j = 0; j < V; ++j) e[j] = on_chip[((k - kept) * V + j) * kStepThreads + threadIdx.x];
+    for (int j = 0; j < V; ++j) e[j] = beyond(k - rows, j, V);
     row.template write<R>(out.recon, e, a);
     row.template write<T>(out.target, e, -a);
   }
