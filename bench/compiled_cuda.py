@@ -99,7 +99,9 @@ def write(rows: list[Row], out: Path) -> None:
     release = re.search(r"release ([\d.]+)", version)
     lines = [names, ["---"] * 3 + ["---:"] * (len(names) - 3), *cells]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    head = f"Written by `python bench/compiled_cuda.py`, which says what the columns mean; nvcc {release and release[1]}."
+    head = (
+        f"Written by `python bench/compiled_cuda.py`, which says what the columns mean; nvcc {release and release[1]}."
+    )
     (out / "compiled_cuda.md").write_text(f"{head}\n\n{table}\n", encoding="utf-8")
 
 

@@ -27,7 +27,7 @@ SMALL = (
 )
 
 DEVICE, ELEMENTS = "cuda/device.cuh", "cuda/elements.cuh"
-STATS, FINALIZE, GRADS = (f"cuda/elbo_{stem}.cuh" for stem in ("stats", "finalize", "grads"))
+STATS, FINALIZE, GRADS, STEP = (f"cuda/elbo_{stem}.cuh" for stem in ("stats", "finalize", "grads", "step"))
 INPUTS, BINDINGS, MATH, SPAN = "cuda/inputs.h", "cuda/bindings.cpp", "elbo_math.h", "span.h"
 
 # name -> file, what is replaced (it occurs exactly once), by what
@@ -49,7 +49,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "a_dropped_partial": (FINALIZE, "p < pieces; p += width", "p < pieces - 1; p += width"),
     "one_round_of_the_grid": (DEVICE, "i < all; i += warps", "i < all; i += all"),
     "samples_beyond_the_block": (FINALIZE, "begin < batch; begin += together", "begin < 1; begin += together"),
-    "a_piece_too_long": (DEVICE, "min(dims - first, pieces.size)", "pieces.size"),
+    "a_piece_too_long": (DEVICE, "min(dims - first, pieces.size)", "min(dims - first + 1, pieces.size)"),
     "32_bits_for_an_offset": (SPAN, "(sample * batch_stride", "(static_cast<int32_t>(sample * batch_stride)"),
     # factors
     "no_scale_by_the_reduction": (GRADS, "return {args.scale * at(g.loss, i)", "return {at(g.loss, i)"),
@@ -70,6 +70,17 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "the_samples_log_sigma_is_the_first_ones": (INPUTS, "span_of(log_sigma, stride_of(0))", "span_of(log_sigma, 0)"),
     "log_sigma_is_rounded_to_the_targets_dtype": (INPUTS, "alike &= element_log", "false && element_log"),
     "orders_are_taken_for_equal": ("layout.h", "if (same_order(t, lead) && t", "if (t"),
+    # the step
+    "the_leader_does_not_wait": (STEP, "  grid.sync();\n  if (blockIdx.x ==", "  if (blockIdx.x =="),
+    "data_do_not_wait_for_the_leader": (STEP, "  grid.sync();  // and has told what follows\n", ""),
+    "nobody_waits_for_the_leader": (STEP, "  lead(args);\n  grid.sync();", "  lead(args);"),
+    "a_row_beyond_the_end": (STEP, "min(args.elements - first, int64_t{V})", "int64_t{V}"),
+    "a_row_too_few_in_registers": (STEP, "k < rows; ++k) sum += square", "k < rows - 1; ++k) sum += square"),
+    "one_place_in_shared_memory_for_all": (STEP, "(k * vector + j) * kStepThreads + threadIdx.x", "k * vector + j"),
+    "a_dropped_block": (STEP, "b < args.plan.data_blocks; b", "b < args.plan.data_blocks - 1; b"),
+    "no_grad_scale": (STEP, "w = scale * at(args.grads.grad_outputs.loss, 0)", "w = scale"),
+    "what_does_not_fit_is_tried": ("cuda/step_plan.h", "plan.shared_bytes <= shared_limit", "true"),
+    "batches_are_taken_for_dense": ("cuda/elbo_step.cu", "span.batch_stride == data.dims", "true"),
 }  # fmt: skip
 
 
@@ -108,7 +119,7 @@ def test_a_mutant_is_noticed(name: str, workshop: Path) -> None:
     fault = fault_of(cuda_shim.build(folder, copy(folder / "csrc", *SMALL, MUTANTS[name])))
     assert fault is not None, "nothing was noticed"
     # A copy that does not even run would pass for a noticed one; a launch that fails says why.
-    assert "AssertionError" in fault or "threads wait at a barrier" in fault
+    assert "AssertionError" in fault or "threads wait at a barrier" in fault or "more shared memory" in fault
 
 
 def test_no_access_out_of_bounds(workshop: Path) -> None:

@@ -170,7 +170,7 @@ __device__ void run_grads(const GradsArguments& args) {
 }
 
 template <class A, class R, class T, bool Element>
-__global__ void __launch_bounds__(kThreads, kLeastBlocks<A>) elbo_grads_kernel(GradsArguments args) {
+__global__ void __launch_bounds__(kThreads, kLeastBlocks<A, 2>) elbo_grads_kernel(GradsArguments args) {
   run_grads<A, R, T, Element>(args);
 }
 

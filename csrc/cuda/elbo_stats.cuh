@@ -74,7 +74,7 @@ __device__ void run_stats(const StatsArguments& args) {
 }
 
 template <class A, class R, class T, bool Element>
-__global__ void __launch_bounds__(kThreads, kLeastBlocks<A>) elbo_stats_kernel(StatsArguments args) {
+__global__ void __launch_bounds__(kThreads, kLeastBlocks<A, 3>) elbo_stats_kernel(StatsArguments args) {
   run_stats<A, R, T, Element>(args);
 }
 

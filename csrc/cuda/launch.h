@@ -14,9 +14,10 @@ constexpr int kThreads = 256;  // of a block, except in finalize
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kBlocksPerSm = 2048 / kThreads;
 
-// What the compiler is to leave registers for on an SM: 128 for a thread; fp64, for gradient checks, needs more.
-template <class A>
-constexpr int kLeastBlocks = sizeof(A) == 4 ? 2 : 1;
+// Blocks that the compiler is to leave registers for on an SM: three leave 80 to a thread, two 128. fp64, for gradient
+// checks, needs more.
+template <class A, int Blocks>
+constexpr int kLeastBlocks = sizeof(A) == 4 ? Blocks : 1;
 
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;

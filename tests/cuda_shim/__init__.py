@@ -84,3 +84,7 @@ class Shim:
     def multiprocessors(self, count: int) -> None:
         """Of the device, which the launchers size their grids by."""
         self._functions.shim_multiprocessors(count)
+
+    def cooperative_launches(self) -> int:
+        """How many there were so far."""
+        return self._functions.shim_cooperative_launches()

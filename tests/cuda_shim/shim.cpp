@@ -30,6 +30,7 @@ enum Schedule { kAscending, kDescending, kRandom };
 Schedule schedule = kAscending;
 std::mt19937 random_numbers;
 int multiprocessors = 3;
+int cooperative_launches = 0;
 std::string failure;
 
 std::vector<int> order_of(int n) {
@@ -301,6 +302,7 @@ cudaError_t launch(
   failure.clear();
   if (shared > kSharedBytes) failure = "a block asks for more shared memory than there is";
   if (cooperative && static_cast<int>(grid.x) > multiprocessors) failure = "the blocks do not fit at once";
+  cooperative_launches += cooperative;
   if (failure.empty()) (cooperative ? run_together : run_in_turn)(grid, size, body, argument);
   return failure.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }
@@ -351,4 +353,8 @@ extern "C" __attribute__((visibility("default"))) void shim_schedule(int kind, u
 
 extern "C" __attribute__((visibility("default"))) void shim_multiprocessors(int count) {
   shim::multiprocessors = count;
+}
+
+extern "C" __attribute__((visibility("default"))) int shim_cooperative_launches() {
+  return shim::cooperative_launches;
 }
