@@ -2,7 +2,7 @@
 
     python bench/compiled_cuda.py --out bench
 
-Writes compiled_cuda.md and compiled_cuda.csv: files of their own, for nvcc is not everywhere where Triton is. The columns
+Writes compiled_cuda.md and .csv: files of their own, for nvcc is not everywhere where Triton is. The columns
 are those of bench/compiled.py, and so is the reading of machine code, with these differences:
 
 - kernel: elbo_stats and so on, with recon and target of one dtype; [pixel]: σ varies inside a sample.
