@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from . import sigma
 from .backends import BackendUnavailable, backend
-from .functional import ELBO, decoupled_elbo, gaussian_kl, gaussian_nll
+from .functional import ELBO, decoupled_elbo, decoupled_elbo_backward, gaussian_kl, gaussian_nll
 from .modules import DecoupledELBO, LearnedSigmaELBO
 
 try:
@@ -24,6 +24,7 @@ __all__ = [
     "LearnedSigmaELBO",
     "backend",
     "decoupled_elbo",
+    "decoupled_elbo_backward",
     "gaussian_kl",
     "gaussian_nll",
     "sigma",

@@ -24,6 +24,28 @@ def elbo(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return cast(Any, function).apply(*args, backends.forced)
 
 
+def elbo_backward(
+    *args: Any, grad_scale: tuple[Tensor | None, float], retain_graph: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, distortion, rate, sigma), detached, after the backward of grad_scale · loss."""
+    _refuse_backward(args[: _BETA + 1])
+    scale, number = grad_scale
+    outputs = cast(Any, _Step).apply(*args[_TENSORS], scale, *args[_VALUES], number, backends.forced)
+    loss = outputs[0].detach()
+    # _Step has the gradients and looks at no grad_output: any tensor of the loss's shape spares a launch of ones.
+    torch.autograd.backward(outputs[0], loss, retain_graph=retain_graph)
+    return (loss, *outputs[1:])
+
+
+def _refuse_backward(inputs: tuple[Tensor | None, ...]) -> None:
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError("decoupled_elbo_backward calls backward, which torch.func forbids: use decoupled_elbo there")
+    if not torch.is_grad_enabled():
+        raise RuntimeError("decoupled_elbo_backward: gradients are off here (torch.no_grad or inference_mode)")
+    if not any(t is not None and t.requires_grad for t in inputs):
+        raise RuntimeError("decoupled_elbo_backward: none of the tensors requires a gradient")
+
+
 def _implementation(backend: str | None, device: str) -> Any:
     """Whose forward and grads to call: the operators, or those of a forced backend that is not behind them."""
     if backend is None or backend == backends.dispatched.get(device):
@@ -84,3 +106,27 @@ class _FunctorchElbo(_Shared):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _Shared._save(ctx, inputs, output)
+
+
+class _Step(torch.autograd.Function):
+    """Both at once: forward has the gradients of the loss already, and backward hands them on.
+
+    As the gradients of a node they belong to autograd alone, which frees each once it is used; given to
+    `torch.autograd.backward` they would stay until the whole backward is over, and be copied into a leaf's `.grad`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        *operands, backend = args
+        ctx.needs = ctx.needs_input_grad[: _BETA + 1]
+        mask = sum(1 << i for i, needed in enumerate(ctx.needs) if needed)
+        outputs = _implementation(backend, _device_of(args)).step(*operands, mask)
+        ctx.gradients = outputs[4:]
+        ctx.mark_non_differentiable(*outputs[1:4])
+        ctx.set_materialize_grads(False)
+        return tuple(outputs[:4])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        return (*(g if needed else None for g, needed in zip(gradients, ctx.needs, strict=True)), *[None] * 12)

@@ -140,7 +140,13 @@ def cpu_spec(level: str | None = None) -> BuildSpec:
     level = level or instruction_set()
     return BuildSpec(
         name="fused_elbo_cpu",
-        sources=("cpu/bindings.cpp", "cpu/elbo_stats.cpp", "cpu/elbo_finalize.cpp", "cpu/elbo_grads.cpp"),
+        sources=(
+            "cpu/bindings.cpp",
+            "cpu/elbo_stats.cpp",
+            "cpu/elbo_finalize.cpp",
+            "cpu/elbo_grads.cpp",
+            "cpu/elbo_step.cpp",
+        ),
         cflags=(
             "-O3",
             "-std=c++17",  # all that the stable headers need, and what the oldest compilers offer

@@ -97,6 +97,17 @@ def capacity(value: object, beta: object, reduction: str, like: Tensor) -> None:
         raise ValueError("capacity: has no gradient here; pass capacity.detach()")
 
 
+def grad_scale(value: object, like: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        number("grad_scale", value)
+        return
+    tensor("grad_scale", value, like)
+    if value.numel() != 1:
+        raise ValueError(f"grad_scale: expected a number or a tensor of one element, got shape {shape(value)}")
+    if value.requires_grad:
+        raise ValueError("grad_scale: has no gradient here; pass grad_scale.detach()")
+
+
 def reduction(value: object) -> int:
     if value not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(map(repr, REDUCTIONS))}, got {value!r}")

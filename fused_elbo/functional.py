@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from . import autograd, checks
-from . import sigma as modes
-from .reference import compute_dtype
+from . import arguments, autograd, checks, ops
 from .sigma import Constant, Kind, Optimal
 
 
@@ -90,20 +86,89 @@ def decoupled_elbo(
     >>> torch.allclose(elbo.loss, elbo.distortion + 4.0 * elbo.rate)
     True
     """
-    checks.pair("recon", recon, "target", target)
-    checks.pair("mu", mu, "logvar", logvar)
-    checks.same_batch(recon, mu)
-    checks.weight(beta, mu.shape[0], recon)
-    if capacity is not None:
-        checks.capacity(capacity, beta, reduction, recon)
-    return _call(
-        (recon, target, *_latents(mu, logvar, prior)),
+    args = arguments.of_elbo(
+        recon,
+        target,
+        mu,
+        logvar,
         beta=beta,
-        sigma=_sigma_arguments((recon, target, mu, logvar), sigma, log_sigma, min_log_sigma),
+        sigma=sigma,
+        log_sigma=log_sigma,
+        min_log_sigma=min_log_sigma,
+        prior=prior,
         free_bits=free_bits,
         capacity=capacity,
         reduction=reduction,
     )
+    return _elbo(args, autograd.elbo(*args))
+
+
+def decoupled_elbo_backward(
+    recon: Tensor,
+    target: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    *,
+    beta: float | Tensor = 1.0,
+    sigma: str | float | Constant | Optimal = "optimal",
+    log_sigma: Tensor | None = None,
+    min_log_sigma: float = -7.0,
+    prior: tuple[Tensor, Tensor] | None = None,
+    free_bits: float = 0.0,
+    capacity: float | Tensor | None = None,
+    reduction: str = "batchmean",
+    grad_scale: float | Tensor | None = None,
+    retain_graph: bool = False,
+) -> ELBO:
+    """`decoupled_elbo(…).loss.backward()` in one go: the loss and its gradients together, then autograd's backward.
+
+    The data are at hand when the loss is known, so its gradients need not read them from memory again: 3N bytes moved
+    in place of 5N, N being recon's, where a backend has such a kernel. Values and gradients are those of the two calls,
+    up to rounding; so are hooks, `retain_grad`, gradients added to `.grad`, and DistributedDataParallel.
+
+    Args:
+        grad_scale: what the gradients are multiplied by, before they are rounded to their tensors' dtypes: a finite
+            number, or a tensor of one element on recon's device. With a GradScaler `scaler.scale(torch.ones((),
+            device=recon.device))`; to accumulate over n batches, 1/n. The returned loss is not multiplied.
+        retain_graph: keep the graph of recon, mu and logvar, for another loss that goes back through it.
+
+        All others as in `decoupled_elbo`, except that reduction="none" is refused.
+
+    Returns:
+        ELBO(loss, distortion, rate, sigma), all detached.
+
+    Raises:
+        TypeError, ValueError: as `decoupled_elbo`, and for a bad grad_scale.
+        RuntimeError: if no tensor requires a gradient, under torch.no_grad, or inside torch.func's transforms.
+
+    It calls backward, so it ends the graph as `loss.backward()` does. If another loss goes back through the same
+    decoder, add it to `decoupled_elbo(…).loss` instead: one backward is cheaper than two. torch.compile breaks its
+    graph here, as it does at `loss.backward()`.
+
+    >>> x, weight = torch.rand(2, 8), torch.ones(8, requires_grad=True)
+    >>> mu, logvar = torch.ones(2, 4, requires_grad=True), torch.zeros(2, 4)
+    >>> elbo = decoupled_elbo_backward(x * weight, x + 0.1, mu, logvar, beta=4.0)
+    >>> elbo.loss.requires_grad, weight.grad.shape, mu.grad[0]
+    (False, torch.Size([8]), tensor([2., 2., 2., 2.]))
+    """
+    if reduction == "none":
+        raise ValueError('reduction: "none" gives a loss for each sample, and backward starts from one number')
+    args = arguments.of_elbo(
+        recon,
+        target,
+        mu,
+        logvar,
+        beta=beta,
+        sigma=sigma,
+        log_sigma=log_sigma,
+        min_log_sigma=min_log_sigma,
+        prior=prior,
+        free_bits=free_bits,
+        capacity=capacity,
+        reduction=reduction,
+    )
+    scale = arguments.of_grad_scale(grad_scale, recon)
+    return _elbo(args, autograd.elbo_backward(*args, grad_scale=scale, retain_graph=retain_graph))
 
 
 def gaussian_nll(
@@ -126,8 +191,9 @@ def gaussian_nll(
     True
     """
     checks.pair("recon", recon, "target", target)
-    arguments = _sigma_arguments((recon, target), sigma, log_sigma, min_log_sigma)
-    return _call((recon, target, None, None, None, None), sigma=arguments, reduction=reduction).distortion
+    mode = arguments.of_sigma((recon, target), sigma, log_sigma, min_log_sigma)
+    args = arguments.of_forward((recon, target, None, None, None, None), sigma=mode, reduction=reduction)
+    return autograd.elbo(*args)[1]
 
 
 def gaussian_kl(
@@ -149,94 +215,12 @@ def gaussian_kl(
     (tensor(2.), tensor(0.))
     """
     checks.pair("mu", mu, "logvar", logvar)
-    return _call((None, None, *_latents(mu, logvar, prior)), free_bits=free_bits, reduction=reduction).loss
+    tensors = (None, None, *arguments.latents(mu, logvar, prior))
+    args = arguments.of_forward(tensors, free_bits=free_bits, reduction=reduction)
+    return autograd.elbo(*args)[0]
 
 
-# ---------------------------------------------------------------------------------------------- arguments to operator
-
-
-def _sigma_arguments(
-    inputs: tuple[Tensor, ...],
-    sigma: str | float | Constant | Optimal,
-    log_sigma: Tensor | None,
-    min_log_sigma: float,
-) -> tuple[Tensor | None, Kind, bool, float, float]:
-    """(log_sigma, sigma_mode, softclip, log_sigma_value, min_log_sigma)."""
-    recon = inputs[0]
-    checks.number("min_log_sigma", min_log_sigma, -modes.LOG_SIGMA_RANGE, modes.LOG_SIGMA_RANGE)
-    if log_sigma is not None:
-        if sigma != "optimal":
-            raise ValueError(f"sigma and log_sigma exclude each other, got sigma={sigma!r} beside a log_sigma")
-        checks.log_sigma(log_sigma, recon)
-        batch = recon.shape[0]
-        if log_sigma.numel() == 1:
-            return log_sigma.reshape(()), Kind.GIVEN, False, 0.0, min_log_sigma
-        per_image = log_sigma.shape[0] == log_sigma.numel() == batch and log_sigma.dim() in (1, recon.dim())
-        if per_image:
-            return log_sigma.reshape(batch), Kind.GIVEN, False, 0.0, min_log_sigma
-        shape = (1,) * (recon.dim() - log_sigma.dim()) + tuple(log_sigma.shape)
-        return log_sigma.reshape(shape), Kind.ELEMENT, False, 0.0, min_log_sigma
-    mode = modes.resolve(sigma)
-    if isinstance(mode, Optimal):
-        kind = Kind.IMAGE if mode.per_image else Kind.BATCH
-        return None, kind, mode.softclip, 0.0, min_log_sigma
-    if torch.compiler.is_compiling():
-        return _on_device(mode.value, *inputs).log(), Kind.GIVEN, False, 0.0, min_log_sigma
-    return None, Kind.GIVEN, False, math.log(mode.value), min_log_sigma
-
-
-def _on_device(value: float, *like: Tensor | None) -> Tensor:
-    """A Python number as a tensor. A number is part of the code that Dynamo compiles; a schedule of β as plain floats
-    would compile anew at every value and fail after eight."""
-    first = next(t for t in like if t is not None)
-    return first.new_ones((), dtype=compute_dtype(*like)) * value
-
-
-def _latents(
-    mu: Tensor, logvar: Tensor, prior: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Of one dtype, the widest, and one shape; autograd turns their gradients back."""
-    if prior is not None:
-        checks.prior(prior, mu)
-    every = (mu, logvar, *(prior or ()))
-    # A prior that the batch shares sums its gradient over the batch: in fp32, then rounded once to its own dtype.
-    shared = prior is not None and any(t.shape != mu.shape for t in prior)
-    if shared or any(t.dtype != mu.dtype for t in every):
-        dtype = compute_dtype(*every)
-        every = tuple(t.to(dtype) for t in every)
-    if prior is None:
-        return every[0], every[1], None, None
-    return every[0], every[1], every[2].expand(mu.shape), every[3].expand(mu.shape)
-
-
-def _call(
-    tensors: tuple[Tensor | None, ...],  # recon, target, mu, logvar, prior_mu, prior_logvar
-    *,
-    reduction: str,
-    beta: float | Tensor = 1.0,
-    sigma: tuple[Tensor | None, Kind, bool, float, float] = (None, Kind.GIVEN, False, 0.0, 0.0),
-    free_bits: float = 0.0,
-    capacity: float | Tensor | None = None,
-) -> ELBO:
-    recon, target, mu, logvar, prior_mu, prior_logvar = tensors
-    log_sigma, kind, softclip, log_sigma_value, min_log_sigma = sigma
-    index = checks.reduction(reduction)
-    checks.number("free_bits", free_bits, 0)
-    checks.device_served(recon if recon is not None else mu)  # type: ignore[arg-type]
-
-    def knob(value: Any) -> tuple[Tensor | None, Any]:
-        """(the tensor, the number): one of the two."""
-        if value is None or isinstance(value, Tensor):
-            return value, None
-        return (_on_device(value, recon, target, mu, logvar), None) if torch.compiler.is_compiling() else (None, value)
-
-    beta_tensor, beta_value = knob(beta)
-    capacity_tensor, capacity_value = knob(capacity)
-    loss, distortion, rate, std, _ = autograd.elbo(
-        recon, target, mu, logvar, log_sigma, prior_mu, prior_logvar, beta_tensor, capacity_tensor,
-        int(kind), softclip, log_sigma_value, float(min_log_sigma), float(free_bits),
-        1.0 if beta_value is None else float(beta_value),
-        None if capacity_value is None else float(capacity_value),
-        index,
-    )  # fmt: skip
-    return ELBO(loss, distortion, rate, None if kind == Kind.ELEMENT else std)
+def _elbo(args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> ELBO:
+    """`outputs` begin with loss, distortion, rate and sigma; the operators' sigma is empty where it is None here."""
+    loss, distortion, rate, std = outputs[:4]
+    return ELBO(loss, distortion, rate, None if args[ops.SIGMA_MODE] == Kind.ELEMENT else std)

@@ -3,14 +3,18 @@
     stats      reads the data once                     -> stats [3, B + 1]
     forward    stats and the O(B) arithmetic after it  -> loss, distortion, rate, sigma, stats
     grads      reads the data again, writes gradients  -> one tensor for each bit of `mask`, in the order of Gradients
+    step       forward, and grads of grad_scale·loss   -> loss, distortion, rate, sigma, then as grads
+
+What `step` returns differs from what forward and grads do by rounding alone; it exists because a backend that does both
+at once can read the data once. Its loss is one number: `reduction` is not "none".
 
 The rows of stats are S_i, KL_i and Σ_k max(KL_ik, free_bits); the last column is their sum over the batch, all that a σ
 shared by several batches needs. `recon, target` or `mu, logvar` may be absent together. Where σ varies inside a sample,
 log_sigma has as many dimensions as recon, each of recon's size or 1. `sigma_mode` is a `sigma.Kind`, `reduction` an
-index into `reference.REDUCTIONS`. A number may come as a tensor on the device (beta, capacity, log_sigma) or, where
-that is None, as a Python value; the tensor wins. Returned numbers have the compute dtype (fp64 if any input is fp64,
-else fp32); gradients have their input's dtype and the strides of `torch.empty_like(input)`. Outputs that `mask` does
-not ask for, and `sigma` where σ varies inside a sample, have shape (0,).
+index into `reference.REDUCTIONS`. A number may come as a tensor on the device (beta, capacity, log_sigma, and the 0-d
+grad_scale) or, where that is None, as a Python value; the tensor wins. Returned numbers have the compute dtype (fp64 if
+any input is fp64, else fp32); gradients have their input's dtype and the strides of `torch.empty_like(input)`. Outputs
+that `mask` does not ask for, and `sigma` where σ varies inside a sample, have shape (0,).
 
 Registered here: the schemas, the fakes, the vmap rules, and the default implementation. The default gets a device's
 kernels loaded at the first call and then dispatches again, to them; where there are none it runs the reference.
@@ -44,7 +48,12 @@ SCHEMAS = {
         f"(Tensor? grad_loss, Tensor? grad_distortion, Tensor? grad_rate, {_INPUTS}, {_KNOBS}, Tensor stats, "
         f"{_VALUES}, int mask) -> ({', '.join(['Tensor'] * len(reference.Gradients._fields))})"
     ),
+    "step": (
+        f"({_INPUTS}, {_KNOBS}, Tensor? grad_scale, {_VALUES}, float grad_scale_value, int mask) "
+        f"-> ({', '.join(['Tensor'] * (4 + len(reference.Gradients._fields)))})"
+    ),
 }
+SIGMA_MODE = 9  # where sigma_mode stands among the arguments of forward
 
 _library = torch.library.Library("fused_elbo", "DEF")
 for _name, _schema in SCHEMAS.items():
@@ -53,6 +62,7 @@ for _name, _schema in SCHEMAS.items():
 stats = torch.ops.fused_elbo.stats.default
 forward = torch.ops.fused_elbo.forward.default
 grads = torch.ops.fused_elbo.grads.default
+step = torch.ops.fused_elbo.step.default
 
 
 # ------------------------------------------------------------------------------------------------- shapes (the fakes)
@@ -85,6 +95,13 @@ def _grads_fake(g_loss, g_distortion, g_rate, recon, target, mu, logvar, log_sig
     return _masked(inputs, rest[-1], torch.empty_like, _some(recon, mu))
 
 
+@torch.library.register_fake("fused_elbo::step", lib=_library)
+def _step_fake(recon, target, mu, logvar, log_sigma, p_mu, p_logvar, beta, capacity, grad_scale, *rest):
+    inputs, (*values, _, mask) = (recon, target, mu, logvar, log_sigma, p_mu, p_logvar, beta), rest
+    outputs = _forward_fake(*inputs, capacity, *values)[:4]
+    return (*outputs, *_masked(inputs, mask, torch.empty_like, _some(recon, mu)))
+
+
 def _masked(values: Sequence[Any], mask: int, make: Callable[..., Tensor], device_of: Tensor) -> tuple[Tensor, ...]:
     return tuple(
         make(value) if mask >> i & 1 else device_of.new_empty(0, dtype=torch.float32) for i, value in enumerate(values)
@@ -105,12 +122,25 @@ def grads_by_reference(*args: Any) -> tuple[Tensor, ...]:
     return _masked(list(zip(inputs, gradients, strict=True)), mask, with_strides, _some(inputs[0], inputs[2]))
 
 
+def step_of(forward: Callable[..., Any], grads: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
+    """`step` as the two-step call that it stands for."""
+
+    def step(*args: Any) -> tuple[Tensor, ...]:
+        tensors, grad_scale, values, grad_scale_value, mask = args[:9], args[9], args[10:-2], args[-2], args[-1]
+        *outputs, stats = forward(*tensors, *values)
+        grad_loss = outputs[0].new_full((), grad_scale_value) if grad_scale is None else grad_scale
+        return (*outputs, *grads(grad_loss, None, None, *tensors, stats, *values, mask))
+
+    return step
+
+
 class ByReference:
-    """The three operators in plain PyTorch."""
+    """The operators in plain PyTorch."""
 
     stats = staticmethod(reference.stats)
     forward = staticmethod(reference.forward)
     grads = staticmethod(grads_by_reference)
+    step = staticmethod(step_of(reference.forward, grads_by_reference))
 
 
 def _default(name: str) -> Callable[..., Any]:

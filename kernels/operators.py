@@ -76,3 +76,13 @@ def grads(
         finished.get("prior_mu"), finished.get("prior_logvar"), g_beta,
     )  # fmt: skip
     return tuple(inputs.like.new_empty(0, dtype=torch.float32) if g is None else g for g in order)
+
+
+def step(
+    recon, target, mu, logvar, log_sigma, prior_mu, prior_logvar, beta, capacity, grad_scale, *values_and_mask,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    *values, grad_scale_value, mask = values_and_mask
+    inputs = (recon, target, mu, logvar, log_sigma, prior_mu, prior_logvar, beta, capacity)
+    *outputs, stats = forward(*inputs, *values)
+    grad_loss = outputs[0].new_full((), grad_scale_value) if grad_scale is None else grad_scale
+    return (*outputs, *grads(grad_loss, None, None, *inputs, stats, *values, mask))

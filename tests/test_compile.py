@@ -12,7 +12,7 @@ import torch._inductor.config
 from cases import MODES, Call
 
 import fused_elbo
-from fused_elbo import DecoupledELBO, LearnedSigmaELBO, backends, decoupled_elbo
+from fused_elbo import DecoupledELBO, LearnedSigmaELBO, backends, decoupled_elbo, decoupled_elbo_backward
 
 SCHEDULE = [0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0]
 
@@ -52,6 +52,27 @@ def test_the_reference_compiles_too(mode: str) -> None:
         got, expected = call(compiled(decoupled_elbo)[0]), call(decoupled_elbo)
         for a, b in zip([*got[:3], *call.gradients(got)], [*expected[:3], *call.gradients(expected)], strict=True):
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("mode", ["optimal", "learned-channel", "prior-shared", "capacity", "beta-tensor"])
+def test_backward_inside_breaks_the_graph(mode: str) -> None:
+    """As loss.backward() does; what lies before and after is compiled, once for a schedule of grad_scale."""
+
+    def function(*tensors: torch.Tensor, scale: float, **kw: Any) -> torch.Tensor:
+        return decoupled_elbo_backward(2 * tensors[0], *tensors[1:], **kw, grad_scale=scale).loss + 1
+
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    fast, frames = torch.compile(function, backend=counter), []
+    for scale in SCHEDULE:
+        got, expected = Call(mode, dtype=torch.float64), Call(mode, dtype=torch.float64)
+        got.kw["scale"] = expected.kw["scale"] = scale
+        torch.testing.assert_close(got(fast), expected(function))
+        for a, b in zip(got.leaves(), expected.leaves(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad)
+        frames.append(counter.frame_count)
+    assert 0 < frames[2] == frames[-1]
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="backward"):
+        expected(compiled(function)[0])
 
 
 def test_a_schedule_of_beta_as_an_argument(backend: str) -> None:

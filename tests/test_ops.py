@@ -28,6 +28,10 @@ def grads_arguments(args: tuple[Any, ...], outputs: tuple[Tensor, ...], mask: in
     return (*grad_outputs, *args[:9], outputs[4], *args[9:], mask)
 
 
+def step_arguments(args: tuple[Any, ...], grad_scale: Tensor | None, value: float, mask: int) -> tuple[Any, ...]:
+    return (*args[:9], grad_scale, *args[9:], value, mask)
+
+
 def full_mask(args: tuple[Any, ...]) -> int:
     return sum(1 << i for i in range(8) if args[i] is not None)
 
@@ -43,6 +47,9 @@ def test_opcheck(mode: str, reduction: str, monkeypatch: pytest.MonkeyPatch) -> 
     outputs = ops.forward(*args)
     for mask in (full_mask(args), 1, 4):
         torch.library.opcheck(ops.grads, grads_arguments(args, outputs, mask), test_utils=checks)
+        if reduction != "none":
+            for scale in (None, torch.tensor(3.0)):
+                torch.library.opcheck(ops.step, step_arguments(args, scale, 2.0, mask), test_utils=checks)
     element = args[4] if args[9] == ops.Kind.ELEMENT else None
     torch.library.opcheck(ops.stats, (*args[:4], element, *args[5:7], 0.0), test_utils=checks)
 
@@ -55,14 +62,15 @@ def test_fakes_have_the_kernels_strides_and_dtypes(
     args = list(arguments(Call("learned-pixel", dtype=dtype), monkeypatch))
     args[0] = args[0].contiguous(memory_format=layout)
     torch.library.opcheck(ops.forward, tuple(args), test_utils=("test_faketensor",))
-    torch.library.opcheck(ops.forward, tuple(args), test_utils=("test_faketensor",))
-    call = grads_arguments(tuple(args), ops.forward(*args), full_mask(tuple(args)))
+    mask = full_mask(tuple(args))
+    call = grads_arguments(tuple(args), ops.forward(*args), mask)
     torch.library.opcheck(ops.grads, call, test_utils=("test_faketensor",))
+    torch.library.opcheck(ops.step, step_arguments(tuple(args), None, 1.0, mask), test_utils=("test_faketensor",))
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_operators_equal_the_reference(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the dispatcher, and each of the three alone."""
+    """Through the dispatcher, and each of them alone."""
     args = arguments(Call(mode, dtype=torch.float64), monkeypatch)
     outputs, expected = ops.forward(*args), reference.forward(*args)
     for got, true in zip(outputs, expected, strict=True):
@@ -77,6 +85,15 @@ def test_operators_equal_the_reference(mode: str, monkeypatch: pytest.MonkeyPatc
                 torch.testing.assert_close(got, true)
             else:
                 assert got.shape == (0,)
+        scaled = (torch.tensor(-0.5, dtype=torch.float64), None, None, *call[3:-1])
+        for step in (step_arguments(args, None, -0.5, mask), step_arguments(args, scaled[0], 7.0, mask)):
+            for i, (got, true) in enumerate(
+                zip(ops.step(*step), (*expected[:4], *reference.grads(*scaled)), strict=True)
+            ):
+                if i < 4 or mask >> (i - 4) & 1:
+                    torch.testing.assert_close(got, true)
+                else:
+                    assert got.shape == (0,)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -96,6 +113,19 @@ def test_closed_form_gradients_equal_autograd_through_the_formulas(mode: str, mo
 
 def test_returned_tensors_share_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """An operator's outputs may not alias each other: functionalisation relies on it."""
-    for run in (ops.forward, reference.forward):
-        outputs = run(*arguments(Call("optimal", "none"), monkeypatch))
-        assert len({o.untyped_storage().data_ptr() for o in outputs}) == len(outputs)
+    each, mean = (arguments(Call("learned-pixel", r), monkeypatch) for r in ("none", "batchmean"))
+    step = step_arguments(mean, None, 1.0, full_mask(mean))
+    for outputs in (ops.forward(*each), reference.forward(*each), ops.step(*step), ops.ByReference.step(*step)):
+        filled = [o for o in outputs if o.numel()]
+        assert len({o.untyped_storage().data_ptr() for o in filled}) == len(filled)
+
+
+def test_vmap_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every slice is a batch with sums and gradients of its own; what is not mapped is shared."""
+    args = [arguments(Call("learned-image", seed=s), monkeypatch) for s in range(3)]
+    steps = [step_arguments(a, torch.tensor(2.0), 1.0, full_mask(a)) for a in args]
+    recon = torch.stack([s[0] for s in steps])
+    got = torch.vmap(lambda r: ops.step(r, *steps[0][1:]))(recon)
+    for i in range(3):
+        for a, b in zip(got, ops.step(recon[i], *steps[0][1:]), strict=True):
+            assert torch.equal(a[i], b)

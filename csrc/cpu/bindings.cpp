@@ -91,6 +91,11 @@ struct Inputs {
     return is_double ? ScalarType::Double : ScalarType::Float;
   }
 
+  // A number as it would come in a tensor of the dtype that is computed in.
+  double rounded(double value) const {
+    return is_double ? value : static_cast<float>(value);
+  }
+
   const Tensor& any() const {
     return data.dims ? recon : mu;
   }
@@ -131,6 +136,19 @@ OptTensor element_sigma(const OptTensor& log_sigma, int64_t sigma_mode) {
   return sigma_mode == kElement ? log_sigma : std::nullopt;
 }
 
+// loss, distortion, rate, sigma
+std::tuple<Tensor, Tensor, Tensor, Tensor> tensors_of(
+    const Outputs& out, const Inputs& in, const OptTensor& log_sigma, int64_t sigma_mode, int64_t reduction) {
+  const auto made = [&](const std::vector<double>& values, bool per_sample) {
+    const std::vector<int64_t> sizes =
+        per_sample ? std::vector<int64_t>{static_cast<int64_t>(values.size())} : std::vector<int64_t>{};
+    return tensor_of(values, sizes, in.dtype(), in.any());
+  };
+  const bool each = reduction == kNone;
+  const bool sigma_each = sigma_mode == kImage || sigma_mode == kElement || (log_sigma && log_sigma->dim() == 1);
+  return {made(out.loss, each), made(out.distortion, each), made(out.rate, each), made(out.sigma, sigma_each)};
+}
+
 // ------------------------------------------------------------------------------------------------------- operators
 
 Tensor stats(
@@ -150,18 +168,83 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
       log_sigma, beta, capacity, sigma_mode, softclip, log_sigma_value, min_log_sigma, beta_value, capacity_value,
       reduction);
   const Outputs out = elbo_finalize(read_stats(stats), in.data.dims, in.latents.dims, knobs);
-
-  const auto made = [&](const std::vector<double>& values, bool per_sample) {
-    const std::vector<int64_t> sizes =
-        per_sample ? std::vector<int64_t>{static_cast<int64_t>(values.size())} : std::vector<int64_t>{};
-    return tensor_of(values, sizes, in.dtype(), in.any());
-  };
-  const bool each = reduction == kNone;
-  const bool sigma_each = sigma_mode == kImage || sigma_mode == kElement || (log_sigma && log_sigma->dim() == 1);
-  return {made(out.loss, each), made(out.distortion, each), made(out.rate, each), made(out.sigma, sigma_each), stats};
+  return std::tuple_cat(tensors_of(out, in, log_sigma, sigma_mode, reduction), std::make_tuple(stats));
 }
 
 using EightTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// The gradients that `mask` asks for: memory for the kernels to write to, then the tensors to return.
+class Results {
+ public:
+  Gradients spans;
+
+  Results(
+      const Inputs& in, const OptTensor& recon, const OptTensor& target, const OptTensor& mu, const OptTensor& logvar,
+      const OptTensor& log_sigma, const OptTensor& prior_mu, const OptTensor& prior_logvar, const OptTensor& beta,
+      int64_t sigma_mode, int64_t mask)
+      : in_(in), log_sigma_(log_sigma), beta_(beta), element_(sigma_mode == kElement), mask_(mask) {
+    spans.recon = output(kRecon, recon, in.recon);
+    spans.target = output(kTarget, target, in.recon);
+    spans.mu = output(kMu, mu, in.mu);
+    spans.logvar = output(kLogvar, logvar, in.mu);
+    spans.prior_mu = output(kPriorMu, prior_mu, in.mu);
+    spans.prior_logvar = output(kPriorLogvar, prior_logvar, in.mu);
+    if (element_ && in.element_sigma.dense) {
+      spans.log_sigma = output(kLogSigma, log_sigma, in.recon);
+    } else if (element_ && wanted(kLogSigma)) {
+      spans.log_sigma_broadcast = &log_sigma_sums_;
+    }
+  }
+
+  Results(const Results&) = delete;  // spans points into it
+
+  EightTensors finish(const Weights& weights) {
+    const Tensor of_log_sigma = outputs_[kLogSigma]
+                                    ? large(kLogSigma)
+                                    : small(kLogSigma, log_sigma_, element_ ? log_sigma_sums_ : weights.log_sigma);
+    return {large(kRecon), large(kTarget),  large(kMu),          large(kLogvar),
+            of_log_sigma,  large(kPriorMu), large(kPriorLogvar), small(kBeta, beta_, weights.beta)};
+  }
+
+ private:
+  enum Bit { kRecon, kTarget, kMu, kLogvar, kLogSigma, kPriorMu, kPriorLogvar, kBeta };
+
+  bool wanted(Bit bit) const {
+    return (mask_ >> bit & 1) != 0;
+  }
+
+  Tensor none() const {
+    return torch::stable::new_empty(in_.any(), {0}, ScalarType::Float);
+  }
+
+  Span output(Bit bit, const OptTensor& input, const Tensor& lead) {
+    if (!wanted(bit)) return {};
+    outputs_[bit].emplace(*input, lead, input->scalar_type());
+    advise_huge_pages(outputs_[bit]->buffer);
+    return span_of(outputs_[bit]->buffer);
+  }
+
+  Tensor large(Bit bit) {
+    return outputs_[bit] ? outputs_[bit]->finish() : none();
+  }
+
+  // Small gradients are made contiguous and copied, for empty_like's strides may be others.
+  Tensor small(Bit bit, const OptTensor& input, const std::vector<double>& values) const {
+    if (!wanted(bit)) return none();
+    const auto sizes = input->sizes();
+    Tensor result = torch::stable::empty_like(*input);
+    torch::stable::copy_(result, tensor_of(values, {sizes.begin(), sizes.end()}, input->scalar_type(), *input));
+    return result;
+  }
+
+  const Inputs& in_;
+  const OptTensor& log_sigma_;
+  const OptTensor& beta_;
+  const bool element_;
+  const int64_t mask_;
+  std::optional<Output> outputs_[kBeta + 1];
+  std::vector<double> log_sigma_sums_;
+};
 
 EightTensors grads(
     OptTensor grad_loss, OptTensor grad_distortion, OptTensor grad_rate, OptTensor recon, OptTensor target,
@@ -175,53 +258,29 @@ EightTensors grads(
   const Weights weights = elbo_weights(
       read_stats(stats), in.data.dims, in.latents.dims, knobs,
       {values_of(grad_loss), values_of(grad_distortion), values_of(grad_rate)});
+  Results results(in, recon, target, mu, logvar, log_sigma, prior_mu, prior_logvar, beta, sigma_mode, mask);
+  (in.is_double ? elbo_grads<double> : elbo_grads<float>)(in.batch, in.data, in.latents, weights, results.spans);
+  return results.finish(weights);
+}
 
-  enum Bit { kRecon, kTarget, kMu, kLogvar, kLogSigma, kPriorMu, kPriorLogvar, kBeta };
-  const auto wanted = [mask](Bit bit) { return (mask >> bit & 1) != 0; };
-  std::optional<Output> outputs[kBeta + 1];
-  const auto output = [&](Bit bit, const OptTensor& input, const Tensor& lead) {
-    if (!wanted(bit)) return Span{};
-    outputs[bit].emplace(*input, lead, input->scalar_type());
-    advise_huge_pages(outputs[bit]->buffer);
-    return span_of(outputs[bit]->buffer);
-  };
+using TwelveTensors =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-  Gradients out;
-  std::vector<double> log_sigma_sums;
-  out.recon = output(kRecon, recon, in.recon);
-  out.target = output(kTarget, target, in.recon);
-  out.mu = output(kMu, mu, in.mu);
-  out.logvar = output(kLogvar, logvar, in.mu);
-  out.prior_mu = output(kPriorMu, prior_mu, in.mu);
-  out.prior_logvar = output(kPriorLogvar, prior_logvar, in.mu);
-  if (sigma_mode == kElement && in.element_sigma.dense) {
-    out.log_sigma = output(kLogSigma, log_sigma, in.recon);
-  } else if (sigma_mode == kElement && wanted(kLogSigma)) {
-    out.log_sigma_broadcast = &log_sigma_sums;
-  }
-  (in.is_double ? elbo_grads<double> : elbo_grads<float>)(in.batch, in.data, in.latents, weights, out);
-
-  // Small gradients are made contiguous and copied, for empty_like's strides may be others.
-  const auto small = [&](Bit bit, const OptTensor& input, const std::vector<double>& values) {
-    if (!wanted(bit)) return torch::stable::new_empty(in.any(), {0}, ScalarType::Float);
-    const auto sizes = input->sizes();
-    Tensor result = torch::stable::empty_like(*input);
-    torch::stable::copy_(result, tensor_of(values, {sizes.begin(), sizes.end()}, input->scalar_type(), *input));
-    return result;
-  };
-  const auto large = [&](Bit bit) {
-    return outputs[bit] ? outputs[bit]->finish() : torch::stable::new_empty(in.any(), {0}, ScalarType::Float);
-  };
-  return {
-      large(kRecon),
-      large(kTarget),
-      large(kMu),
-      large(kLogvar),
-      outputs[kLogSigma] ? large(kLogSigma)
-                         : small(kLogSigma, log_sigma, sigma_mode == kElement ? log_sigma_sums : weights.log_sigma),
-      large(kPriorMu),
-      large(kPriorLogvar),
-      small(kBeta, beta, weights.beta)};
+TwelveTensors step(
+    OptTensor recon, OptTensor target, OptTensor mu, OptTensor logvar, OptTensor log_sigma, OptTensor prior_mu,
+    OptTensor prior_logvar, OptTensor beta, OptTensor capacity, OptTensor grad_scale, int64_t sigma_mode, bool softclip,
+    double log_sigma_value, double min_log_sigma, double free_bits, double beta_value,
+    std::optional<double> capacity_value, int64_t reduction, double grad_scale_value, int64_t mask) {
+  const Inputs in(recon, target, mu, logvar, element_sigma(log_sigma, sigma_mode), prior_mu, prior_logvar, free_bits);
+  const Knobs knobs = knobs_of(
+      log_sigma, beta, capacity, sigma_mode, softclip, log_sigma_value, min_log_sigma, beta_value, capacity_value,
+      reduction);
+  const double scale = grad_scale ? values_of(grad_scale)[0] : in.rounded(grad_scale_value);
+  Results results(in, recon, target, mu, logvar, log_sigma, prior_mu, prior_logvar, beta, sigma_mode, mask);
+  const Step step =
+      (in.is_double ? elbo_step<double> : elbo_step<float>)(in.batch, in.data, in.latents, knobs, scale, results.spans);
+  const Outputs out = elbo_finalize(step.stats, in.data.dims, in.latents.dims, knobs);
+  return std::tuple_cat(tensors_of(out, in, log_sigma, sigma_mode, reduction), results.finish(step.weights));
 }
 
 }  // namespace
@@ -231,4 +290,5 @@ STABLE_TORCH_LIBRARY_IMPL(fused_elbo, CPU, m) {
   m.impl("stats", TORCH_BOX(&elbo::stats));
   m.impl("forward", TORCH_BOX(&elbo::forward));
   m.impl("grads", TORCH_BOX(&elbo::grads));
+  m.impl("step", TORCH_BOX(&elbo::step));
 }

@@ -71,6 +71,7 @@ struct Gradients {
   std::vector<double>* log_sigma_broadcast = nullptr;  // where it is broadcast: numel values
 };
 
+// Data or latents without dims are left out.
 template <class A>
 Stats elbo_stats(int64_t batch, const Data& data, const Latents& latents);
 
@@ -79,8 +80,23 @@ Outputs elbo_finalize(const Stats& stats, int64_t data_dims, int64_t latent_dims
 Weights elbo_weights(
     const Stats& stats, int64_t data_dims, int64_t latent_dims, const Knobs& knobs, const GradOutputs& grad_outputs);
 
+// Weights.error of a sample whose σ is its own (a given one, or its optimum), from its S alone.
+double own_error_weight(
+    int64_t sample, double s, int64_t batch, int64_t data_dims, const Knobs& knobs, double grad_scale);
+
 template <class A>
 void elbo_grads(
     int64_t batch, const Data& data, const Latents& latents, const Weights& weights, const Gradients& gradients);
+
+struct Step {
+  Stats stats;  // as read back from a tensor of A
+  Weights weights;
+};
+
+// All three stages, for the gradients of grad_scale · loss.
+template <class A>
+Step elbo_step(
+    int64_t batch, const Data& data, const Latents& latents, const Knobs& knobs, double grad_scale,
+    const Gradients& gradients);
 
 }  // namespace elbo

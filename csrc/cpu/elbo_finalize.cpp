@@ -113,4 +113,13 @@ Weights elbo_weights(
   return out;
 }
 
+double own_error_weight(
+    int64_t sample, double s, int64_t batch, int64_t data_dims, const Knobs& knobs, double grad_scale) {
+  const double dims = static_cast<double>(data_dims);
+  const double w = reduction_weight(knobs.reduction, batch, dims) * grad_scale;
+  const Sigma sigma = knobs.sigma_mode == kImage ? optimal_sigma(s, dims, knobs.min_log_sigma, knobs.softclip)
+                                                 : given_sigma(at(knobs.log_sigma, sample, knobs.log_sigma_value));
+  return factors(knobs.sigma_mode, sigma, s, 0, dims, 0, {w, 0, 0}).error;
+}
+
 }  // namespace elbo

@@ -1,29 +1,10 @@
 // Stage three: the gradients, each element a factor of its sample times what the formula says, in one pass.
+#include "blocks.h"
 #include "elbo.h"
 #include "tasks.h"
 
 namespace elbo {
 namespace {
-
-// a_i e, and its negative for the target.
-template <class A>
-void data_gradient(const Data& data, A a, int64_t sample, int64_t chunk, const Gradients& out) {
-  for_blocks(chunk, data.dims, [&](int64_t first, int64_t n) {
-    A scratch[4][kBlock];
-    const A* __restrict r = read(data.recon, sample, first, n, scratch[0]);
-    const A* __restrict t = read(data.target, sample, first, n, scratch[1]);
-    if (out.recon.base) {
-      A* __restrict g = write_to(out.recon, sample, first, scratch[2]);
-      for (int64_t i = 0; i < n; ++i) g[i] = a * (r[i] - t[i]);
-      written(out.recon, sample, first, n, scratch[2]);
-    }
-    if (out.target.base) {
-      A* __restrict g = write_to(out.target, sample, first, scratch[3]);
-      for (int64_t i = 0; i < n; ++i) g[i] = a * (t[i] - r[i]);
-      written(out.target, sample, first, n, scratch[3]);
-    }
-  });
-}
 
 // The same where σ varies inside a sample. `log_sigma(first, n, block)` takes the gradient of a block of log σ.
 template <class A, class F>
@@ -140,7 +121,7 @@ void elbo_grads(int64_t batch, const Data& data, const Latents& latents, const W
     // nothing to write
   } else if (data.log_sigma == nullptr) {
     for_chunks(batch, data.dims, [&](int64_t sample, int64_t chunk) {
-      data_gradient<A>(data, static_cast<A>(weights.error[sample]), sample, chunk, out);
+      chunk_gradient<A>(data, static_cast<A>(weights.error[sample]), sample, chunk, out);
     });
   } else if (data.log_sigma->dense) {
     for_chunks(batch, data.dims, [&](int64_t sample, int64_t chunk) {

@@ -1,4 +1,5 @@
 // Stage one: S_i = Σ_d e² (or Σ_d [e²/σ_d² + 2 log σ_d]) and KL_i, in one pass over the data.
+#include "blocks.h"
 #include "elbo.h"
 #include "tasks.h"
 
@@ -6,23 +7,16 @@ namespace elbo {
 namespace {
 
 template <class A>
-double squared_error(const Data& data, int64_t sample, int64_t chunk) {
+double scaled_chunk_sum(const Data& data, int64_t sample, int64_t chunk) {
   double sum = 0;
   for_blocks(chunk, data.dims, [&](int64_t first, int64_t n) {
     A scratch[3][kBlock];
     const A* r = read(data.recon, sample, first, n, scratch[0]);
     const A* t = read(data.target, sample, first, n, scratch[1]);
-    if (data.log_sigma == nullptr) {
-      sum += sum_lanes<A>(n, [&](int64_t i, auto lanes) {
-        const Vector<A> e = load(r + i, lanes) - load(t + i, lanes);
-        return e * e;
-      });
-    } else {
-      const A* ls = read_log_sigma(*data.log_sigma, sample, first, n, scratch[2]);
-      sum += sum_lanes<A>(n, [&](int64_t i, auto lanes) {
-        return scaled_error<Vector<A>>(load(r + i, lanes) - load(t + i, lanes), load(ls + i, lanes));
-      });
-    }
+    const A* ls = read_log_sigma(*data.log_sigma, sample, first, n, scratch[2]);
+    sum += sum_lanes<A>(n, [&](int64_t i, auto lanes) {
+      return scaled_error<Vector<A>>(load(r + i, lanes) - load(t + i, lanes), load(ls + i, lanes));
+    });
   });
   return sum;
 }
@@ -65,19 +59,15 @@ Stats elbo_stats(int64_t batch, const Data& data, const Latents& latents) {
   const int64_t data_chunks = chunks(data.dims), latent_chunks = chunks(latents.dims);
   std::vector<double> s(batch * data_chunks), rate(batch * latent_chunks), clamped(batch * latent_chunks);
   for_chunks(batch, data.dims, [&](int64_t sample, int64_t chunk) {
-    s[sample * data_chunks + chunk] = squared_error<A>(data, sample, chunk);
+    s[sample * data_chunks + chunk] =
+        data.log_sigma ? scaled_chunk_sum<A>(data, sample, chunk) : chunk_sum<A>(data, sample, chunk);
   });
   for_chunks(batch, latents.dims, [&](int64_t sample, int64_t chunk) {
     const int64_t task = sample * latent_chunks + chunk;
     (latents.has_prior ? rates<A, true> : rates<A, false>)(latents, sample, chunk, rate[task], clamped[task]);
   });
 
-  const auto per_sample = [batch](const std::vector<double>& partials, int64_t count) {
-    std::vector<double> sums(batch, 0.0);
-    for (int64_t i = 0; i < batch * count; ++i) sums[i / count] += partials[i];
-    return sums;
-  };
-  return {per_sample(s, data_chunks), per_sample(rate, latent_chunks), per_sample(clamped, latent_chunks)};
+  return {sums_of(batch, s), sums_of(batch, rate), sums_of(batch, clamped)};
 }
 
 template Stats elbo_stats<float>(int64_t, const Data&, const Latents&);

@@ -31,6 +31,14 @@ inline void for_chunks(int64_t batch, int64_t dims, F f) {
   });
 }
 
+// Sums each sample's partial sums, in the order of its chunks.
+inline std::vector<double> sums_of(int64_t batch, const std::vector<double>& partials) {
+  std::vector<double> sums(batch, 0.0);
+  const int64_t count = static_cast<int64_t>(partials.size()) / batch;
+  for (int64_t i = 0; i < batch * count; ++i) sums[i / count] += partials[i];
+  return sums;
+}
+
 // Calls f(first, n) for the blocks of a chunk.
 template <class F>
 ELBO_INLINE void for_blocks(int64_t chunk, int64_t dims, F f) {

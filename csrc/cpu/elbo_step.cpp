@@ -1,0 +1,91 @@
+// All stages in one call. Where a sample's σ is its own, a gradient is taken while what was summed for it is in the
+// cache, so that the data are read from memory once. The numbers are those of the stages called one after the other.
+#include "blocks.h"
+#include "elbo.h"
+#include "tasks.h"
+
+namespace elbo {
+namespace {
+
+// Bytes of recon and target that a sample may have to stay in a core's own cache: most have 1 MiB or more.
+constexpr int64_t kCache = int64_t{1} << 20;
+
+template <class A>
+double as_stored(double value) {
+  return static_cast<A>(value);
+}
+
+// σ is given: no gradient waits for a sum, and each block is read, and converted, once.
+template <class A>
+std::vector<double> given_pass(
+    int64_t batch, const Data& data, const Knobs& knobs, double grad_scale, const Gradients& out) {
+  const int64_t per_sample = chunks(data.dims);
+  std::vector<double> partials(batch * per_sample);
+  for_chunks(batch, data.dims, [&](int64_t sample, int64_t chunk) {
+    const A a = static_cast<A>(own_error_weight(sample, 0, batch, data.dims, knobs, grad_scale));
+    double sum = 0;
+    for_blocks(chunk, data.dims, [&](int64_t first, int64_t n) {
+      with_block<A>(data, sample, first, n, [&](const A* r, const A* t) {
+        sum += squared_error(r, t, n);
+        data_gradient(a, r, t, sample, first, n, out);
+      });
+    });
+    partials[sample * per_sample + chunk] = sum;
+  });
+  return sums_of(batch, partials);
+}
+
+// σ is the sample's optimum: a sample is summed, and then in the cache for its gradient.
+template <class A>
+std::vector<double> image_pass(
+    int64_t batch, const Data& data, const Knobs& knobs, double grad_scale, const Gradients& out) {
+  const int64_t count = chunks(data.dims);
+  std::vector<double> s(batch);
+  torch::stable::parallel_for(0, batch, std::max<int64_t>(1, kGrain / data.dims), [&](int64_t begin, int64_t end) {
+    for (int64_t sample = begin; sample < end; ++sample) {
+      for (int64_t chunk = 0; chunk < count; ++chunk) s[sample] += chunk_sum<A>(data, sample, chunk);
+      const double weight = own_error_weight(sample, as_stored<A>(s[sample]), batch, data.dims, knobs, grad_scale);
+      const A a = static_cast<A>(weight);
+      for (int64_t chunk = 0; chunk < count; ++chunk) chunk_gradient<A>(data, a, sample, chunk, out);
+    }
+  });
+  return s;
+}
+
+// Whether image_pass is worth it: samples that fit the cache, enough of them to keep every thread at work, and numbers
+// of the width that is computed in. Half-precision data are bound by their conversion, and took up to 1.6 times as
+// long.
+template <class A>
+bool samples_are_tasks(int64_t batch, const Data& data) {
+  const bool converted = data.recon.dtype != kDtype<A> || data.target.dtype != kDtype<A>;
+  const int64_t bytes = 2 * data.dims * static_cast<int64_t>(sizeof(A));
+  return !converted && bytes <= kCache && batch >= 4 * int64_t{torch::stable::get_num_threads()};
+}
+
+}  // namespace
+
+template <class A>
+Step elbo_step(
+    int64_t batch, const Data& data, const Latents& latents, const Knobs& knobs, double grad_scale,
+    const Gradients& out) {
+  const bool wanted = out.recon.base || out.target.base;
+  const bool given = wanted && knobs.sigma_mode == kGiven;
+  const bool image = wanted && knobs.sigma_mode == kImage && samples_are_tasks<A>(batch, data);
+  const Data rest = given || image ? Data{} : data;
+
+  Step step;
+  step.stats = elbo_stats<A>(batch, rest, latents);
+  if (given) step.stats.s = given_pass<A>(batch, data, knobs, grad_scale, out);
+  if (image) step.stats.s = image_pass<A>(batch, data, knobs, grad_scale, out);
+  for (auto* row : {&step.stats.s, &step.stats.kl, &step.stats.kl_clamped}) {
+    for (double& value : *row) value = as_stored<A>(value);
+  }
+  step.weights = elbo_weights(step.stats, data.dims, latents.dims, knobs, {{grad_scale}, {}, {}});
+  elbo_grads<A>(batch, rest, latents, step.weights, out);
+  return step;
+}
+
+template Step elbo_step<float>(int64_t, const Data&, const Latents&, const Knobs&, double, const Gradients&);
+template Step elbo_step<double>(int64_t, const Data&, const Latents&, const Knobs&, double, const Gradients&);
+
+}  // namespace elbo
