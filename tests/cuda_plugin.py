@@ -1,7 +1,8 @@
 """Runs the tests on the CUDA kernels, as CPU code: `PYTHONPATH=tests pytest -p cuda_plugin [--cuda-schedule random:3]`
 
 The kernels stand behind the operators in place of the C++ ones, so that vmap, torch.compile and the tests of the
-operators run on them too. Only what runs on a backend is kept: the rest has nothing to do with them.
+operators run on them too. Only what runs on a backend is kept, and what is about the CUDA code: the minutes that it
+takes are spent in this run alone.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import pytest
 
 from fused_elbo import BackendUnavailable, backends, ops
 
-ABOUT_OPERATORS = {"test_ops.py", "test_compile.py"}
+KEPT = {"test_ops.py", "test_compile.py", "test_cuda_shim.py", "test_cuda_compiled.py", "test_cuda_ptx.py"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,7 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     def kept(item: pytest.Item) -> bool:
         parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-        return parameters.get("backend") == "cuda" or item.path.name in ABOUT_OPERATORS
+        return parameters.get("backend") == "cuda" or item.path.name in KEPT
 
     config.hook.pytest_deselected(items=[i for i in items if not kept(i)])
     items[:] = [i for i in items if kept(i)]

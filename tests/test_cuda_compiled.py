@@ -9,6 +9,8 @@ from types import ModuleType
 
 import pytest
 
+if "cuda_plugin" not in sys.modules:
+    pytest.skip("minutes of compiling, which `make test-cuda` takes", allow_module_level=True)
 triton = pytest.importorskip("triton", reason="Triton, whose wheel has the tools that read machine code, is not here")
 BENCH = Path(__file__).parent.parent / "bench"
 

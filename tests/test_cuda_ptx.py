@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from cuda_shim import CSRC
 from fused_elbo import reference
 from fused_elbo.sigma import Kind
 
+if "cuda_plugin" not in sys.modules:
+    pytest.skip("minutes of compiling, which `make test-cuda` takes", allow_module_level=True)
 ptxemu = pytest.importorskip("ptxemu", reason="there is no executor of PTX on the path (ptxemu)")
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc on this machine (PATH, /usr/local/cuda)")

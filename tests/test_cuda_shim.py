@@ -16,6 +16,8 @@ from pathlib import Path
 import cuda_shim
 import pytest
 
+if "cuda_plugin" not in sys.modules:
+    pytest.skip("minutes of compiling, which `make test-cuda` takes", allow_module_level=True)
 pytestmark = pytest.mark.skipif(cuda_shim.compiler() is None, reason="there is no C++ compiler")
 HERE = Path(__file__).parent
 
