@@ -10,7 +10,7 @@ PINS := $(VENV)/constraints.txt
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 CPP = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help demo test test-triton gpu-check wheel lint format clean
+.PHONY: help demo test test-triton test-cuda gpu-check wheel lint format clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # pip does not share an environment with another pip
@@ -30,6 +30,10 @@ test: $(VENV)/.dev ## install, then run the tests; ARGS go to pytest, e.g. ARGS=
 test-triton: $(VENV)/.dev ## run the Triton kernels' tests in Triton's interpreter; ARGS go to pytest
 	@echo "== Running the Triton kernels in their interpreter: pytest $(ARGS)"
 	@TRITON_INTERPRET=1 $(PY) -m pytest $(ARGS)
+
+test-cuda: $(VENV)/.dev ## run the CUDA kernels' tests, as CPU code and, where nvcc is, as GPU code; ARGS go to pytest
+	@echo "== Running the CUDA kernels as CPU code: pytest $(ARGS)"
+	@PYTHONPATH="tests:$$PYTHONPATH" $(PY) -m pytest -p cuda_plugin $(ARGS)
 
 gpu-check: $(VENV)/.dev ## on a machine with a GPU: tests, CUDA graphs, benchmark, one report; ARGS go to bench/gpu_check.py
 	@echo "== Checking on the GPU: bench/gpu_check.py $(ARGS)"

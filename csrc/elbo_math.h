@@ -6,11 +6,14 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
 #if defined(__CUDACC__)
 #define ELBO_INLINE __host__ __device__ __forceinline__
+#define ELBO_UNROLL _Pragma("unroll")
 #else
 #define ELBO_INLINE inline __attribute__((always_inline))
+#define ELBO_UNROLL _Pragma("GCC unroll 16")
 #endif
 
 namespace elbo {
@@ -45,7 +48,7 @@ ELBO_INLINE V excess_series(V t) {
   using A = Scalar<V>;
   constexpr int last = sizeof(A) == 4 ? 9 : 18;
   V series = V{} + A(1);
-#pragma GCC unroll 16
+  ELBO_UNROLL
   for (int n = last; n > 2; --n) series = A(1) + series * t * (A(1) / A(n));
   return series;
 }
@@ -130,6 +133,10 @@ ELBO_INLINE DistortionGrad<V> distortion_grad(V w, V e, V log_sigma) {
 
 // ------------------------------------------------------------------------------------------ O(B): the σ of a group
 
+// As in fused_elbo/sigma.py and fused_elbo/reference.py.
+enum SigmaMode : int64_t { kGiven, kBatch, kImage, kElement };
+enum Reduction : int64_t { kBatchMean, kSum, kMean, kNone };
+
 struct Sigma {
   double log_sigma;
   double inverse_variance;
@@ -161,9 +168,57 @@ ELBO_INLINE double distortion(double s, double dims, const Sigma& sigma) {
   return 0.5 * s * sigma.inverse_variance + dims * (sigma.log_sigma + kHalfLog2Pi);
 }
 
+// The same where σ varies inside a sample: s is then Σ scaled_error, with every σ in it already.
+ELBO_INLINE double distortion(double s, double dims) {
+  return 0.5 * s + dims * kHalfLog2Pi;
+}
+
 // ∂ distortion / ∂ log σ
 ELBO_INLINE double distortion_slope(double s, double dims, double inverse_variance) {
   return dims - s * inverse_variance;
+}
+
+// What a sample's distortion and rate are multiplied by before they are summed.
+ELBO_INLINE double reduction_weight(int64_t reduction, double batch, double dims) {
+  return reduction == kBatchMean ? 1 / batch : reduction == kMean ? 1 / (batch * dims) : 1;
+}
+
+// ----------------------------------------------------------------------------------- O(B): the gradients' factors
+
+// ∂L/∂(loss_i, distortion_i, rate_i), times the reduction's weight
+struct Weight {
+  double loss, distortion, rate;
+};
+
+// What a sample's elements are multiplied by, and its part of the gradients that are O(B) themselves.
+struct Factors {
+  double error;         // a_i, less what reaches it through a σ that the batch shares; w_i where σ varies inside
+  double through_loss;  // the part of b_i that free_bits can mask
+  double through_rate;
+  double log_sigma;  // w_i (D − S_i/σ²)
+  double beta;
+};
+
+ELBO_INLINE Factors
+factors(int64_t mode, const Sigma& sigma, double s, double kl_clamped, double dims, double beta, const Weight& weight) {
+  const double w = weight.loss + weight.distortion;
+  Factors f = {w, weight.loss * beta, weight.rate, 0.0, weight.loss * kl_clamped};
+  if (mode == kElement) return f;
+  f.error = w * sigma.inverse_variance;
+  f.log_sigma = w * distortion_slope(s, dims, sigma.inverse_variance);
+  if (mode == kImage && s != 0) f.error += sigma.slope * f.log_sigma / s;
+  return f;
+}
+
+// The same under a capacity: β multiplies |gap|, gap = mean_i KL_i − C.
+ELBO_INLINE void limit_by_capacity(Factors& f, const Weight& weight, double gap) {
+  f.through_loss *= (gap > 0) - (gap < 0);
+  f.beta = weight.loss * ::fabs(gap);
+}
+
+// What reaches every error of the batch through the σ that it shares: slope_sum = Σ_j w_j (D − S_j/σ²).
+ELBO_INLINE double through_shared_sigma(const Sigma& sigma, double slope_sum, double total) {
+  return total == 0 ? 0.0 : sigma.slope * slope_sum / total;
 }
 
 }  // namespace elbo

@@ -222,7 +222,8 @@ class Results {
 
   Span output(Bit bit, const OptTensor& input, const Tensor& lead) {
     if (!wanted(bit)) return {};
-    outputs_[bit].emplace(*input, lead);
+    outputs_[bit].emplace(*input, lead, input->scalar_type());
+    advise_huge_pages(outputs_[bit]->buffer);
     return span_of(outputs_[bit]->buffer);
   }
 

@@ -4,12 +4,10 @@
 // in the first-level cache, so each loop is written, and compiled, once for float and once for double.
 #pragma once
 
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <cstdint>
 #include <type_traits>
+
+#include "../span.h"
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -17,23 +15,7 @@
 
 namespace elbo {
 
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-using torch::headeronly::ScalarType;
-
 constexpr int64_t kBlock = 1024;  // elements converted at a time
-
-// A batch of samples, each a dense block of elements.
-struct Span {
-  char* base = nullptr;
-  ScalarType dtype = ScalarType::Float;
-  int64_t itemsize = 4;
-  int64_t batch_stride = 0;  // in elements
-
-  char* at(int64_t sample, int64_t element) const {
-    return base + (sample * batch_stride + element) * itemsize;
-  }
-};
 
 template <class T, class A>
 inline void convert(const T* __restrict in, A* __restrict out, int64_t n) {
@@ -63,21 +45,6 @@ inline void convert(const float* __restrict in, Half* __restrict out, int64_t n)
 
 template <class A>
 constexpr ScalarType kDtype = std::is_same_v<A, float> ? ScalarType::Float : ScalarType::Double;
-
-// Calls f with a null pointer of the C++ type of a dtype.
-template <class F>
-inline void with_type(ScalarType dtype, F f) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return f(static_cast<float*>(nullptr));
-    case ScalarType::Double:
-      return f(static_cast<double*>(nullptr));
-    case ScalarType::BFloat16:
-      return f(static_cast<BFloat16*>(nullptr));
-    default:
-      return f(static_cast<Half*>(nullptr));
-  }
-}
 
 template <class A>
 inline const A* read(const Span& span, int64_t sample, int64_t element, int64_t n, A* scratch) {

@@ -5,6 +5,7 @@
 #include <optional>
 #include <vector>
 
+#include "../elbo_math.h"
 #include "convert.h"
 
 namespace elbo {
@@ -41,10 +42,6 @@ struct Knobs {
   int64_t reduction = 0;
   std::vector<double> log_sigma, beta;
 };
-
-// As in fused_elbo/sigma.py and fused_elbo/reference.py.
-enum SigmaMode : int64_t { kGiven, kBatch, kImage, kElement };
-enum Reduction : int64_t { kBatchMean, kSum, kMean, kNone };
 
 struct Stats {
   std::vector<double> s, kl, kl_clamped;  // one value per sample

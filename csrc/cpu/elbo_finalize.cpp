@@ -18,18 +18,6 @@ double at(const std::vector<double>& values, int64_t i, double none) {
   return values.empty() ? none : values[values.size() == 1 ? 0 : i];
 }
 
-// What a sample's distortion and rate are multiplied by before they are summed.
-double reduction_weight(int64_t reduction, double batch, double dims) {
-  switch (reduction) {
-    case kBatchMean:
-      return 1 / batch;
-    case kMean:
-      return 1 / (batch * dims);
-    default:
-      return 1;
-  }
-}
-
 // How far the batch's mean rate, as β sees it, is from the capacity.
 double capacity_gap(const Stats& stats, const Knobs& knobs) {
   return sum(stats.kl_clamped) / static_cast<double>(stats.kl_clamped.size()) - *knobs.capacity;
@@ -54,12 +42,6 @@ std::vector<Sigma> sigmas(const Stats& stats, double dims, const Knobs& knobs) {
   return result;
 }
 
-// a_i, but for what comes through a σ that the batch shares; `slope` is ∂ distortion_i / ∂ log σ, weighted.
-double error_weight(double w, double s, double slope, const Sigma& sigma, const Knobs& knobs) {
-  const bool own_optimum = knobs.sigma_mode == kImage && s != 0;
-  return w * sigma.inverse_variance + (own_optimum ? sigma.slope * slope / s : 0);
-}
-
 }  // namespace
 
 Outputs elbo_finalize(const Stats& stats, int64_t data_dims, int64_t latent_dims, const Knobs& knobs) {
@@ -69,8 +51,8 @@ Outputs elbo_finalize(const Stats& stats, int64_t data_dims, int64_t latent_dims
 
   std::vector<double> distortions(batch), losses(batch);
   for (int64_t i = 0; i < batch; ++i) {
-    distortions[i] = sigma.empty() ? 0.5 * stats.s[i] + dims * kHalfLog2Pi
-                                   : distortion(stats.s[i], dims, sigma[sigma.size() == 1 ? 0 : i]);
+    distortions[i] =
+        sigma.empty() ? distortion(stats.s[i], dims) : distortion(stats.s[i], dims, sigma[sigma.size() == 1 ? 0 : i]);
     losses[i] = distortions[i] + at(knobs.beta, i, knobs.beta_value) * stats.kl_clamped[i];
   }
 
@@ -109,28 +91,24 @@ Weights elbo_weights(
   out.beta.assign(knobs.beta.size(), 0.0);
 
   const double gap = knobs.capacity ? capacity_gap(stats, knobs) : 0;
-  const double sign = (gap > 0) - (gap < 0);
-  double batch_slope = 0;  // Σ_j w_j (D − S_j/σ²): how the loss changes with a log σ that the batch shares
+  double slope_sum = 0;  // Σ_j w_j (D − S_j/σ²): how the loss changes with a log σ that the batch shares
   for (int64_t i = 0; i < batch; ++i) {
-    const double g_loss = r * at(grad_outputs.loss, i, 0);
-    const double w = g_loss + r * at(grad_outputs.distortion, i, 0);
+    const Weight weight = {
+        r * at(grad_outputs.loss, i, 0), r * at(grad_outputs.distortion, i, 0), r * at(grad_outputs.rate, i, 0)};
+    const Sigma own = sigma.empty() ? Sigma{} : sigma[sigma.size() == 1 ? 0 : i];
     const double b = at(knobs.beta, i, knobs.beta_value);
-    out.through_loss[i] = g_loss * b * (knobs.capacity ? sign : 1);
-    out.through_rate[i] = r * at(grad_outputs.rate, i, 0);
-    if (!out.beta.empty()) {
-      out.beta[out.beta.size() == 1 ? 0 : i] += g_loss * (knobs.capacity ? std::abs(gap) : stats.kl_clamped[i]);
-    }
-    out.error[i] = w;
-    if (sigma.empty()) continue;
-    const Sigma& own = sigma[sigma.size() == 1 ? 0 : i];
-    const double slope = w * distortion_slope(stats.s[i], dims, own.inverse_variance);
-    if (!out.log_sigma.empty()) out.log_sigma[out.log_sigma.size() == 1 ? 0 : i] += slope;
-    out.error[i] = error_weight(w, stats.s[i], slope, own, knobs);
-    batch_slope += slope;
+    Factors f = factors(knobs.sigma_mode, own, stats.s[i], stats.kl_clamped[i], dims, b, weight);
+    if (knobs.capacity) limit_by_capacity(f, weight, gap);
+    out.error[i] = f.error;
+    out.through_loss[i] = f.through_loss;
+    out.through_rate[i] = f.through_rate;
+    if (!out.log_sigma.empty()) out.log_sigma[out.log_sigma.size() == 1 ? 0 : i] += f.log_sigma;
+    if (!out.beta.empty()) out.beta[out.beta.size() == 1 ? 0 : i] += f.beta;
+    slope_sum += f.log_sigma;
   }
-  const double total = sum(stats.s);
-  if (knobs.sigma_mode == kBatch && total != 0) {
-    for (double& a : out.error) a += sigma[0].slope * batch_slope / total;
+  if (knobs.sigma_mode == kBatch) {
+    const double through = through_shared_sigma(sigma[0], slope_sum, sum(stats.s));
+    for (double& a : out.error) a += through;
   }
   return out;
 }
@@ -141,7 +119,7 @@ double own_error_weight(
   const double w = reduction_weight(knobs.reduction, batch, dims) * grad_scale;
   const Sigma sigma = knobs.sigma_mode == kImage ? optimal_sigma(s, dims, knobs.min_log_sigma, knobs.softclip)
                                                  : given_sigma(at(knobs.log_sigma, sample, knobs.log_sigma_value));
-  return error_weight(w, s, w * distortion_slope(s, dims, sigma.inverse_variance), sigma, knobs);
+  return factors(knobs.sigma_mode, sigma, s, 0, dims, 0, {w, 0, 0}).error;
 }
 
 }  // namespace elbo

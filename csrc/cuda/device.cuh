@@ -1,0 +1,209 @@
+// What the kernels share: sums over a warp and a block, and elements read and written 128 bits at a time.
+#pragma once
+
+#include <type_traits>
+
+#include "launch.h"
+
+namespace elbo {
+
+__device__ inline int lane() {
+  return static_cast<int>(threadIdx.x) % kWarpSize;
+}
+
+__device__ inline int warp() {
+  return static_cast<int>(threadIdx.x) / kWarpSize;
+}
+
+// -------------------------------------------------------------------------------------------------------------- sums
+
+// Over groups of `lanes` neighbours, a power of two. Every lane gets the sum, with the same bits: a + b is b + a.
+template <class A>
+__device__ inline A warp_sum(A x, int lanes = kWarpSize) {
+  for (int step = lanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  return x;
+}
+
+// Over the block, for every thread, in an order that only the number of threads decides.
+__device__ inline double block_sum(double x) {
+  __shared__ double warps[1024 / kWarpSize];
+  x = warp_sum(x);
+  if (lane() == 0) warps[warp()] = x;
+  __syncthreads();
+  double sum = 0;
+  for (int w = 0; w < static_cast<int>(blockDim.x) / kWarpSize; ++w) sum += warps[w];
+  __syncthreads();  // or the next call would overwrite what a slow warp has yet to read
+  return sum;
+}
+
+// ----------------------------------------------------------------------------------------------------------- elements
+
+// A number of elements known when compiling, as an argument.
+template <int N>
+struct Count {
+  static constexpr int n = N;
+};
+
+// N neighbours as they lie in memory, moved by as few accesses as there can be.
+template <class T, int N>
+struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Few {
+  T value[N];
+};
+
+template <int Bytes>
+struct WordOf;
+template <>
+struct WordOf<4> {
+  using type = uint32_t;
+};
+template <>
+struct WordOf<8> {
+  using type = uint2;
+};
+template <>
+struct WordOf<16> {
+  using type = uint4;
+};
+
+template <class T, int N>
+__device__ inline Few<T, N> load(const T* p, Count<N>) {
+  Few<T, N> few;
+  if constexpr (N == 1) {
+    few.value[0] = *p;
+  } else {
+    using Word = typename WordOf<alignof(Few<T, N>)>::type;
+#pragma unroll
+    for (unsigned k = 0; k < sizeof few / sizeof(Word); ++k) {
+      reinterpret_cast<Word*>(&few)[k] = reinterpret_cast<const Word*>(p)[k];
+    }
+  }
+  return few;
+}
+
+template <class T, int N>
+__device__ inline void store(T* p, const Few<T, N>& few) {
+  if constexpr (N == 1) {
+    *p = few.value[0];
+  } else {
+    using Word = typename WordOf<alignof(Few<T, N>)>::type;
+#pragma unroll
+    for (unsigned k = 0; k < sizeof few / sizeof(Word); ++k) {
+      reinterpret_cast<Word*>(p)[k] = reinterpret_cast<const Word*>(&few)[k];
+    }
+  }
+}
+
+// The values f(j) of N neighbours, rounded once to T.
+template <class T, int N, class F>
+__device__ inline void store_values(T* p, Count<N>, F f) {
+  Few<T, N> few;
+#pragma unroll
+  for (int j = 0; j < N; ++j) few.value[j] = static_cast<T>(f(j));
+  store(p, few);
+}
+
+// Elements of a dtype known only at run time, for what is small beside the data.
+template <class A, int N>
+struct Values {
+  A value[N];
+};
+
+template <class A, int N>
+__device__ inline Values<A, N> load_any(const Span& span, const char* at, int i, Count<N> count) {
+  Values<A, N> out;
+  with_type(span.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const auto few = load(reinterpret_cast<const T*>(at) + i, count);
+#pragma unroll
+    for (int j = 0; j < N; ++j) out.value[j] = static_cast<A>(few.value[j]);
+  });
+  return out;
+}
+
+template <int N, class F>
+__device__ inline void store_any(const Span& span, char* at, int i, Count<N> count, F f) {
+  with_type(span.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    store_values(reinterpret_cast<T*>(at) + i, count, f);
+  });
+}
+
+__device__ inline double at(const Number& number, int64_t i) {
+  return number.tensor.base ? load_any<double>(number.tensor, number.tensor.at(i, 0), 0, Count<1>{}).value[0]
+                            : number.value;
+}
+
+// -------------------------------------------------------------------------------------------------------------- walks
+
+__device__ inline bool aligned(const void* p, size_t bytes) {
+  return reinterpret_cast<uintptr_t>(p) % bytes == 0;
+}
+
+// Elements before the first one at which all of the pointers are on 128 bits; n if there is none, or too few. A null
+// pointer agrees with any.
+template <class R, class... Others>
+__device__ inline int head_of(int n, const R* first, const Others*... others) {
+  const int head = static_cast<int>((16 - reinterpret_cast<uintptr_t>(first) % 16) % 16 / sizeof(R));
+  return head < n && ((others == nullptr || aligned(others + head, 16)) && ...) ? head : n;
+}
+
+// One warp over `groups` groups of N elements, Turns loads of each tensor asked for before the first is used. `at(g)`
+// is where group g begins, `load(i, count)` fetches elements i, …, i + N − 1, `use(i, fetched, count)` takes them.
+template <int Turns, int N, class At, class Load, class Use>
+__device__ inline void walk_groups(int groups, Count<N> count, At at, Load load, Use use) {
+  for (int first = lane(); first < groups; first += Turns * kWarpSize) {
+    decltype(load(0, count)) fetched[Turns];
+#pragma unroll
+    for (int k = 0; k < Turns; ++k) {
+      const int group = first + k * kWarpSize;
+      if (group < groups) fetched[k] = load(at(group), count);
+    }
+#pragma unroll
+    for (int k = 0; k < Turns; ++k) {
+      const int group = first + k * kWarpSize;
+      if (group < groups) use(at(group), fetched[k], count);
+    }
+  }
+}
+
+// One warp over the elements [0, n): N at a time from `head` on, one by one before it and after the last full vector.
+template <int Turns, int N, class Load, class Use>
+__device__ inline void walk(int n, int head, Load load, Use use) {
+  const int vectors = (n - head) / N, between = vectors * N;
+  walk_groups<Turns>(vectors, Count<N>{}, [=](int g) { return head + g * N; }, load, use);
+  walk_groups<Turns>(n - between, Count<1>{}, [=](int g) { return g < head ? g : g + between; }, load, use);
+}
+
+// A piece of a sample: elements first, …, first + n − 1 of the data's or the latents'.
+struct Piece {
+  bool is_data;
+  int64_t index, sample, first;
+  int n;
+};
+
+// Calls f(piece) for those that are this warp's: one in `warps`, from the index-th on. Data and latents share one
+// numbering, so that one launch does both.
+template <class F>
+__device__ inline void for_pieces(
+    const Batch& batch, bool with_data, bool with_latents, int64_t index, int64_t warps, F f) {
+  const int64_t of_data = with_data ? batch.data.pieces.count : 0;
+  const int64_t all = of_data + (with_latents ? batch.latents.pieces.count : 0);
+  for (int64_t i = index; i < all; i += warps) {
+    const bool is_data = i < of_data;
+    const Pieces& pieces = is_data ? batch.data.pieces : batch.latents.pieces;
+    const int64_t dims = is_data ? batch.data.dims : batch.latents.dims, own = is_data ? i : i - of_data;
+    const int64_t sample = own / pieces.per_sample, first = own % pieces.per_sample * pieces.size;
+    f(Piece{is_data, own, sample, first, static_cast<int>(min(dims - first, pieces.size))});
+  }
+}
+
+// Of this warp among all of those of some blocks, the first of which is `begin`.
+__device__ inline int64_t warp_of_blocks(int begin) {
+  return static_cast<int64_t>(static_cast<int>(blockIdx.x) - begin) * (blockDim.x / kWarpSize) + warp();
+}
+
+__device__ inline int64_t warps_of_blocks(int blocks) {
+  return static_cast<int64_t>(blocks) * (blockDim.x / kWarpSize);
+}
+
+}  // namespace elbo

@@ -1,0 +1,124 @@
+// Stage two, O(B) and in double: partial sums to loss, distortion, rate and σ, in one block; and what the gradients'
+// prologue makes of the same numbers. A σ mode that is shared within a sample is added here and in ../elbo_math.h.
+#pragma once
+
+#include "device.cuh"
+
+namespace elbo {
+
+constexpr int kFinalizeThreads = 1024;
+
+struct FinalizeArguments {
+  int64_t batch, dims;  // dims: of the data, 0 if there are none
+  double scale;         // the reduction's weight
+  Partials partials;
+  int64_t data_pieces, latent_pieces;  // of a sample
+  Knobs knobs;
+  Outputs outputs;
+};
+
+// Of what the block has summed up: every thread has its copy.
+struct Totals {
+  double s, kl, clamped;
+};
+
+// Σ over the pieces of each sample, into stats; and over the batch.
+template <class A>
+__device__ double sum_pieces(const void* partials, int64_t batch, int64_t pieces, A* row) {
+  const A* from = static_cast<const A*>(partials);
+  if (from == nullptr) {
+    for (int64_t i = threadIdx.x; i <= batch; i += blockDim.x) row[i] = A(0);
+    __syncthreads();
+    return 0;
+  }
+  // As many lanes for a sample as it has pieces, up to a warp; the whole block where there are few samples.
+  const bool block_each = pieces > kWarpSize && batch < static_cast<int64_t>(blockDim.x) / kWarpSize / 4;
+  int lanes = 1;
+  while (lanes < kWarpSize && lanes < pieces) lanes *= 2;
+  const int64_t together = block_each ? 1 : blockDim.x / lanes;
+  const int width = block_each ? static_cast<int>(blockDim.x) : lanes;
+  for (int64_t begin = 0; begin < batch; begin += together) {
+    const int64_t sample = begin + threadIdx.x / width;
+    double sum = 0;
+    if (sample < batch) {
+      for (int64_t p = threadIdx.x % width; p < pieces; p += width)
+        sum += static_cast<double>(from[sample * pieces + p]);
+    }
+    sum = block_each ? block_sum(sum) : warp_sum(sum, lanes);
+    if (sample < batch && threadIdx.x % width == 0) row[sample] = static_cast<A>(sum);
+  }
+  __syncthreads();
+  double own = 0;
+  for (int64_t i = threadIdx.x; i < batch; i += blockDim.x) own += static_cast<double>(row[i]);
+  const double total = block_sum(own);
+  if (threadIdx.x == 0) row[batch] = static_cast<A>(total);
+  return total;
+}
+
+// σ of a sample, given S of the sample and of the batch; anything where σ varies inside a sample.
+__device__ inline Sigma sigma_of(const Knobs& knobs, int64_t i, double s, double total, double batch, double dims) {
+  if (knobs.sigma_mode == kElement) return Sigma{};
+  if (knobs.sigma_mode == kGiven) return given_sigma(at(knobs.log_sigma, i));
+  const bool shared = knobs.sigma_mode == kBatch;
+  return optimal_sigma(shared ? total : s, shared ? batch * dims : dims, knobs.min_log_sigma, knobs.softclip);
+}
+
+__device__ inline double capacity_gap(const Knobs& knobs, double clamped_total, double batch) {
+  return clamped_total / batch - at(knobs.capacity, 0);
+}
+
+template <class A>
+__device__ void finish(const FinalizeArguments& args, const Totals& totals) {
+  const Knobs& knobs = args.knobs;
+  const Outputs& out = args.outputs;
+  const A* stats = static_cast<const A*>(out.stats);
+  const int64_t row = args.batch + 1;
+  const double batch = static_cast<double>(args.batch), dims = static_cast<double>(args.dims);
+  A *loss = static_cast<A*>(out.loss), *nats = static_cast<A*>(out.distortion), *rate = static_cast<A*>(out.rate);
+  double distortions = 0, losses = 0;
+  for (int64_t i = threadIdx.x; i < args.batch; i += blockDim.x) {
+    const double s = stats[i], kl = stats[row + i], clamped = stats[2 * row + i];
+    const Sigma sigma = sigma_of(knobs, i, s, totals.s, batch, dims);
+    const double d = knobs.sigma_mode == kElement ? distortion(s, dims) : distortion(s, dims, sigma);
+    const double l = d + at(knobs.beta, i) * clamped;
+    if (knobs.sigma_mode != kElement && (out.sigma_each || i == 0)) {
+      static_cast<A*>(out.sigma)[i] = static_cast<A>(::exp(sigma.log_sigma));
+    }
+    if (knobs.reduction == kNone) {
+      loss[i] = static_cast<A>(l);
+      nats[i] = static_cast<A>(d);
+      rate[i] = static_cast<A>(kl);
+    }
+    distortions += d;
+    losses += l;
+  }
+  if (knobs.reduction == kNone) return;
+  distortions = args.scale * block_sum(distortions);
+  losses = args.scale * block_sum(losses);
+  if (threadIdx.x != 0) return;
+  if (knobs.has_capacity) {
+    losses = distortions + args.scale * batch * at(knobs.beta, 0) * ::fabs(capacity_gap(knobs, totals.clamped, batch));
+  }
+  *loss = static_cast<A>(losses);
+  *nats = static_cast<A>(distortions);
+  *rate = static_cast<A>(args.scale * totals.kl);
+}
+
+template <class A>
+__device__ void run_finalize(const FinalizeArguments& args) {
+  A* stats = static_cast<A*>(args.outputs.stats);
+  const Partials& from = args.partials;
+  const int64_t row = args.batch + 1;
+  Totals totals;
+  totals.s = sum_pieces(from.s, args.batch, args.data_pieces, stats);
+  totals.kl = sum_pieces(from.kl, args.batch, args.latent_pieces, stats + row);
+  totals.clamped = sum_pieces(from.clamped, args.batch, args.latent_pieces, stats + 2 * row);
+  if (args.outputs.loss) finish<A>(args, totals);
+}
+
+template <class A>
+__global__ void __launch_bounds__(kFinalizeThreads) elbo_finalize_kernel(FinalizeArguments args) {
+  run_finalize<A>(args);
+}
+
+}  // namespace elbo

@@ -1,0 +1,177 @@
+// Stage three: the gradients, each element a factor of its sample times what the formula says, in one pass.
+#pragma once
+
+#include "elbo_finalize.cuh"
+#include "elements.cuh"
+
+namespace elbo {
+
+struct GradsArguments {
+  Batch batch;
+  double scale;  // the reduction's weight
+  const void* stats;
+  Knobs knobs;
+  GradOutputs grad_outputs;
+  Gradients gradients;
+  bool with_data, with_latents;  // some gradient of the data's, of the latents' is wanted
+};
+
+// ---------------------------------------------------------------------------------------------- O(B): the prologue
+
+// The numbers of the batch that every sample's factors need.
+struct Shared {
+  double total;    // Σ S
+  double gap;      // to the capacity
+  double through;  // what reaches every error through a σ that the batch shares
+};
+
+__device__ inline Weight weight_of(const GradsArguments& args, int64_t i) {
+  const GradOutputs& g = args.grad_outputs;
+  return {args.scale * at(g.loss, i), args.scale * at(g.distortion, i), args.scale * at(g.rate, i)};
+}
+
+template <class A>
+__device__ Factors factors_of(const GradsArguments& args, const Shared& shared, int64_t i) {
+  const A* stats = static_cast<const A*>(args.stats);
+  const double batch = static_cast<double>(args.batch.size), dims = static_cast<double>(args.batch.data.dims);
+  const double s = stats[i], clamped = stats[2 * (args.batch.size + 1) + i];
+  const Weight weight = weight_of(args, i);
+  const Sigma sigma = sigma_of(args.knobs, i, s, shared.total, batch, dims);
+  Factors f = factors(args.knobs.sigma_mode, sigma, s, clamped, dims, at(args.knobs.beta, i), weight);
+  if (args.knobs.has_capacity) limit_by_capacity(f, weight, shared.gap);
+  f.error += shared.through;
+  return f;
+}
+
+template <class A>
+__device__ void put(const Span& to, int64_t i, double value) {
+  store_any(to, to.at(0, i), 0, Count<1>{}, [value](int) { return static_cast<A>(value); });
+}
+
+// By the whole block. The first block also writes the gradients of a given log σ and of β.
+template <class A>
+__device__ Shared prologue(const GradsArguments& args) {
+  const A* stats = static_cast<const A*>(args.stats);
+  const Gradients& out = args.gradients;
+  const int64_t row = args.batch.size + 1;
+  const double batch = static_cast<double>(args.batch.size), dims = static_cast<double>(args.batch.data.dims);
+  Shared shared = {static_cast<double>(stats[row - 1]), 0, 0};
+  if (args.knobs.has_capacity) shared.gap = capacity_gap(args.knobs, static_cast<double>(stats[3 * row - 1]), batch);
+
+  const bool small = blockIdx.x == 0 && (out.log_sigma.base || out.beta.base);
+  const bool is_shared = args.knobs.sigma_mode == kBatch;
+  double slopes = 0, beta = 0;  // Σ_j w_j (D − S_j/σ²), which is also the gradient of a given log σ; and β's gradient
+  if (small || (is_shared && !args.grad_outputs.equal)) {
+    for (int64_t i = threadIdx.x; i < args.batch.size; i += blockDim.x) {
+      const Factors f = factors_of<A>(args, shared, i);
+      slopes += f.log_sigma;
+      beta += f.beta;
+      if (small && out.log_sigma.base && out.log_sigma_each) put<A>(out.log_sigma, i, f.log_sigma);
+      if (small && out.beta.base && out.beta_each) put<A>(out.beta, i, f.beta);
+    }
+    slopes = block_sum(slopes);
+    beta = block_sum(beta);
+    if (small && threadIdx.x == 0 && out.log_sigma.base && !out.log_sigma_each) put<A>(out.log_sigma, 0, slopes);
+    if (small && threadIdx.x == 0 && out.beta.base && !out.beta_each) put<A>(out.beta, 0, beta);
+  }
+  if (is_shared) {
+    const Sigma sigma = sigma_of(args.knobs, 0, 0, shared.total, batch, dims);
+    if (args.grad_outputs.equal) {
+      const Weight weight = weight_of(args, 0);
+      slopes = (weight.loss + weight.distortion) * distortion_slope(shared.total, batch * dims, sigma.inverse_variance);
+    }
+    shared.through = through_shared_sigma(sigma, slopes, shared.total);
+  }
+  return shared;
+}
+
+// ------------------------------------------------------------------------------------------------------- elements
+
+template <class T>
+__device__ T* begin_of(const Span& span, const Piece& p) {
+  return span.base ? reinterpret_cast<T*>(span.at(p.sample, p.first)) : nullptr;
+}
+
+template <class A, class R, class T, bool Element>
+__device__ void data_gradient(const Data& data, const Gradients& out, A a, const Piece& p) {
+  using Elements = DataPiece<A, R, T, Element>;
+  const Elements elements(data, p.sample, p.first);
+  R* g_recon = begin_of<R>(out.recon, p);
+  T* g_target = begin_of<T>(out.target, p);
+  const bool exact = out.element_log_sigma.itemsize == sizeof(A);
+  T* g_log_sigma = exact ? nullptr : begin_of<T>(out.element_log_sigma, p);
+  A* g_exact = exact ? begin_of<A>(out.element_log_sigma, p) : nullptr;
+  const int head = elements.head(p.n, g_recon, g_target, g_log_sigma, g_exact);
+  walk<Elements::Turns, Elements::V>(
+      p.n, head, [&](int i, auto count) { return elements.load(i, count); },
+      [&](int i, const auto& fetched, auto count) {
+        DistortionGrad<A> g[count.n];
+#pragma unroll
+        for (int j = 0; j < count.n; ++j) {
+          if constexpr (Element) {
+            g[j] = distortion_grad<A>(a, fetched.error(j), fetched.log_sigma.value[j]);
+          } else {
+            g[j].recon = a * fetched.error(j);
+          }
+        }
+        if (g_recon) store_values(g_recon + i, count, [&](int j) { return g[j].recon; });
+        if (g_target) store_values(g_target + i, count, [&](int j) { return -g[j].recon; });
+        if constexpr (Element) {
+          if (g_log_sigma) store_values(g_log_sigma + i, count, [&](int j) { return g[j].log_sigma; });
+          if (g_exact) store_values(g_exact + i, count, [&](int j) { return g[j].log_sigma; });
+        }
+      });
+}
+
+template <class A>
+__device__ void latent_gradient(
+    const Latents& latents, const Gradients& out, A through_loss, A through_rate, const Piece& p) {
+  using Elements = LatentPiece<A>;
+  const Elements elements(latents, p.sample, p.first);
+  char *g_mu = begin_of<char>(out.mu, p), *g_logvar = begin_of<char>(out.logvar, p);
+  char *g_prior_mu = begin_of<char>(out.prior_mu, p), *g_prior_logvar = begin_of<char>(out.prior_logvar, p);
+  const bool wide = Elements::vectors(out.mu, g_mu) && Elements::vectors(out.logvar, g_logvar) &&
+                    Elements::vectors(out.prior_mu, g_prior_mu) && Elements::vectors(out.prior_logvar, g_prior_logvar);
+  const A free_bits = static_cast<A>(latents.free_bits);
+  walk<1, Elements::V>(
+      p.n, wide ? elements.head(p.n) : p.n, [&](int i, auto count) { return elements.load(i, count); },
+      [&](int i, const auto& fetched, auto count) {
+        KlGrad<A> g[count.n];
+#pragma unroll
+        for (int j = 0; j < count.n; ++j) {
+          A b = through_loss + through_rate;
+          if (free_bits > 0) b = through_rate + (elements.nats(fetched, j) >= free_bits ? through_loss : A(0));
+          const A m = fetched.mu.value[j], l = fetched.logvar.value[j];
+          g[j] = latents.has_prior ? kl_grad<A>(b, m, l, fetched.prior_mu.value[j], fetched.prior_logvar.value[j])
+                                   : kl_grad<A>(b, m, l);
+        }
+        if (g_mu) store_any(out.mu, g_mu, i, count, [&](int j) { return g[j].mu; });
+        if (g_logvar) store_any(out.logvar, g_logvar, i, count, [&](int j) { return g[j].logvar; });
+        if (g_prior_mu) store_any(out.prior_mu, g_prior_mu, i, count, [&](int j) { return g[j].prior_mu; });
+        if (g_prior_logvar)
+          store_any(out.prior_logvar, g_prior_logvar, i, count, [&](int j) { return g[j].prior_logvar; });
+      });
+}
+
+template <class A, class R, class T, bool Element>
+__device__ void run_grads(const GradsArguments& args) {
+  const Shared shared = prologue<A>(args);
+  for_pieces(
+      args.batch, args.with_data, args.with_latents, warp_of_blocks(0), warps_of_blocks(gridDim.x),
+      [&](const Piece& piece) {
+        const Factors f = factors_of<A>(args, shared, piece.sample);
+        if (piece.is_data) {
+          data_gradient<A, R, T, Element>(args.batch.data, args.gradients, static_cast<A>(f.error), piece);
+        } else {
+          const A through_loss = static_cast<A>(f.through_loss), through_rate = static_cast<A>(f.through_rate);
+          latent_gradient<A>(args.batch.latents, args.gradients, through_loss, through_rate, piece);
+        }
+      });
+}
+
+template <class A, class R, class T, bool Element>
+__global__ void __launch_bounds__(kThreads, kLeastBlocks<A, 2>) elbo_grads_kernel(GradsArguments args) {
+  run_grads<A, R, T, Element>(args);
+}
+
+}  // namespace elbo

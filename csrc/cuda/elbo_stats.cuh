@@ -1,0 +1,81 @@
+// Stage one: S_i = Σ_d e² (or Σ_d [e²/σ_d² + 2 log σ_d]) and KL_i, as one partial sum for each piece of a sample.
+#pragma once
+
+#include "elements.cuh"
+
+namespace elbo {
+
+struct StatsArguments {
+  Batch batch;
+  Partials partials;
+};
+
+template <class A, class R, class T, bool Element>
+__device__ A squared_error(const Data& data, const Piece& p) {
+  using Elements = DataPiece<A, R, T, Element>;
+  const Elements elements(data, p.sample, p.first);
+  A sum = 0;
+  walk<Elements::Turns, Elements::V>(
+      p.n, elements.head(p.n), [&](int i, auto count) { return elements.load(i, count); },
+      [&](int, const auto& fetched, auto count) {
+        A part = 0;
+#pragma unroll
+        for (int j = 0; j < count.n; ++j) {
+          const A e = fetched.error(j);
+          if constexpr (Element) {
+            part += scaled_error<A>(e, fetched.log_sigma.value[j]);
+          } else {
+            part += e * e;
+          }
+        }
+        sum += part;
+      });
+  return warp_sum(sum);
+}
+
+template <class A>
+__device__ void rates(const Latents& latents, const Piece& p, A& rate, A& clamped) {
+  const LatentPiece<A> elements(latents, p.sample, p.first);
+  const A free_bits = static_cast<A>(latents.free_bits);
+  A sum = 0, sum_clamped = 0;
+  walk<1, LatentPiece<A>::V>(
+      p.n, elements.head(p.n), [&](int i, auto count) { return elements.load(i, count); },
+      [&](int, const auto& fetched, auto count) {
+#pragma unroll
+        for (int j = 0; j < count.n; ++j) {
+          const A nats = elements.nats(fetched, j);
+          sum += nats;
+          sum_clamped += nats < free_bits ? free_bits : nats;  // NaN passes
+        }
+      });
+  rate = warp_sum(sum);
+  clamped = warp_sum(sum_clamped);
+}
+
+template <class A>
+__device__ void write_rates(const Batch& batch, const Partials& out, const Piece& piece) {
+  A rate, clamped;
+  rates<A>(batch.latents, piece, rate, clamped);
+  if (lane() != 0) return;
+  static_cast<A*>(out.kl)[piece.index] = rate;
+  if (out.clamped != out.kl) static_cast<A*>(out.clamped)[piece.index] = clamped;
+}
+
+template <class A, class R, class T, bool Element>
+__device__ void run_stats(const StatsArguments& args) {
+  for_pieces(args.batch, true, true, warp_of_blocks(0), warps_of_blocks(gridDim.x), [&](const Piece& piece) {
+    if (piece.is_data) {
+      const A s = squared_error<A, R, T, Element>(args.batch.data, piece);
+      if (lane() == 0) static_cast<A*>(args.partials.s)[piece.index] = s;
+    } else {
+      write_rates<A>(args.batch, args.partials, piece);
+    }
+  });
+}
+
+template <class A, class R, class T, bool Element>
+__global__ void __launch_bounds__(kThreads, kLeastBlocks<A, 3>) elbo_stats_kernel(StatsArguments args) {
+  run_stats<A, R, T, Element>(args);
+}
+
+}  // namespace elbo

@@ -1,0 +1,69 @@
+#include "elbo_step.cuh"
+
+namespace elbo {
+namespace {
+
+bool one_block_of_memory(const Span& span, const Data& data, int64_t batch) {
+  const bool dense = batch == 1 || span.batch_stride == data.dims;
+  return dense && reinterpret_cast<uintptr_t>(span.base) % 16 == 0;
+}
+
+template <class F>
+void with_step_kernel(const Batch& batch, F f) {
+  with_types(batch, [&](auto types) {
+    using Of = decltype(types);
+    if constexpr (std::is_same_v<typename Of::A, float>) f(elbo_step_kernel<typename Of::R, typename Of::T>);
+  });
+}
+
+int attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
+  check(cudaGetDevice(&device), "no current device");
+  check(cudaDeviceGetAttribute(&value, which, device), "no such attribute of the device");
+  return value;
+}
+
+}  // namespace
+
+StepPlan elbo_step_plan(const Batch& batch, const Knobs& knobs) {
+  const Data& data = batch.data;
+  if (knobs.sigma_mode != kBatch || batch.is_double || data.dims == 0) return {};
+  if (!one_block_of_memory(data.recon, data, batch.size) || !one_block_of_memory(data.target, data, batch.size))
+    return {};
+  constexpr int64_t besides = 1024;  // the kernel's own shared memory: a block's sums
+  StepPlan plan = step_plan(
+      batch.size * data.dims, batch.size * batch.latents.dims, static_cast<int>(16 / data.recon.itemsize),
+      multiprocessors(), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - besides);
+  if (!plan.fits) return plan;
+  // A grid barrier needs every block on the device at once: asked, not hoped for.
+  with_step_kernel(batch, [&](auto kernel) {
+    int blocks = 0;
+    const int shared = static_cast<int>(plan.shared_bytes);
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "elbo_step");
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kStepThreads, shared), "elbo_step");
+    plan.fits = plan.data_blocks + plan.latent_blocks <= blocks * multiprocessors();
+  });
+  return plan;
+}
+
+void elbo_step(
+    const Batch& batch, const StepPlan& plan, const Knobs& knobs, const Number& grad_scale, const Partials& partials,
+    double* workspace, const Outputs& outputs, const Gradients& gradients, cudaStream_t stream) {
+  const double scale =
+      reduction_weight(knobs.reduction, static_cast<double>(batch.size), static_cast<double>(batch.data.dims));
+  const StepArguments args = {
+      {batch, scale, nullptr, knobs, {grad_scale, {}, {}, true}, gradients, true, wants_latents(gradients)},
+      outputs,
+      partials,
+      plan,
+      batch.size * batch.data.dims,
+      workspace + 2,
+      workspace};
+  with_step_kernel(batch, [&](auto kernel) {
+    launch(
+        "elbo_step", kernel, args, plan.data_blocks + plan.latent_blocks, kStepThreads, stream, plan.shared_bytes,
+        true);
+  });
+}
+
+}  // namespace elbo

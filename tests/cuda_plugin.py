@@ -1,0 +1,47 @@
+"""Runs the tests on the CUDA kernels, as CPU code: `PYTHONPATH=tests pytest -p cuda_plugin [--cuda-schedule random:3]`
+
+The kernels stand behind the operators in place of the C++ ones, so that vmap, torch.compile and the tests of the
+operators run on them too. Only what runs on a backend is kept, and what is about the CUDA code: the minutes that it
+takes are spent in this run alone.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import cuda_shim
+import pytest
+
+from fused_elbo import BackendUnavailable, backends, ops
+
+KEPT = {"test_ops.py", "test_compile.py", "test_cuda_shim.py", "test_cuda_compiled.py", "test_cuda_ptx.py"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    names = "|".join(cuda_shim.SCHEDULES)
+    parser.addoption("--cuda-schedule", default="ascending", help=f"{names}, or random:SEED (default ascending)")
+    parser.addoption("--cuda-library", type=Path, help="a library that is compiled already, see cuda_shim.build")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    library = config.getoption("--cuda-library")
+    with tempfile.TemporaryDirectory() as folder:
+        shim = cuda_shim.Shim(library or cuda_shim.build(Path(folder)))
+    name, _, seed = config.getoption("--cuda-schedule").partition(":")
+    shim.schedule(name, int(seed or 0))
+    cuda = backends.cuda
+    cuda.library.loaded, cuda.device = f"the shim in {cuda_shim.HERE.name}, {name} {seed}".rstrip(), "cpu"
+    cuda.require()
+    backends.cpp.library.failure = BackendUnavailable("The CUDA kernels have the place of the C++ ones in this run.")
+    ops.register(cuda.operators(), "CPU")
+    backends.dispatched["cpu"] = "cuda"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    def kept(item: pytest.Item) -> bool:
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        return parameters.get("backend") == "cuda" or item.path.name in KEPT
+
+    config.hook.pytest_deselected(items=[i for i in items if not kept(i)])
+    items[:] = [i for i in items if kept(i)]

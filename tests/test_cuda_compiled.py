@@ -1,0 +1,79 @@
+"""The machine code of the CUDA kernels, for GPUs that need not be here: bench/compiled_cuda.py says how it is read."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+if "cuda_plugin" not in sys.modules:
+    pytest.skip("minutes of compiling, which `make test-cuda` takes", allow_module_level=True)
+triton = pytest.importorskip("triton", reason="Triton, whose wheel has the tools that read machine code, is not here")
+BENCH = Path(__file__).parent.parent / "bench"
+
+
+def load() -> ModuleType:
+    sys.path.insert(0, str(BENCH))
+    try:
+        return importlib.import_module("compiled_cuda")
+    finally:
+        sys.path.remove(str(BENCH))
+
+
+bench = load()
+pytestmark = pytest.mark.skipif(bench.nvcc() is None, reason="no nvcc on this machine (PATH, /usr/local/cuda)")
+ROWS = [(k, d, t) for k in bench.KERNELS for t in bench.TARGETS for d in bench.dtypes_of(k)]
+DATA_PATH = [row for row in ROWS if row[0] != "elbo_finalize"]
+
+# 128-bit loads of the tensors that are as large as recon, in a turn of the loop over them: two turns of recon and
+# target, one of them with log σ where elements are of 16 bits; the step has every row that registers hold, twice, since
+# it has a copy of the loop for batches that are cut off in the middle of a row.
+HELD = 64  # floats of a thread, as in csrc/cuda/step_plan.h
+
+
+def wide_at_least(kernel: str, dtype: str) -> int:
+    vector = 4 if dtype == "fp32" else 8
+    if kernel == "elbo_step":
+        return 2 * 2 * HELD // vector
+    return {"elbo_stats": 4, "elbo_grads": 6}[kernel.partition("[")[0]]
+
+
+@pytest.mark.parametrize(("kernel", "dtype", "target"), ROWS)
+def test_compiles_without_spills(kernel: str, dtype: str, target: str) -> None:
+    row = bench.row(kernel, dtype, target)
+    assert row.spill_bytes == 0
+    assert 0 < row.registers <= 128
+    assert row.shared_bytes <= 1024  # of a block's sum: the step plans with it
+
+
+@pytest.mark.parametrize(("kernel", "dtype", "target"), DATA_PATH)
+def test_large_tensors_have_wide_accesses(kernel: str, dtype: str, target: str) -> None:
+    row = bench.row(kernel, dtype, target)
+    assert row.wide_accesses >= wide_at_least(kernel, dtype)
+    assert row.bytes_in_flight_per_sm is not None
+    assert row.bytes_in_flight_per_sm >= 32768  # an H100's memory moves 17 kB for each SM in the time of one access
+
+
+def test_the_reading_of_machine_code() -> None:
+    """Against a dump written by hand, so that a reader which finds nothing does not pass for kernels without faults."""
+    dump = (
+        "\t\tFunction : kernel\n"
+        '\t.headerflags\t@"EF_CUDA_SM90"\n'
+        "        /*0000*/                   LDG.E.128 R12, desc[UR8][R28.64] ;    /* 0x0000a4ff01017624 */\n"
+        "                                                                         /* 0x000fe400078e00ff */\n"
+        "        /*0010*/              @!P0 STG.E desc[UR8][R2.64], R4 ;          /* 0x0000a4ff01017624 */\n"
+        "        /*0020*/                   NOP ;                                 /* 0x0000a4ff01017624 */\n"
+    )
+    code = bench.read_sass(
+        bench.as_triton_prints(dump), "Used 40 registers\n8 bytes spill stores, 12 bytes spill loads"
+    )
+    assert (code.registers, code.spill_bytes, code.instructions, code.widths) == (40, 20, 2, [16, 4])
+
+
+def test_the_table_has_every_kernel() -> None:
+    committed = (BENCH / "compiled_cuda.csv").read_text().splitlines()
+    assert committed[0] == ",".join(bench.Row.__dataclass_fields__)
+    assert [tuple(line.split(",")[:3]) for line in committed[1:]] == ROWS
