@@ -43,6 +43,43 @@ def log_sigma_at(
 
 
 @triton.jit
+def latent_sums(
+    lpid, mu, logvar, prior_mu, prior_logvar, free_bits, kl_partials, clamped_partials,
+    batch, latents, mu_stride, logvar_stride, prior_mu_stride, prior_logvar_stride, latent_chunks, latent_tiles,
+    PRIOR: tl.constexpr, FREE_BITS: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+    LATENT_VEC: tl.constexpr, LATENT_ROWS: tl.constexpr, LATENT_COLS: tl.constexpr,
+):  # fmt: skip
+    """KL of the lpid-th chunk of the latents."""
+    lfirst, lchunk = lpid // latent_chunks * LATENT_ROWS, lpid % latent_chunks
+    lrows = lfirst + tl.arange(0, LATENT_ROWS)
+    m_at = row_offsets(lfirst, mu_stride * LATENT_VEC, LATENT_ROWS, WIDE)
+    l_at = row_offsets(lfirst, logvar_stride * LATENT_VEC, LATENT_ROWS, WIDE)
+    rate = tl.zeros((LATENT_ROWS, LATENT_COLS), ACC)
+    clamped = tl.zeros((LATENT_ROWS, LATENT_COLS), ACC)
+    for ltile in range(lchunk * latent_tiles, (lchunk + 1) * latent_tiles):
+        lcols = columns(ltile, LATENT_COLS, WIDE)
+        linside = (lrows < batch)[:, None] & (lcols < latents * LATENT_VEC)
+        d = tl.load(mu + m_at + lcols, linside, 0.0).to(ACC)
+        t = tl.load(logvar + l_at + lcols, linside, 0.0).to(ACC)
+        inverse = tl.full((LATENT_ROWS, LATENT_COLS), 1.0, ACC)
+        if PRIOR:
+            pm_at = row_offsets(lfirst, prior_mu_stride * LATENT_VEC, LATENT_ROWS, WIDE)
+            pl_at = row_offsets(lfirst, prior_logvar_stride * LATENT_VEC, LATENT_ROWS, WIDE)
+            p = tl.load(prior_logvar + pl_at + lcols, linside, 0.0).to(ACC)
+            d = d - tl.load(prior_mu + pm_at + lcols, linside, 0.0).to(ACC)
+            t = t - p
+            inverse = exp(-p)
+        nats = kl(d, t, inverse)
+        rate += nats
+        if FREE_BITS:
+            clamped += tl.where(linside, at_least(nats, number(free_bits, ACC)), 0.0)
+    own = lrows * latent_chunks + lchunk
+    tl.store(kl_partials + own, tl.sum(rate, 1), lrows < batch)
+    if FREE_BITS:
+        tl.store(clamped_partials + own, tl.sum(clamped, 1), lrows < batch)
+
+
+@triton.jit
 def elbo_stats_kernel(
     # inputs; samples are dense, `stride` apart. Lengths and strides count in units of VEC elements (see Tiles).
     recon, target, log_sigma, mu, logvar, prior_mu, prior_logvar,
@@ -84,52 +121,28 @@ def elbo_stats_kernel(
                 total += e * e
         tl.store(s_partials + rows * data_chunks + chunk, tl.sum(total, 1), rows < batch)
     elif mu is not None:
-        lpid = pid - data_programs
-        lfirst, lchunk = lpid // latent_chunks * LATENT_ROWS, lpid % latent_chunks
-        lrows = lfirst + tl.arange(0, LATENT_ROWS)
-        m_at = row_offsets(lfirst, mu_stride * LATENT_VEC, LATENT_ROWS, WIDE)
-        l_at = row_offsets(lfirst, logvar_stride * LATENT_VEC, LATENT_ROWS, WIDE)
-        rate = tl.zeros((LATENT_ROWS, LATENT_COLS), ACC)
-        clamped = tl.zeros((LATENT_ROWS, LATENT_COLS), ACC)
-        for ltile in range(lchunk * latent_tiles, (lchunk + 1) * latent_tiles):
-            lcols = columns(ltile, LATENT_COLS, WIDE)
-            linside = (lrows < batch)[:, None] & (lcols < latents * LATENT_VEC)
-            d = tl.load(mu + m_at + lcols, linside, 0.0).to(ACC)
-            t = tl.load(logvar + l_at + lcols, linside, 0.0).to(ACC)
-            inverse = tl.full((LATENT_ROWS, LATENT_COLS), 1.0, ACC)
-            if PRIOR:
-                pm_at = row_offsets(lfirst, prior_mu_stride * LATENT_VEC, LATENT_ROWS, WIDE)
-                pl_at = row_offsets(lfirst, prior_logvar_stride * LATENT_VEC, LATENT_ROWS, WIDE)
-                p = tl.load(prior_logvar + pl_at + lcols, linside, 0.0).to(ACC)
-                d = d - tl.load(prior_mu + pm_at + lcols, linside, 0.0).to(ACC)
-                t = t - p
-                inverse = exp(-p)
-            nats = kl(d, t, inverse)
-            rate += nats
-            if FREE_BITS:
-                clamped += tl.where(linside, at_least(nats, number(free_bits, ACC)), 0.0)
-        own = lrows * latent_chunks + lchunk
-        tl.store(kl_partials + own, tl.sum(rate, 1), lrows < batch)
-        if FREE_BITS:
-            tl.store(clamped_partials + own, tl.sum(clamped, 1), lrows < batch)
+        latent_sums(
+            pid - data_programs, mu, logvar, prior_mu, prior_logvar, free_bits, kl_partials, clamped_partials,
+            batch, latents, mu_stride, logvar_stride, prior_mu_stride, prior_logvar_stride, latent_chunks, latent_tiles,
+            PRIOR, FREE_BITS, ACC, WIDE, LATENT_VEC, LATENT_ROWS, LATENT_COLS,
+        )  # fmt: skip
 
 
 class Partials:
     """The output of the launch: one tensor for each sum, [batch, chunks]; `clamped` is `kl` without free bits."""
 
-    def __init__(self, s: torch.Tensor | None, kl: torch.Tensor | None, clamped: torch.Tensor | None) -> None:
-        self.s, self.kl, self.clamped = s, kl, clamped
+    def __init__(self, inputs, data: Tiles | None, latents: Tiles | None, free_bits: float) -> None:
+        def empty(tiles: Tiles | None) -> torch.Tensor | None:
+            return None if tiles is None else inputs.like.new_empty((inputs.batch, tiles.chunks), dtype=inputs.dtype)
+
+        self.s, self.kl = empty(data), empty(latents)
+        self.clamped = empty(latents) if free_bits > 0 else self.kl
 
 
 def elbo_stats(inputs, free_bits: float) -> Partials:
     """`inputs`: a `_layout.Inputs`."""
-    data, latents, acc = inputs.data_tiles, inputs.latent_tiles, inputs.dtype
-
-    def partials(tiles: Tiles | None) -> torch.Tensor | None:
-        return None if tiles is None else inputs.like.new_empty((inputs.batch, tiles.chunks), dtype=acc)
-
-    s, rate = partials(data), partials(latents)
-    clamped = partials(latents) if free_bits > 0 else rate
+    data, latents = inputs.data_tiles, inputs.latent_tiles
+    partials = Partials(inputs, data, latents, free_bits)
     data_programs = data.programs(inputs.batch) if data else 0
     grid = (data_programs + (latents.programs(inputs.batch) if latents else 0),)
     stride = inputs.strides
@@ -140,7 +153,7 @@ def elbo_stats(inputs, free_bits: float) -> Partials:
             inputs.recon, inputs.target, inputs.log_sigma, inputs.mu, inputs.logvar, inputs.prior_mu,
             inputs.prior_logvar, free_bits,
             # outputs
-            s, rate, clamped,
+            partials.s, partials.kl, partials.clamped,
             # shapes
             inputs.batch, data_programs,
             d.length, stride("recon", d), stride("target", d), d.chunks, d.per_chunk,
@@ -156,4 +169,4 @@ def elbo_stats(inputs, free_bits: float) -> Partials:
             LATENT_VEC=k.vec, LATENT_ROWS=k.rows, LATENT_COLS=k.cols,
             num_warps=inputs.num_warps, enable_fp_fusion=False,
         )  # fmt: skip
-    return Partials(s, rate, clamped)
+    return partials

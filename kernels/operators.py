@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._factors import ELEMENT
 from ._layout import Inputs, Output
-from .elbo_finalize import ELEMENT, Knobs, elbo_finalize
+from .elbo_finalize import Knobs, elbo_finalize
 from .elbo_grads import Outputs, elbo_grads
 from .elbo_stats import elbo_stats
 
