@@ -19,7 +19,7 @@ from torch import Tensor
 
 TILE = 4096  # elements of a tile: with 8 warps 16 a thread, so four 128-bit loads of fp32 in flight for each tensor
 WARPS = 8
-SHORTEST = 1024  # elements of a row of a sample that is cut: 128-bit loads by all the lanes of some warps
+PIECE = 4096  # elements of a sample in one row of a tile of pieces: 128-bit loads of fp32 by 1024 threads
 MANY = 8192  # programs that fill any GPU; past that a program walks several tiles, which keeps the partials few
 
 
@@ -126,6 +126,7 @@ class Tiles:
     cols: int
     chunks: int  # partial sums of a sample
     per_chunk: int  # tiles of a chunk
+    pieces: bool = False  # a row is a chunk, of any sample; or else a sample, in one of its chunks
 
     @classmethod
     def of(cls, elements: int, batch: int, strides: list[int], tile: int | None = None) -> Tiles:
@@ -137,25 +138,22 @@ class Tiles:
         return cls(elements // vec, vec, rows, cols, triton.cdiv(tiles, per_chunk), per_chunk)
 
     @classmethod
-    def held(cls, elements: int, batch: int, strides: list[int], tile: int, whole: bool) -> Tiles:
-        """One tile of at most `tile` elements a program, of the shape that takes the fewest programs: a sample of 12288
-        in rows of 4096 fills it, in rows of 16384 a quarter is empty. `whole`: with samples in one piece each."""
-        longest = max(16, triton.next_power_of_2(elements))
-        shortest = longest if whole else min(SHORTEST, longest)
-        vec, best = unit(elements, strides), None
-        for cols in (shortest << n for n in range((min(longest, tile) // shortest).bit_length())):
-            rows = min(tile // cols, triton.next_power_of_2(batch))
-            tiles = cls(elements // vec, vec, rows, cols, triton.cdiv(elements, cols), 1)
-            if best is None or tiles.programs(batch) <= best.programs(batch):
-                best = tiles
-        assert best is not None
-        return best
+    def of_pieces(cls, elements: int, batch: int, strides: list[int], tile: int, whole: bool) -> Tiles:
+        """Tiles whose rows are the pieces of all samples in turn, so that whatever the shape few of them stay empty; a
+        program walks one tile. `whole`: a sample is one piece."""
+        cols = max(16, triton.next_power_of_2(elements))
+        cols = cols if whole else min(PIECE, tile, cols)
+        chunks, vec = triton.cdiv(elements, cols), unit(elements, strides)
+        rows = min(tile // cols, triton.next_power_of_2(batch * chunks))
+        return cls(elements // vec, vec, rows, cols, chunks, 1, pieces=True)
 
     @classmethod
     def nothing(cls) -> Tiles:
         return cls(length=0, vec=1, rows=1, cols=16, chunks=1, per_chunk=0)
 
     def programs(self, batch: int) -> int:
+        if self.pieces:
+            return triton.cdiv(batch * self.chunks, self.rows)
         return triton.cdiv(batch, self.rows) * self.chunks
 
 

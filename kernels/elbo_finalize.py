@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._factors import BATCH, ELEMENT, IMAGE, sigma_of, value_at
+from ._factors import ELEMENT, IMAGE, sigma_of, value_at
 from ._math import HALF_LOG_2PI, exp, number, optimal_sigma
 
 BLOCK = 4096  # partial sums taken at a time

@@ -24,12 +24,11 @@ def latent_gradients(
     LATENT_VEC: tl.constexpr, LATENT_ROWS: tl.constexpr, LATENT_COLS: tl.constexpr,
 ):  # fmt: skip
     """Of the lpid-th chunk of the latents; through_loss, through_rate: of its samples."""
-    lfirst, lchunk = lpid // latent_chunks * LATENT_ROWS, lpid % latent_chunks
-    lrows = lfirst + tl.arange(0, LATENT_ROWS)
+    lrows, lchunk = lpid // latent_chunks * LATENT_ROWS + tl.arange(0, LATENT_ROWS), lpid % latent_chunks
     through_loss, through_rate = through_loss[:, None], through_rate[:, None]
-    m_at = row_offsets(lfirst, mu_stride * LATENT_VEC, LATENT_ROWS, WIDE)
-    l_at = row_offsets(lfirst, logvar_stride * LATENT_VEC, LATENT_ROWS, WIDE)
-    lg_at = row_offsets(lfirst, latents * LATENT_VEC, LATENT_ROWS, WIDE)
+    m_at = row_offsets(lrows, mu_stride * LATENT_VEC, WIDE)
+    l_at = row_offsets(lrows, logvar_stride * LATENT_VEC, WIDE)
+    lg_at = row_offsets(lrows, latents * LATENT_VEC, WIDE)
     for ltile in range(lchunk * latent_tiles, (lchunk + 1) * latent_tiles):
         lcols = columns(ltile, LATENT_COLS, WIDE)
         linside = (lrows < batch)[:, None] & (lcols < latents * LATENT_VEC)
@@ -37,8 +36,8 @@ def latent_gradients(
         t = tl.load(logvar + l_at + lcols, linside, 0.0).to(ACC)
         inverse_prior = tl.full((LATENT_ROWS, LATENT_COLS), 1.0, ACC)
         if PRIOR:
-            pm_at = row_offsets(lfirst, prior_mu_stride * LATENT_VEC, LATENT_ROWS, WIDE)
-            pl_at = row_offsets(lfirst, prior_logvar_stride * LATENT_VEC, LATENT_ROWS, WIDE)
+            pm_at = row_offsets(lrows, prior_mu_stride * LATENT_VEC, WIDE)
+            pl_at = row_offsets(lrows, prior_logvar_stride * LATENT_VEC, WIDE)
             p = tl.load(prior_logvar + pl_at + lcols, linside, 0.0).to(ACC)
             d = d - tl.load(prior_mu + pm_at + lcols, linside, 0.0).to(ACC)
             t = t - p
@@ -119,8 +118,7 @@ def elbo_grads_kernel(
 ):  # fmt: skip
     pid = tl.program_id(0)
     if recon is not None and pid < data_programs:  # see elbo_stats_kernel
-        first, chunk = pid // data_chunks * DATA_ROWS, pid % data_chunks
-        rows = first + tl.arange(0, DATA_ROWS)
+        rows, chunk = pid // data_chunks * DATA_ROWS + tl.arange(0, DATA_ROWS), pid % data_chunks
         a, _, _, _, _ = sample_factors(
             rows, rows < batch, grad_loss, grad_distortion, grad_rate, stats, log_sigma, beta, capacity, through,
             0.0, log_sigma_value, min_log_sigma, beta_value, capacity_value, scale, dims_value, batch_value,
@@ -129,9 +127,9 @@ def elbo_grads_kernel(
             HAS_CAPACITY, CAPACITY_TENSOR, HAS_THROUGH, DATA_ROWS, ACC,
         )  # fmt: skip
         a = a[:, None]
-        r_at = row_offsets(first, recon_stride * DATA_VEC, DATA_ROWS, WIDE)
-        t_at = row_offsets(first, target_stride * DATA_VEC, DATA_ROWS, WIDE)
-        g_at = row_offsets(first, dims * DATA_VEC, DATA_ROWS, WIDE)
+        r_at = row_offsets(rows, recon_stride * DATA_VEC, WIDE)
+        t_at = row_offsets(rows, target_stride * DATA_VEC, WIDE)
+        g_at = row_offsets(rows, dims * DATA_VEC, WIDE)
         for tile in range(chunk * data_tiles, (chunk + 1) * data_tiles):
             cols = columns(tile, DATA_COLS, WIDE)
             inside = (rows < batch)[:, None] & (cols < dims * DATA_VEC)
@@ -139,8 +137,8 @@ def elbo_grads_kernel(
             g = a * e
             if MODE == ELEMENT:
                 ls_at = log_sigma_at(
-                    first, cols, element_stride, divisor0, size0, stride0, divisor1, size1, stride1,
-                    LEVELS, DATA_VEC, DATA_ROWS, WIDE,
+                    rows, cols, element_stride, divisor0, size0, stride0, divisor1, size1, stride1,
+                    LEVELS, DATA_VEC, WIDE,
                 )  # fmt: skip
                 inverse = exp(-2.0 * tl.load(element_sigma + ls_at, inside, 0.0).to(ACC))
                 g = a * (e * inverse)
@@ -153,8 +151,7 @@ def elbo_grads_kernel(
                 tl.store(g_target + g_at + cols, (-g).to(g_target.dtype.element_ty), inside)
     elif mu is not None and pid < data_programs + latent_programs:
         lpid = pid - data_programs
-        lfirst, lchunk = lpid // latent_chunks * LATENT_ROWS, lpid % latent_chunks
-        lrows = lfirst + tl.arange(0, LATENT_ROWS)
+        lrows = lpid // latent_chunks * LATENT_ROWS + tl.arange(0, LATENT_ROWS)
         _, through_loss, through_rate, _, _ = sample_factors(
             lrows, lrows < batch, grad_loss, grad_distortion, grad_rate, stats, log_sigma, beta, capacity, through,
             0.0, log_sigma_value, min_log_sigma, beta_value, capacity_value, scale, dims_value, batch_value,

@@ -9,8 +9,7 @@ from ._math import at_least, exp, kl, number
 
 
 @triton.jit
-def row_offsets(first_row, stride, ROWS: tl.constexpr, WIDE: tl.constexpr):
-    rows = first_row + tl.arange(0, ROWS)
+def row_offsets(rows, stride, WIDE: tl.constexpr):
     if WIDE:
         offsets = rows.to(tl.int64)[:, None] * stride
     else:
@@ -29,17 +28,17 @@ def columns(tile, COLS: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def log_sigma_at(
-    first_row, cols, stride, divisor0, size0, stride0, divisor1, size1, stride1,
-    LEVELS: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
+    rows, cols, stride, divisor0, size0, stride0, divisor1, size1, stride1,
+    LEVELS: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Where a tile's log σ lie, if σ varies inside a sample: as the data, or by the strides of `_layout.Inside`."""
     if LEVELS == 0:
-        return row_offsets(first_row, stride * VEC, ROWS, WIDE) + cols
+        return row_offsets(rows, stride * VEC, WIDE) + cols
     else:
         inside = cols // divisor0 % size0 * stride0
         if LEVELS == 2:
             inside += cols // divisor1 % size1 * stride1
-        return row_offsets(first_row, stride, ROWS, WIDE) + inside
+        return row_offsets(rows, stride, WIDE) + inside
 
 
 @triton.jit
@@ -50,10 +49,9 @@ def latent_sums(
     LATENT_VEC: tl.constexpr, LATENT_ROWS: tl.constexpr, LATENT_COLS: tl.constexpr,
 ):  # fmt: skip
     """KL of the lpid-th chunk of the latents."""
-    lfirst, lchunk = lpid // latent_chunks * LATENT_ROWS, lpid % latent_chunks
-    lrows = lfirst + tl.arange(0, LATENT_ROWS)
-    m_at = row_offsets(lfirst, mu_stride * LATENT_VEC, LATENT_ROWS, WIDE)
-    l_at = row_offsets(lfirst, logvar_stride * LATENT_VEC, LATENT_ROWS, WIDE)
+    lrows, lchunk = lpid // latent_chunks * LATENT_ROWS + tl.arange(0, LATENT_ROWS), lpid % latent_chunks
+    m_at = row_offsets(lrows, mu_stride * LATENT_VEC, WIDE)
+    l_at = row_offsets(lrows, logvar_stride * LATENT_VEC, WIDE)
     rate = tl.zeros((LATENT_ROWS, LATENT_COLS), ACC)
     clamped = tl.zeros((LATENT_ROWS, LATENT_COLS), ACC)
     for ltile in range(lchunk * latent_tiles, (lchunk + 1) * latent_tiles):
@@ -63,8 +61,8 @@ def latent_sums(
         t = tl.load(logvar + l_at + lcols, linside, 0.0).to(ACC)
         inverse = tl.full((LATENT_ROWS, LATENT_COLS), 1.0, ACC)
         if PRIOR:
-            pm_at = row_offsets(lfirst, prior_mu_stride * LATENT_VEC, LATENT_ROWS, WIDE)
-            pl_at = row_offsets(lfirst, prior_logvar_stride * LATENT_VEC, LATENT_ROWS, WIDE)
+            pm_at = row_offsets(lrows, prior_mu_stride * LATENT_VEC, WIDE)
+            pl_at = row_offsets(lrows, prior_logvar_stride * LATENT_VEC, WIDE)
             p = tl.load(prior_logvar + pl_at + lcols, linside, 0.0).to(ACC)
             d = d - tl.load(prior_mu + pm_at + lcols, linside, 0.0).to(ACC)
             t = t - p
@@ -101,10 +99,9 @@ def elbo_stats_kernel(
     pid = tl.program_id(0)
     # What is absent is None, and its branch must not be compiled: `and` stops at a constant that is false.
     if recon is not None and pid < data_programs:
-        first, chunk = pid // data_chunks * DATA_ROWS, pid % data_chunks
-        rows = first + tl.arange(0, DATA_ROWS)
-        r_at = row_offsets(first, recon_stride * DATA_VEC, DATA_ROWS, WIDE)
-        t_at = row_offsets(first, target_stride * DATA_VEC, DATA_ROWS, WIDE)
+        rows, chunk = pid // data_chunks * DATA_ROWS + tl.arange(0, DATA_ROWS), pid % data_chunks
+        r_at = row_offsets(rows, recon_stride * DATA_VEC, WIDE)
+        t_at = row_offsets(rows, target_stride * DATA_VEC, WIDE)
         total = tl.zeros((DATA_ROWS, DATA_COLS), ACC)
         for tile in range(chunk * data_tiles, (chunk + 1) * data_tiles):
             cols = columns(tile, DATA_COLS, WIDE)
@@ -112,8 +109,8 @@ def elbo_stats_kernel(
             e = tl.load(recon + r_at + cols, inside, 0.0).to(ACC) - tl.load(target + t_at + cols, inside, 0.0).to(ACC)
             if ELEMENT:
                 ls_at = log_sigma_at(
-                    first, cols, log_sigma_stride, divisor0, size0, stride0, divisor1, size1, stride1,
-                    LEVELS, DATA_VEC, DATA_ROWS, WIDE,
+                    rows, cols, log_sigma_stride, divisor0, size0, stride0, divisor1, size1, stride1,
+                    LEVELS, DATA_VEC, WIDE,
                 )  # fmt: skip
                 ls = tl.load(log_sigma + ls_at, inside, 0.0).to(ACC)
                 total += e * e * exp(-2.0 * ls) + 2.0 * ls

@@ -13,7 +13,7 @@ In both, the last program to arrive does what is O(B): the loss, and the gradien
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,72 +21,97 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _layout
-from ._factors import BATCH, ELEMENT, IMAGE, factors, sample_factors
+from ._factors import BATCH, ELEMENT, IMAGE, factors
 from ._layout import Inputs, Tiles
-from .elbo_finalize import BLOCK, Knobs, Results, blocks, each, elbo_finalize_kernel, stride_of
+from .elbo_finalize import BLOCK, Knobs, Results, blocks, each, elbo_finalize_kernel, row_sums, stride_of
 from .elbo_grads import Outputs, given_gradients, latent_gradients
-from .elbo_stats import Partials, columns, latent_sums, row_offsets
+from .elbo_stats import Partials, latent_sums, row_offsets
 
 THREADS = 1024  # of a program at most: its registers are then limited to 64 a thread, and one always fits on an SM
-HELD = 32  # differences in the registers of a thread at most; a 33rd to 64th would be spilled
-
-
-@triton.jit
-def step_factors(
-    rows, batch, s, stats, grad_scale, log_sigma, beta, capacity,
-    grad_scale_value, log_sigma_value, min_log_sigma, beta_value, capacity_value, scale, dims_value, batch_value,
-    log_sigma_stride, beta_stride,
-    WAITS: tl.constexpr, HAS_GRAD_SCALE: tl.constexpr, MODE: tl.constexpr, SOFTCLIP: tl.constexpr,
-    HAS_LOG_SIGMA: tl.constexpr, HAS_BETA: tl.constexpr, HAS_CAPACITY: tl.constexpr, CAPACITY_TENSOR: tl.constexpr,
-    ROWS: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """(a_i, b_i) of samples: from stats, once they are there; before, with no more than the sample's own s, if that."""
-    if WAITS:
-        a, b, _, _, _ = sample_factors(
-            rows, rows < batch, grad_scale, None, None, stats, log_sigma, beta, capacity, None,
-            grad_scale_value, log_sigma_value, min_log_sigma, beta_value, capacity_value, scale, dims_value, batch_value,
-            batch, 0, 0, 0, log_sigma_stride, beta_stride,
-            HAS_GRAD_SCALE, False, False, MODE, SOFTCLIP, HAS_LOG_SIGMA, HAS_BETA,
-            HAS_CAPACITY, CAPACITY_TENSOR, False, ROWS, ACC,
-        )  # fmt: skip
-    else:
-        unknown = tl.zeros((ROWS,), ACC)
-        a, b, _, _, _ = factors(
-            rows, rows < batch, s, unknown, unknown, unknown, grad_scale, None, None, log_sigma, beta, capacity, None,
-            grad_scale_value, log_sigma_value, min_log_sigma, beta_value, capacity_value, scale, dims_value, batch_value,
-            0, 0, 0, log_sigma_stride, beta_stride,
-            HAS_GRAD_SCALE, False, False, MODE, SOFTCLIP, HAS_LOG_SIGMA, HAS_BETA,
-            HAS_CAPACITY, CAPACITY_TENSOR, False, ROWS, ACC,
-        )  # fmt: skip
-    return a, b
+HELD = 16  # differences of a tile in the registers of a thread at most
 
 
 @triton.jit
 def arrive(barrier, programs):
-    """(the generation of the barrier, whether all others have arrived before). barrier[0] counts the programs that have;
-    the last one sets it back to 0, for the next launch. barrier[1] is a generation, which `release` ends.
-
-    The barrier of the program comes first, for one thread alone speaks to the others, for all that its program wrote.
-    """
-    tl.debug_barrier()
-    generation = tl.atomic_add(barrier + 1, 0, sem="relaxed")
+    """Whether all the other programs have arrived before. barrier[0] counts those that have; the last one sets it back to
+    0, for the next launch."""
+    tl.debug_barrier()  # one thread arrives for its whole program, so all have written their sums before it does
     is_last = tl.atomic_add(barrier, 1, sem="acq_rel") == programs - 1
     if is_last:
         tl.atomic_xchg(barrier, 0, sem="relaxed")
-    return generation, is_last
+    return is_last
 
 
 @triton.jit
-def release(barrier):
-    tl.debug_barrier()
-    tl.atomic_add(barrier + 1, 1, sem="release")
+def meet(barrier, programs):
+    """Returns when all programs have arrived: when the last one changes barrier[1], which is different ever after."""
+    before = tl.atomic_add(barrier + 1, 0, sem="relaxed")
+    now = before
+    if arrive(barrier, programs):
+        now = tl.atomic_add(barrier + 1, 1, sem="release") + 1
+    else:
+        while now == before:
+            now = tl.atomic_add(barrier + 1, 0, sem="acquire")
+    return now - before - 1
 
 
 @triton.jit
-def wait(barrier, generation):
-    now = generation
-    while now == generation:
-        now = tl.atomic_add(barrier + 1, 0, sem="acquire")
+def tile_of(pid, batch, dims, chunks, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr):
+    """(pieces, samples, columns, mask): a row of a tile is a piece of a sample. In a program past the data all is masked.
+    """
+    pieces = pid * ROWS + tl.arange(0, ROWS)
+    rows = pieces // chunks
+    cols = row_offsets(pieces % chunks, COLS, WIDE) + tl.arange(0, COLS)[None, :]
+    return pieces, rows, cols, (rows < batch)[:, None] & (cols < dims)
+
+
+@triton.jit
+def sum_of(partials, n, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    total = tl.zeros((BLOCK,), ACC)
+    for first in range(0, n, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        total += tl.load(partials + at, at < n, 0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def differences(
+    pid, recon, target, s_partials, batch, dims, recon_stride, target_stride, chunks,
+    ROWS: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """(e, Σe² of each row)."""
+    pieces, rows, cols, inside = tile_of(pid, batch, dims, chunks, ROWS, COLS, WIDE)
+    r_at = row_offsets(rows, recon_stride, WIDE) + cols
+    t_at = row_offsets(rows, target_stride, WIDE) + cols
+    e = tl.load(recon + r_at, inside, 0.0).to(ACC) - tl.load(target + t_at, inside, 0.0).to(ACC)
+    s = tl.sum(e * e, 1)
+    tl.store(s_partials + pieces, s, rows < batch)
+    return e, s
+
+
+@triton.jit
+def data_gradients(
+    pid, e, s, total, clamped_total, s_partials, grad_scale, log_sigma, beta, capacity,
+    grad_scale_value, log_sigma_value, min_log_sigma, beta_value, capacity_value, scale, dims_value, batch_value,
+    g_recon, g_target, batch, dims, chunks, log_sigma_stride, beta_stride,
+    WAITS: tl.constexpr, HAS_GRAD_SCALE: tl.constexpr, MODE: tl.constexpr, SOFTCLIP: tl.constexpr,
+    HAS_LOG_SIGMA: tl.constexpr, HAS_BETA: tl.constexpr, HAS_CAPACITY: tl.constexpr, CAPACITY_TENSOR: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    _, rows, cols, inside = tile_of(pid, batch, dims, chunks, ROWS, COLS, WIDE)
+    if WAITS and MODE == IMAGE:
+        s = row_sums(s_partials, rows, batch, chunks, ROWS, BLOCK, ACC)
+    a, _, _, _, _ = factors(
+        rows, rows < batch, s, total, s * 0.0, clamped_total, grad_scale, None, None, log_sigma, beta, capacity, None,
+        grad_scale_value, log_sigma_value, min_log_sigma, beta_value, capacity_value, scale, dims_value, batch_value,
+        0, 0, 0, log_sigma_stride, beta_stride, HAS_GRAD_SCALE, False, False, MODE, SOFTCLIP, HAS_LOG_SIGMA, HAS_BETA,
+        HAS_CAPACITY, CAPACITY_TENSOR, False, ROWS, ACC,
+    )  # fmt: skip
+    g, g_at = a[:, None] * e, row_offsets(rows, dims, WIDE) + cols
+    if g_recon is not None:
+        tl.store(g_recon + g_at, g.to(g_recon.dtype.element_ty), inside)
+    if g_target is not None:
+        tl.store(g_target + g_at, (-g).to(g_target.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -125,68 +150,76 @@ def elbo_step_kernel(
             PRIOR, FREE_BITS, ACC, WIDE, LATENT_VEC, LATENT_ROWS, LATENT_COLS,
         )  # fmt: skip
 
-    # In a program past the data no row is inside the batch.
-    first, chunk = pid // data_chunks * DATA_ROWS, pid % data_chunks
-    rows, cols = first + tl.arange(0, DATA_ROWS), columns(chunk, DATA_COLS, WIDE)
-    inside = (rows < batch)[:, None] & (cols < dims * DATA_VEC)
-    r_at = row_offsets(first, recon_stride * DATA_VEC, DATA_ROWS, WIDE) + cols
-    t_at = row_offsets(first, target_stride * DATA_VEC, DATA_ROWS, WIDE) + cols
-    e = tl.load(recon + r_at, inside, 0.0).to(ACC) - tl.load(target + t_at, inside, 0.0).to(ACC)
-    s = tl.sum(e * e, 1)
-    tl.store(s_partials + rows * data_chunks + chunk, s, rows < batch)
+    # Programs that wait hold two tiles. (Of one tile twice as large, ptxas asks for so much at a time that it must spill.)
+    TILES: tl.constexpr = 2 if WAITS else 1
+    e, s = differences(
+        pid * TILES, recon, target, s_partials, batch, dims * DATA_VEC, recon_stride * DATA_VEC,
+        target_stride * DATA_VEC, data_chunks, DATA_ROWS, DATA_COLS, ACC, WIDE,
+    )  # fmt: skip
+    total, clamped_total = tl.zeros((), ACC), tl.zeros((), ACC)
+    if WAITS:
+        e1, s1 = differences(
+            pid * TILES + 1, recon, target, s_partials, batch, dims * DATA_VEC, recon_stride * DATA_VEC,
+            target_stride * DATA_VEC, data_chunks, DATA_ROWS, DATA_COLS, ACC, WIDE,
+        )  # fmt: skip
+        pid += meet(barrier, programs)
+        if MODE == BATCH:
+            total = sum_of(s_partials, batch * data_chunks, SAMPLES, ACC)
+        if HAS_CAPACITY:
+            clamped_total = sum_of(clamped_partials, batch * latent_chunks, SAMPLES, ACC)
+        data_gradients(
+            pid * TILES + 1, e1, s1, total, clamped_total, s_partials, grad_scale, log_sigma, beta, capacity,
+            grad_scale_value, log_sigma_value, min_log_sigma, beta_value, capacity_value, scale, dims_value, batch_value,
+            g_recon, g_target, batch, dims * DATA_VEC, data_chunks, log_sigma_stride, beta_stride,
+            WAITS, HAS_GRAD_SCALE, MODE, SOFTCLIP, HAS_LOG_SIGMA, HAS_BETA, HAS_CAPACITY, CAPACITY_TENSOR,
+            DATA_ROWS, DATA_COLS, DATA_BLOCK, ACC, WIDE,
+        )  # fmt: skip
+    data_gradients(
+        pid * TILES, e, s, total, clamped_total, s_partials, grad_scale, log_sigma, beta, capacity,
+        grad_scale_value, log_sigma_value, min_log_sigma, beta_value, capacity_value, scale, dims_value, batch_value,
+        g_recon, g_target, batch, dims * DATA_VEC, data_chunks, log_sigma_stride, beta_stride,
+        WAITS, HAS_GRAD_SCALE, MODE, SOFTCLIP, HAS_LOG_SIGMA, HAS_BETA, HAS_CAPACITY, CAPACITY_TENSOR,
+        DATA_ROWS, DATA_COLS, DATA_BLOCK, ACC, WIDE,
+    )  # fmt: skip
 
-    # Gradients wait for all sums, or for nothing.
-    for part in tl.static_range(2):
-        if WAITS == (part == 0):
-            generation, is_last = arrive(barrier, programs)
-            if is_last:
-                elbo_finalize_kernel(
-                    s_partials, kl_partials, clamped_partials, log_sigma, beta, capacity,
-                    log_sigma_value, min_log_sigma, beta_value, capacity_value, scale, dims_value, batch_value,
-                    loss, distortion, rate, sigma, stats,
-                    batch, data_chunks, latent_chunks, log_sigma_stride, beta_stride,
-                    True, True, MODE, SOFTCLIP, HAS_LOG_SIGMA, HAS_BETA, HAS_CAPACITY, CAPACITY_TENSOR,
-                    False, SIGMA_PER_SAMPLE, ACC, ROWS, DATA_BLOCK, LATENT_BLOCK,
-                )  # fmt: skip
-                tl.debug_barrier()  # stats are read by other threads than wrote them
-                if g_log_sigma is not None or g_beta is not None:
-                    given_gradients(
-                        g_log_sigma, g_beta, grad_scale, None, None, stats, log_sigma, beta, capacity, None,
-                        grad_scale_value, log_sigma_value, min_log_sigma, beta_value, capacity_value, scale, dims_value,
-                        batch_value, batch, 0, 0, 0, log_sigma_stride, beta_stride,
-                        HAS_GRAD_SCALE, False, False, MODE, SOFTCLIP, HAS_LOG_SIGMA, HAS_BETA,
-                        HAS_CAPACITY, CAPACITY_TENSOR, False, LOG_SIGMA_EACH, BETA_EACH, SAMPLES, ACC,
-                    )  # fmt: skip
-                if WAITS:
-                    release(barrier)
-            elif WAITS:
-                wait(barrier, generation)
-        else:
-            a, _ = step_factors(
-                rows, batch, s, stats, grad_scale, log_sigma, beta, capacity,
+    for lpid in range(programs - 1 - pid, latent_programs, programs):
+        lrows = lpid // latent_chunks * LATENT_ROWS + tl.arange(0, LATENT_ROWS)
+        nothing = tl.zeros((LATENT_ROWS,), ACC)
+        b = factors(
+            lrows, lrows < batch, nothing, total, nothing, clamped_total,
+            grad_scale, None, None, log_sigma, beta, capacity, None,
+            grad_scale_value, log_sigma_value, min_log_sigma, beta_value, capacity_value, scale, dims_value, batch_value,
+            0, 0, 0, log_sigma_stride, beta_stride, HAS_GRAD_SCALE, False, False, ELEMENT, SOFTCLIP, HAS_LOG_SIGMA,
+            HAS_BETA, HAS_CAPACITY, CAPACITY_TENSOR, False, LATENT_ROWS, ACC,
+        )[1]  # fmt: skip
+        latent_gradients(
+            lpid, b, nothing, mu, logvar, prior_mu, prior_logvar, free_bits, g_mu, g_logvar, g_prior_mu, g_prior_logvar,
+            batch, latents, mu_stride, logvar_stride, prior_mu_stride, prior_logvar_stride, latent_chunks, latent_tiles,
+            PRIOR, FREE_BITS, ACC, WIDE, LATENT_VEC, LATENT_ROWS, LATENT_COLS,
+        )  # fmt: skip
+
+    if WAITS:
+        finishes = pid == programs - 1
+    else:
+        finishes = arrive(barrier, programs)
+    if finishes:
+        elbo_finalize_kernel(
+            s_partials, kl_partials, clamped_partials, log_sigma, beta, capacity,
+            log_sigma_value, min_log_sigma, beta_value, capacity_value, scale, dims_value, batch_value,
+            loss, distortion, rate, sigma, stats,
+            batch, data_chunks, latent_chunks, log_sigma_stride, beta_stride,
+            True, True, MODE, SOFTCLIP, HAS_LOG_SIGMA, HAS_BETA, HAS_CAPACITY, CAPACITY_TENSOR,
+            False, SIGMA_PER_SAMPLE, ACC, ROWS, DATA_BLOCK, LATENT_BLOCK,
+        )  # fmt: skip
+        if g_log_sigma is not None or g_beta is not None:
+            tl.debug_barrier()  # other threads read stats than have written them
+            given_gradients(
+                g_log_sigma, g_beta, grad_scale, None, None, stats, log_sigma, beta, capacity, None,
                 grad_scale_value, log_sigma_value, min_log_sigma, beta_value, capacity_value, scale, dims_value,
-                batch_value, log_sigma_stride, beta_stride, WAITS, HAS_GRAD_SCALE, MODE, SOFTCLIP,
-                HAS_LOG_SIGMA, HAS_BETA, HAS_CAPACITY, CAPACITY_TENSOR, DATA_ROWS, ACC,
+                batch_value, batch, 0, 0, 0, log_sigma_stride, beta_stride,
+                HAS_GRAD_SCALE, False, False, MODE, SOFTCLIP, HAS_LOG_SIGMA, HAS_BETA,
+                HAS_CAPACITY, CAPACITY_TENSOR, False, LOG_SIGMA_EACH, BETA_EACH, SAMPLES, ACC,
             )  # fmt: skip
-            g, g_at = a[:, None] * e, row_offsets(first, dims * DATA_VEC, DATA_ROWS, WIDE) + cols
-            if g_recon is not None:
-                tl.store(g_recon + g_at, g.to(g_recon.dtype.element_ty), inside)
-            if g_target is not None:
-                tl.store(g_target + g_at, (-g).to(g_target.dtype.element_ty), inside)
-            for lpid in range(programs - 1 - pid, latent_programs, programs):
-                lrows = lpid // latent_chunks * LATENT_ROWS + tl.arange(0, LATENT_ROWS)
-                _, b = step_factors(
-                    lrows, batch, tl.zeros((LATENT_ROWS,), ACC), stats, grad_scale, log_sigma, beta, capacity,
-                    grad_scale_value, log_sigma_value, min_log_sigma, beta_value, capacity_value, scale, dims_value,
-                    batch_value, log_sigma_stride, beta_stride, WAITS, HAS_GRAD_SCALE, MODE, SOFTCLIP,
-                    HAS_LOG_SIGMA, HAS_BETA, HAS_CAPACITY, CAPACITY_TENSOR, LATENT_ROWS, ACC,
-                )  # fmt: skip
-                latent_gradients(
-                    lpid, b, b * 0.0, mu, logvar, prior_mu, prior_logvar, free_bits,
-                    g_mu, g_logvar, g_prior_mu, g_prior_logvar, batch,
-                    latents, mu_stride, logvar_stride, prior_mu_stride, prior_logvar_stride, latent_chunks, latent_tiles,
-                    PRIOR, FREE_BITS, ACC, WIDE, LATENT_VEC, LATENT_ROWS, LATENT_COLS,
-                )  # fmt: skip
 
 
 class Plan(NamedTuple):
@@ -202,27 +235,26 @@ class Plan(NamedTuple):
     def of(cls, inputs: Inputs, knobs: Knobs, resident: int) -> Plan | None:
         """None where the stages must run one after another. `resident`: programs that are surely on the GPU at once.
 
-        A program holds up to THREADS · HELD differences, in fp32. Of a step whose programs wait for one another, the
-        tiles are the smallest that `resident` programs can hold, so that it spreads over the whole GPU.
+        Where programs wait for one another, their tiles are the smallest with which `resident` programs hold the batch,
+        so that it spreads over the whole GPU; the largest are of THREADS · HELD elements, two in a program.
         """
         if knobs.sigma_mode == ELEMENT.value or inputs.dtype == torch.float64 or not inputs.dims or not inputs.latents:
             return None
-        most = HELD * THREADS
-        alone = knobs.sigma_mode == IMAGE.value and inputs.dims <= most  # each image in one program
-        waits = (
-            knobs.has_capacity() or knobs.sigma_mode == BATCH.value or (knobs.sigma_mode == IMAGE.value and not alone)
-        )
-        tile = _layout.TILE
-        while True:
-            data = inputs.tiles_of_data(Tiles.held, tile, alone)
-            if (data.chunks == 1 or not alone) and (data.programs(inputs.batch) <= resident or not waits):
-                break
-            if tile >= most:
-                return None
+        batch, largest, per_image = inputs.batch, THREADS * HELD, knobs.sigma_mode == IMAGE.value
+        whole = per_image and inputs.dims <= largest
+        waits = knobs.sigma_mode == BATCH.value or knobs.has_capacity() or (per_image and not whole)
+        whole = whole and not waits
+        tile = max(_layout.TILE, triton.next_power_of_2(inputs.dims)) if whole else _layout.TILE // (2 if waits else 1)
+        data = inputs.tiles_of_data(Tiles.of_pieces, tile, whole)
+        while waits and triton.cdiv(data.programs(batch), 2) > resident:
             tile *= 2
-        threads = min(THREADS, tile // 16)
-        latents = inputs.tiles_of_latents(Tiles.of, 8 * threads)
-        programs = data.programs(inputs.batch) + latents.programs(inputs.batch)
+            if tile > largest:
+                return None
+            data = inputs.tiles_of_data(Tiles.of_pieces, tile, whole)
+        threads = min(THREADS, tile // (8 if waits else 16))
+        wide = 4 if inputs.prior_mu is not None else 16 // inputs.mu.element_size()
+        latents = inputs.tiles_of_latents(Tiles.of, wide * threads)
+        programs = triton.cdiv(data.programs(batch), 2 if waits else 1) + latents.programs(batch)
         return cls(data, latents, min(programs, resident) if waits else programs, threads, waits)
 
 
@@ -235,8 +267,14 @@ def resident_programs(device: torch.device) -> int:
     return properties["multiprocessor_count"]
 
 
-def warp_size() -> int:
-    return 32 if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().warp_size
+def launch_options(plan: Plan) -> dict[str, Any]:
+    if triton.knobs.runtime.interpret:
+        return {}
+    target = triton.runtime.driver.active.get_current_target()
+    options = {"num_warps": plan.threads // target.warp_size, "launch_cooperative_grid": plan.waits}
+    if target.backend == "cuda":  # left alone, ptxas spills some for 32 registers, so that two programs fit on an SM
+        options["maxnreg"] = 64
+    return options
 
 
 _barriers: dict[tuple[torch.device, int], Tensor] = {}
@@ -291,6 +329,6 @@ def elbo_step(
             LATENT_VEC=k.vec, LATENT_ROWS=k.rows, LATENT_COLS=k.cols,
             ROWS=sums["ROWS"], DATA_BLOCK=sums["DATA_COLS"], LATENT_BLOCK=sums["LATENT_COLS"],
             SAMPLES=min(block, triton.next_power_of_2(batch)),
-            num_warps=plan.threads // warp_size(), enable_fp_fusion=False, launch_cooperative_grid=plan.waits,
+            **launch_options(plan), enable_fp_fusion=False,
         )  # fmt: skip
     return results

@@ -44,7 +44,7 @@ class Gradients:
     """Where the gradients that `mask` asks for are written, and what becomes of them: one for each bit."""
 
     def __init__(self, inputs: Inputs, mask: int, tensors: Sequence[Tensor | None], element: Tensor | None) -> None:
-        """`tensors`: those that have a gradient, as they were passed; `element`: a log σ that varies inside a sample."""
+        """`tensors`: the operator's that have a gradient; `element`: log σ, where it varies inside a sample."""
         recon, target, mu, logvar, log_sigma, prior_mu, prior_logvar, beta = tensors
         wanted = [bool(mask >> bit & 1) for bit in range(8)]
 

@@ -67,7 +67,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "sign_of_the_capacity_gap": (FACTORS, " - tl.where(gap < 0, 1.0, 0.0))", ")"),
     # factors
     "no_scale_by_grad_loss": (
-        FACTORS, "g = r * value_at(grad_loss, rows, grad_loss_stride, inside, grad_loss_value, HAS_GRAD_LOSS, ROWS, ACC)", "g = r",
+        FACTORS, "g = r * value_at(grad_loss,", "g = r + 0.0 * value_at(grad_loss,",
     ),
     "no_scale_by_grad_distortion": (FACTORS, "w = g + r * of_distortion", "w = g"),
     "no_scale_by_grad_rate": (FACTORS, "through_rate = r * value_at(", "through_rate = 0.0 * value_at("),
