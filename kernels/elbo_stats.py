@@ -48,7 +48,7 @@ def latent_sums(
     PRIOR: tl.constexpr, FREE_BITS: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
     LATENT_VEC: tl.constexpr, LATENT_ROWS: tl.constexpr, LATENT_COLS: tl.constexpr,
 ):  # fmt: skip
-    """KL of the lpid-th chunk of the latents."""
+    """KL of the lpid-th chunk of the latents. Returns the sum of all, each at least free_bits."""
     lrows, lchunk = lpid // latent_chunks * LATENT_ROWS + tl.arange(0, LATENT_ROWS), lpid % latent_chunks
     m_at = row_offsets(lrows, mu_stride * LATENT_VEC, WIDE)
     l_at = row_offsets(lrows, logvar_stride * LATENT_VEC, WIDE)
@@ -72,9 +72,13 @@ def latent_sums(
         if FREE_BITS:
             clamped += tl.where(linside, at_least(nats, number(free_bits, ACC)), 0.0)
     own = lrows * latent_chunks + lchunk
-    tl.store(kl_partials + own, tl.sum(rate, 1), lrows < batch)
+    kl_sums = tl.sum(rate, 1)
+    clamped_sums = kl_sums
+    tl.store(kl_partials + own, kl_sums, lrows < batch)
     if FREE_BITS:
-        tl.store(clamped_partials + own, tl.sum(clamped, 1), lrows < batch)
+        clamped_sums = tl.sum(clamped, 1)
+        tl.store(clamped_partials + own, clamped_sums, lrows < batch)
+    return tl.sum(clamped_sums, 0)
 
 
 @triton.jit

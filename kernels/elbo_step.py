@@ -33,8 +33,8 @@ HELD = 16  # differences of a tile in the registers of a thread at most
 
 @triton.jit
 def arrive(barrier, programs):
-    """Whether all the other programs have arrived before. barrier[0] counts those that have; the last one sets it back to
-    0, for the next launch."""
+    """Whether all the other programs have arrived before. barrier[0] counts them, and is set back to 0 by the last one,
+    for the next launch."""
     tl.debug_barrier()  # one thread arrives for its whole program, so all have written their sums before it does
     is_last = tl.atomic_add(barrier, 1, sem="acq_rel") == programs - 1
     if is_last:
@@ -44,7 +44,11 @@ def arrive(barrier, programs):
 
 @triton.jit
 def meet(barrier, programs):
-    """Returns when all programs have arrived: when the last one changes barrier[1], which is different ever after."""
+    """Returns when all programs have arrived, which the last one tells by adding 1 to barrier[1].
+
+    What it returns is 0, but no compiler can know: what is computed again with it need not be kept in registers from
+    before, where the differences are.
+    """
     before = tl.atomic_add(barrier + 1, 0, sem="relaxed")
     now = before
     if arrive(barrier, programs):
@@ -57,8 +61,7 @@ def meet(barrier, programs):
 
 @triton.jit
 def tile_of(pid, batch, dims, chunks, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr):
-    """(pieces, samples, columns, mask): a row of a tile is a piece of a sample. In a program past the data all is masked.
-    """
+    """(pieces, samples, columns, mask): a row of a tile is a piece of a sample. Past the data all is masked."""
     pieces = pid * ROWS + tl.arange(0, ROWS)
     rows = pieces // chunks
     cols = row_offsets(pieces % chunks, COLS, WIDE) + tl.arange(0, COLS)[None, :]
@@ -66,12 +69,9 @@ def tile_of(pid, batch, dims, chunks, ROWS: tl.constexpr, COLS: tl.constexpr, WI
 
 
 @triton.jit
-def sum_of(partials, n, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    total = tl.zeros((BLOCK,), ACC)
-    for first in range(0, n, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        total += tl.load(partials + at, at < n, 0.0)
-    return tl.sum(total, 0)
+def sum_of(values, n, MOST: tl.constexpr):
+    at = tl.arange(0, MOST)
+    return tl.sum(tl.load(values + at, at < n, 0.0), 0)
 
 
 @triton.jit
@@ -126,7 +126,7 @@ def elbo_step_kernel(
     loss, distortion, rate, sigma, stats,
     g_recon, g_target, g_mu, g_logvar, g_prior_mu, g_prior_logvar, g_log_sigma, g_beta,
     # workspace
-    s_partials, kl_partials, clamped_partials, barrier,
+    s_partials, kl_partials, clamped_partials, totals, barrier,
     # shapes
     batch, latent_programs, log_sigma_stride, beta_stride,
     dims, recon_stride, target_stride, data_chunks,
@@ -140,37 +140,42 @@ def elbo_step_kernel(
     DATA_VEC: tl.constexpr, DATA_ROWS: tl.constexpr, DATA_COLS: tl.constexpr,
     LATENT_VEC: tl.constexpr, LATENT_ROWS: tl.constexpr, LATENT_COLS: tl.constexpr,
     ROWS: tl.constexpr, DATA_BLOCK: tl.constexpr, LATENT_BLOCK: tl.constexpr, SAMPLES: tl.constexpr,
+    PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     pid, programs = tl.program_id(0), tl.num_programs(0)
     # The latents from the last program on: those past the data have nothing else to do.
+    clamped_total, total = tl.zeros((), ACC), tl.zeros((), ACC)
     for lpid in range(programs - 1 - pid, latent_programs, programs):
-        latent_sums(
+        clamped_total += latent_sums(
             lpid, mu, logvar, prior_mu, prior_logvar, free_bits, kl_partials, clamped_partials,
             batch, latents, mu_stride, logvar_stride, prior_mu_stride, prior_logvar_stride, latent_chunks, latent_tiles,
             PRIOR, FREE_BITS, ACC, WIDE, LATENT_VEC, LATENT_ROWS, LATENT_COLS,
         )  # fmt: skip
 
-    # Programs that wait hold two tiles. (Of one tile twice as large, ptxas asks for so much at a time that it must spill.)
+    # Programs that wait hold two tiles. (One of twice the size is loaded with so much in flight that registers spill.)
     TILES: tl.constexpr = 2 if WAITS else 1
     e, s = differences(
         pid * TILES, recon, target, s_partials, batch, dims * DATA_VEC, recon_stride * DATA_VEC,
         target_stride * DATA_VEC, data_chunks, DATA_ROWS, DATA_COLS, ACC, WIDE,
     )  # fmt: skip
-    total, clamped_total = tl.zeros((), ACC), tl.zeros((), ACC)
     if WAITS:
         e1, s1 = differences(
             pid * TILES + 1, recon, target, s_partials, batch, dims * DATA_VEC, recon_stride * DATA_VEC,
             target_stride * DATA_VEC, data_chunks, DATA_ROWS, DATA_COLS, ACC, WIDE,
         )  # fmt: skip
+        if MODE == BATCH:
+            tl.store(totals + pid, tl.sum(s, 0) + tl.sum(s1, 0))
+        if HAS_CAPACITY:
+            tl.store(totals + programs + pid, clamped_total)
         pid += meet(barrier, programs)
         if MODE == BATCH:
-            total = sum_of(s_partials, batch * data_chunks, SAMPLES, ACC)
+            total = sum_of(totals, programs, PROGRAMS)
         if HAS_CAPACITY:
-            clamped_total = sum_of(clamped_partials, batch * latent_chunks, SAMPLES, ACC)
+            clamped_total = sum_of(totals + programs, programs, PROGRAMS)
         data_gradients(
             pid * TILES + 1, e1, s1, total, clamped_total, s_partials, grad_scale, log_sigma, beta, capacity,
-            grad_scale_value, log_sigma_value, min_log_sigma, beta_value, capacity_value, scale, dims_value, batch_value,
-            g_recon, g_target, batch, dims * DATA_VEC, data_chunks, log_sigma_stride, beta_stride,
+            grad_scale_value, log_sigma_value, min_log_sigma, beta_value, capacity_value, scale, dims_value,
+            batch_value, g_recon, g_target, batch, dims * DATA_VEC, data_chunks, log_sigma_stride, beta_stride,
             WAITS, HAS_GRAD_SCALE, MODE, SOFTCLIP, HAS_LOG_SIGMA, HAS_BETA, HAS_CAPACITY, CAPACITY_TENSOR,
             DATA_ROWS, DATA_COLS, DATA_BLOCK, ACC, WIDE,
         )  # fmt: skip
@@ -188,8 +193,8 @@ def elbo_step_kernel(
         b = factors(
             lrows, lrows < batch, nothing, total, nothing, clamped_total,
             grad_scale, None, None, log_sigma, beta, capacity, None,
-            grad_scale_value, log_sigma_value, min_log_sigma, beta_value, capacity_value, scale, dims_value, batch_value,
-            0, 0, 0, log_sigma_stride, beta_stride, HAS_GRAD_SCALE, False, False, ELEMENT, SOFTCLIP, HAS_LOG_SIGMA,
+            grad_scale_value, log_sigma_value, min_log_sigma, beta_value, capacity_value, scale, dims_value,
+            batch_value, 0, 0, 0, log_sigma_stride, beta_stride, HAS_GRAD_SCALE, False, False, ELEMENT, SOFTCLIP, HAS_LOG_SIGMA,
             HAS_BETA, HAS_CAPACITY, CAPACITY_TENSOR, False, LATENT_ROWS, ACC,
         )[1]  # fmt: skip
         latent_gradients(
@@ -241,9 +246,8 @@ class Plan(NamedTuple):
         if knobs.sigma_mode == ELEMENT.value or inputs.dtype == torch.float64 or not inputs.dims or not inputs.latents:
             return None
         batch, largest, per_image = inputs.batch, THREADS * HELD, knobs.sigma_mode == IMAGE.value
-        whole = per_image and inputs.dims <= largest
+        whole = per_image and inputs.dims <= largest and not knobs.has_capacity()
         waits = knobs.sigma_mode == BATCH.value or knobs.has_capacity() or (per_image and not whole)
-        whole = whole and not waits
         tile = max(_layout.TILE, triton.next_power_of_2(inputs.dims)) if whole else _layout.TILE // (2 if waits else 1)
         data = inputs.tiles_of_data(Tiles.of_pieces, tile, whole)
         while waits and triton.cdiv(data.programs(batch), 2) > resident:
@@ -302,8 +306,8 @@ def elbo_step(
     """Writes the outputs' buffers, and the gradients of a given log σ and of β, as `elbo_grads` does."""
     results, partials = Results.empty(inputs, knobs), Partials(inputs, plan.data, plan.latents, knobs.free_bits)
     d, k, stride, batch = plan.data, plan.latents, inputs.strides, inputs.batch
-    block = min(BLOCK, plan.threads)  # one value a thread: the registers hold differences
-    sums = blocks(batch, d.chunks, k.chunks, block)
+    sums = blocks(batch, d.chunks, k.chunks, BLOCK)
+    totals = inputs.like.new_empty(2 * plan.programs if plan.waits else 0, dtype=inputs.dtype)
     with inputs.device_guard():
         elbo_step_kernel[(plan.programs,)](
             # inputs
@@ -314,7 +318,7 @@ def elbo_step(
             *results,
             *(None if o is None else o.buffer for o in (*outputs[:2], *outputs[3:])), g_log_sigma, g_beta,
             # workspace
-            partials.s, partials.kl, partials.clamped, barrier_of(inputs.like.device),
+            partials.s, partials.kl, partials.clamped, totals, barrier_of(inputs.like.device),
             # shapes
             batch, k.programs(batch), stride_of(knobs.log_sigma), stride_of(knobs.beta),
             d.length, stride("recon", d), stride("target", d), d.chunks,
@@ -328,7 +332,8 @@ def elbo_step(
             DATA_VEC=d.vec, DATA_ROWS=d.rows, DATA_COLS=d.cols,
             LATENT_VEC=k.vec, LATENT_ROWS=k.rows, LATENT_COLS=k.cols,
             ROWS=sums["ROWS"], DATA_BLOCK=sums["DATA_COLS"], LATENT_BLOCK=sums["LATENT_COLS"],
-            SAMPLES=min(block, triton.next_power_of_2(batch)),
+            SAMPLES=min(BLOCK, triton.next_power_of_2(batch)),
+            PROGRAMS=triton.next_power_of_2(plan.programs) if plan.waits else 1,
             **launch_options(plan), enable_fp_fusion=False,
         )  # fmt: skip
     return results
