@@ -6,9 +6,9 @@ Runs the loss once for each case under a driver that launches nothing, which sho
 a real one has; each is then compiled for each target as Triton would at its first launch, and the machine code is read.
 Writes compiled.md and compiled.csv. No GPU is needed and nothing here has been measured on one. The columns:
 
-- kernel: of the default loss at 64×3×64×64 with 128 latents; [pixel]: a log σ for each pixel; [prior]: a Gaussian
-  prior; [large]: 3072 images, of which each program walks several tiles in a loop; [by8]: 3×50×36 with 200 latents,
-  sizes that 8 divides and 16 does not.
+- kernel: of the default loss at 64×3×64×64 with 128 latents; [pixel]: a log σ for each pixel; [channel]: for each
+  channel, which every element looks up by its index; [prior]: a Gaussian prior; [large]: 3072 images, of which each
+  program walks several tiles in a loop; [by8]: 3×50×36 with 200 latents, sizes that 8 divides and 16 does not.
 - registers of a thread (gfx942: VGPRs); spill_bytes: stores and loads of spilled registers in ptxas's log, once each
   (gfx942: private memory of a lane); shared_bytes of a block.
 - global_accesses: loads and stores of global memory in the code, wide_accesses: those of 128 bits or more. The rest are
@@ -61,6 +61,7 @@ JITTED = (
 CASES = {
     "": ("elbo_stats", "elbo_finalize", "elbo_weights", "elbo_grads"),
     "pixel": ("elbo_stats", "elbo_grads"),
+    "channel": ("elbo_stats", "elbo_grads"),
     "prior": ("elbo_stats", "elbo_grads"),
     "large": ("elbo_stats", "elbo_grads"),
     "by8": ("elbo_stats", "elbo_grads"),
@@ -125,7 +126,8 @@ class Launch:
         """Of the big tensors in one tile of data and one of latents, with {elements of a tensor: kind of its tile}."""
         total = 0
         for t in self.tensors:
-            if kind := elements.get(t.numel()):
+            expanded = 0 in t.stride()  # as large by its shape alone
+            if not expanded and (kind := elements.get(t.numel())):
                 total += self.tile_elements(kind) * t.element_size()
         return total // (self.kwargs["num_warps"] * warp_size)
 
@@ -143,7 +145,8 @@ class Spy:
                 raise RuntimeError("a tensor is not aligned, so Triton would compile narrower accesses than usual")
             dtypes = [a.dtype if isinstance(a, Tensor) else a for a in args]
             name = self.kernel.__name__.removesuffix("_kernel")
-            self.seen[name] = Launch(self.kernel, grid, dtypes, kwargs, [t.to("meta") for t in tensors])
+            shapes = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in tensors]
+            self.seen[name] = Launch(self.kernel, grid, dtypes, kwargs, shapes)
 
         return launch
 
@@ -172,8 +175,8 @@ def launches(case: str, dtype: str) -> dict[str, Launch]:
     recon, target, mu, logvar = leaf(batch, *image), leaf(batch, *image), leaf(batch, latents), leaf(batch, latents)
     extra: dict[str, Any] = {}
     leaves = [recon, mu, logvar]
-    if case == "pixel":
-        extra["log_sigma"] = leaf(batch, *image)
+    if case in ("pixel", "channel"):
+        extra["log_sigma"] = leaf(batch, *image) if case == "pixel" else leaf(image[0], 1, 1)
         leaves.append(extra["log_sigma"])
     if case == "prior":
         extra["prior"] = leaf(batch, latents), leaf(batch, latents)

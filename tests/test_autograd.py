@@ -19,6 +19,7 @@ def small(mode: str, reduction: str = "batchmean") -> Call:
     return Call(mode, reduction, batch=3, data=(2, 2, 3), latent=(2,), dtype=torch.float64)
 
 
+@pytest.mark.one_target
 @pytest.mark.parametrize("reduction", ["batchmean", "mean", "none"])
 @pytest.mark.parametrize("mode", MODES)
 def test_gradcheck(mode: str, reduction: str) -> None:

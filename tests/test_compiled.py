@@ -75,7 +75,9 @@ def test_every_access_of_big_tensors_is_wide(kernel: str, target: str, dtype: st
         assert sum(code.wide) == expected
     else:  # loads of a loop's first turn may be written out ahead of it
         assert sum(code.wide) >= expected
-    assert len(code.widths) - len(code.wide) <= NARROW[kernel.partition("[")[0]]
+    launch = bench.launch_of(kernel, dtype)
+    looked_up = launch.tile_elements("DATA") // (launch.kwargs["num_warps"] * 32) if "[channel]" in kernel else 0
+    assert len(code.widths) - len(code.wide) <= NARROW[kernel.partition("[")[0]] + looked_up
 
 
 @for_each_dtype
@@ -86,7 +88,9 @@ def test_occupancy(kernel: str, target: str, dtype: str) -> None:
     warps = launch.kwargs["num_warps"]
     assert warps == 8
     assert bench.threads_per_sm(row.registers, warps) >= BLOCKS_PER_SM * warps * 32
-    assert row.shared_bytes <= 1024  # of a reduction: no tile goes through shared memory to be stored
+    # Of a reduction: no tile goes through shared memory to be stored. But the fp32 gradients of a broadcast log σ, beside
+    # half-precision data, are laid out anew for it.
+    assert row.shared_bytes <= (8192 if "[channel]" in kernel and dtype != "fp32" else 1024)
 
 
 def test_the_threads_that_registers_allow() -> None:

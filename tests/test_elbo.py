@@ -48,6 +48,7 @@ def test_fp64_equals_the_literal_formulas(mode: str, reduction: str) -> None:
         compare(Call(mode, reduction, dtype=torch.float64), tolerance=1e-12)
 
 
+@pytest.mark.schedules
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("mode", MODES)
 def test_no_worse_than_eager_in_its_own_dtype(mode: str, dtype: torch.dtype) -> None:

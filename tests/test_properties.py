@@ -29,6 +29,7 @@ def layouts(draw: st.DrawFn, t: Tensor) -> Tensor:
     return t.requires_grad_()
 
 
+@pytest.mark.one_target
 @pytest.mark.usefixtures("backend")
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())

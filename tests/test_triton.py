@@ -32,6 +32,19 @@ def test_it_says_why_it_cannot_serve() -> None:
     assert "TRITON_INTERPRET=1" in row.remedy
 
 
+@on_cpu
+def test_its_state_names_version_and_target() -> None:
+    import triton
+
+    row = backends.statuses()[0]
+    assert (row.name, row.ready) == ("triton", True)
+    assert triton.__version__ in row.detail
+    if triton.knobs.runtime.interpret:
+        assert "CPU tensors by its interpreter" in row.detail
+    else:
+        assert f"for sm_{triton.runtime.driver.active.get_current_target().arch}, " in row.detail
+
+
 def test_gpu_tensors_go_to_triton() -> None:
     """The kernels are registered for the GPU's dispatch key when the first GPU tensor comes."""
     assert backends.load_for("cuda")
@@ -116,6 +129,7 @@ def test_64_bit_offsets(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @on_cpu
+@pytest.mark.schedules
 @pytest.mark.parametrize(("data", "latent"), [((8,), (3,)), ((5000,), (5000,)), ((3, 40, 40), (1,))], ids=str)
 def test_short_rows_and_many_tiles(
     data: tuple[int, ...], latent: tuple[int, ...], monkeypatch: pytest.MonkeyPatch

@@ -72,7 +72,17 @@ def status() -> Status:
     except BackendUnavailable as error:
         return Status("triton", False, error.reason, error.remedy)
     if torch.cuda.is_available():
-        where = f"{torch.cuda.get_device_name()}"
+        where = f"for {_target()}, {torch.cuda.get_device_name()}"
+    elif (how := runs_on_cpu()) == "its interpreter":
+        where = f"CPU tensors by {how}, when asked for"
     else:
-        where = f"CPU tensors by {runs_on_cpu()}, when asked for"
+        where = f"for {_target()}, CPU tensors by {how}, when asked for"
     return Status("triton", True, f"Triton {version('triton')}, {where}")
+
+
+def _target() -> str:
+    """What kernels are compiled for: sm_90, gfx942."""
+    import triton
+
+    target: Any = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
