@@ -20,7 +20,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _layout
 from ._factors import BATCH, ELEMENT, IMAGE, factors
 from ._layout import Inputs, Tiles
 from .elbo_finalize import BLOCK, Knobs, Results, blocks, each, elbo_finalize_kernel, row_sums, stride_of
@@ -29,6 +28,7 @@ from .elbo_stats import Partials, latent_sums, row_offsets
 
 THREADS = 1024  # of a program at most: its registers are then limited to 64 a thread, and one always fits on an SM
 HELD = 16  # differences of a tile in the registers of a thread at most
+SMALLEST = 2048  # elements of a tile; smaller ones have no work for the threads of a program
 
 
 @triton.jit
@@ -194,8 +194,8 @@ def elbo_step_kernel(
             lrows, lrows < batch, nothing, total, nothing, clamped_total,
             grad_scale, None, None, log_sigma, beta, capacity, None,
             grad_scale_value, log_sigma_value, min_log_sigma, beta_value, capacity_value, scale, dims_value,
-            batch_value, 0, 0, 0, log_sigma_stride, beta_stride, HAS_GRAD_SCALE, False, False, ELEMENT, SOFTCLIP, HAS_LOG_SIGMA,
-            HAS_BETA, HAS_CAPACITY, CAPACITY_TENSOR, False, LATENT_ROWS, ACC,
+            batch_value, 0, 0, 0, log_sigma_stride, beta_stride, HAS_GRAD_SCALE, False, False, ELEMENT, SOFTCLIP,
+            HAS_LOG_SIGMA, HAS_BETA, HAS_CAPACITY, CAPACITY_TENSOR, False, LATENT_ROWS, ACC,
         )[1]  # fmt: skip
         latent_gradients(
             lpid, b, nothing, mu, logvar, prior_mu, prior_logvar, free_bits, g_mu, g_logvar, g_prior_mu, g_prior_logvar,
@@ -248,7 +248,7 @@ class Plan(NamedTuple):
         batch, largest, per_image = inputs.batch, THREADS * HELD, knobs.sigma_mode == IMAGE.value
         whole = per_image and inputs.dims <= largest and not knobs.has_capacity()
         waits = knobs.sigma_mode == BATCH.value or knobs.has_capacity() or (per_image and not whole)
-        tile = max(_layout.TILE, triton.next_power_of_2(inputs.dims)) if whole else _layout.TILE // (2 if waits else 1)
+        tile = SMALLEST if waits else max(2 * SMALLEST, triton.next_power_of_2(inputs.dims) if whole else 0)
         data = inputs.tiles_of_data(Tiles.of_pieces, tile, whole)
         while waits and triton.cdiv(data.programs(batch), 2) > resident:
             tile *= 2
