@@ -333,7 +333,7 @@ def elbo_step(
             LATENT_VEC=k.vec, LATENT_ROWS=k.rows, LATENT_COLS=k.cols,
             ROWS=sums["ROWS"], DATA_BLOCK=sums["DATA_COLS"], LATENT_BLOCK=sums["LATENT_COLS"],
             SAMPLES=min(BLOCK, triton.next_power_of_2(batch)),
-            PROGRAMS=triton.next_power_of_2(plan.programs) if plan.waits else 1,
+            PROGRAMS=max(plan.threads, triton.next_power_of_2(plan.programs)),  # each value is read by one thread
             **launch_options(plan), enable_fp_fusion=False,
         )  # fmt: skip
     return results
