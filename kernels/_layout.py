@@ -8,7 +8,9 @@ together share the order of the first one, the leader; one that differs is copie
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -17,6 +19,7 @@ from torch import Tensor
 
 TILE = 4096  # elements of a tile: with 8 warps 16 a thread, so four 128-bit loads of fp32 in flight for each tensor
 WARPS = 8
+PIECE = 4096  # elements of a sample in one row of a tile of pieces: 128-bit loads of fp32 by 1024 threads
 MANY = 8192  # programs that fill any GPU; past that a program walks several tiles, which keeps the partials few
 
 
@@ -104,6 +107,10 @@ class Inside:
 AS_THE_DATA = Inside(())
 
 
+def unit(elements: int, strides: list[int]) -> int:
+    return next(v for v in (16, 8, 4, 2, 1) if all(n % v == 0 for n in (elements, *strides)))
+
+
 @dataclass(frozen=True)
 class Tiles:
     """Samples cut into tiles of rows × cols elements: several short samples share a tile, a long one has many.
@@ -119,21 +126,34 @@ class Tiles:
     cols: int
     chunks: int  # partial sums of a sample
     per_chunk: int  # tiles of a chunk
+    pieces: bool = False  # a row is a chunk, of any sample; or else a sample, in one of its chunks
 
     @classmethod
-    def of(cls, elements: int, batch: int, strides: list[int]) -> Tiles:
-        vec = next(v for v in (16, 8, 4, 2, 1) if all(n % v == 0 for n in (elements, *strides)))
-        cols = min(TILE, max(16, triton.next_power_of_2(elements)))
-        rows = min(TILE // cols, triton.next_power_of_2(batch))
+    def of(cls, elements: int, batch: int, strides: list[int], tile: int | None = None) -> Tiles:
+        cols = min(tile or TILE, max(16, triton.next_power_of_2(elements)))
+        rows = min((tile or TILE) // cols, triton.next_power_of_2(batch))
         tiles = triton.cdiv(elements, cols)
         per_chunk = min(tiles, triton.cdiv(tiles * triton.cdiv(batch, rows), MANY))
+        vec = unit(elements, strides)
         return cls(elements // vec, vec, rows, cols, triton.cdiv(tiles, per_chunk), per_chunk)
+
+    @classmethod
+    def of_pieces(cls, elements: int, batch: int, strides: list[int], tile: int, whole: bool) -> Tiles:
+        """Tiles whose rows are the pieces of all samples in turn, so that whatever the shape few of them stay empty; a
+        program walks one tile. `whole`: a sample is one piece."""
+        cols = max(16, triton.next_power_of_2(elements))
+        cols = cols if whole else min(PIECE, tile, cols)
+        chunks, vec = triton.cdiv(elements, cols), unit(elements, strides)
+        rows = min(tile // cols, triton.next_power_of_2(batch * chunks))
+        return cls(elements // vec, vec, rows, cols, chunks, 1, pieces=True)
 
     @classmethod
     def nothing(cls) -> Tiles:
         return cls(length=0, vec=1, rows=1, cols=16, chunks=1, per_chunk=0)
 
     def programs(self, batch: int) -> int:
+        if self.pieces:
+            return triton.cdiv(batch * self.chunks, self.rows)
         return triton.cdiv(batch, self.rows) * self.chunks
 
 
@@ -166,19 +186,25 @@ class Inputs:
                 self.prior_mu, self.prior_logvar = in_order_of(prior_mu, self.mu), in_order_of(prior_logvar, self.mu)
         self.dims = 0 if self.recon is None else sample_size(self.recon)
         self.latents = 0 if self.mu is None else sample_size(self.mu)
-        as_the_data = None if self.inside.levels else self.log_sigma
-        self.data_tiles = self._tiles(self.dims, self.recon, self.target, as_the_data)
-        self.latent_tiles = self._tiles(self.latents, self.mu, self.logvar, self.prior_mu, self.prior_logvar)
+        self.data_tiles = self.tiles_of_data(Tiles.of)
+        self.latent_tiles = self.tiles_of_latents(Tiles.of)
         walked = (self.recon, self.target, self.log_sigma, self.mu, self.logvar, self.prior_mu, self.prior_logvar)
         ends = [self.batch * batch_stride(t) + sample_size(t) for t in walked if t is not None]
         self.wide = max(ends) >= 2**31 or FORCE_WIDE
         self.num_warps = WARPS
         self.triton_dtype = tl.float64 if self.dtype == torch.float64 else tl.float32
 
-    def _tiles(self, elements: int, *tensors: Tensor | None) -> Tiles | None:
-        if elements == 0:
+    def tiles_of_data(self, cut: Callable[..., Tiles], *how: Any) -> Tiles | None:
+        if self.dims == 0:
             return None
-        return Tiles.of(elements, self.batch, [batch_stride(t) for t in tensors if t is not None])
+        walked = (self.recon, self.target, None if self.inside.levels else self.log_sigma)
+        return cut(self.dims, self.batch, [batch_stride(t) for t in walked if t is not None], *how)
+
+    def tiles_of_latents(self, cut: Callable[..., Tiles], *how: Any) -> Tiles | None:
+        if self.latents == 0:
+            return None
+        walked = (self.mu, self.logvar, self.prior_mu, self.prior_logvar)
+        return cut(self.latents, self.batch, [batch_stride(t) for t in walked if t is not None], *how)
 
     def strides(self, name: str, tiles: Tiles) -> int:
         t = getattr(self, name)

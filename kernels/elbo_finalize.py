@@ -1,5 +1,5 @@
-"""Stage two, O(B), one program each: partial sums to loss, distortion, rate and σ; and the prologue of the gradients,
-which turns S, KL and the grad_outputs into one factor per sample. A σ mode shared within a sample is added here."""
+"""Stage two, O(B), one program each: partial sums to loss, distortion, rate and σ; and, for unequal weights of the
+samples, what reaches every error through a σ that the batch shares."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._factors import ELEMENT, IMAGE, sigma_of, value_at
 from ._math import HALF_LOG_2PI, exp, number, optimal_sigma
 
 BLOCK = 4096  # partial sums taken at a time
-GIVEN, BATCH, IMAGE, ELEMENT = (tl.constexpr(k) for k in range(4))  # as in fused_elbo/sigma.py
 
 
 @triton.jit
@@ -24,31 +24,6 @@ def row_sums(partials, rows, batch, chunks, ROWS: tl.constexpr, COLS: tl.constex
         inside = (rows < batch)[:, None] & (cols < chunks)[None, :]
         total += tl.load(partials + rows[:, None] * chunks + cols[None, :], inside, 0.0)
     return tl.sum(total, 1)
-
-
-@triton.jit
-def value_at(pointer, rows, stride, inside, value, PRESENT: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr):
-    """The tensor's value of each sample (stride 0: one for all), or the number where there is no tensor."""
-    if PRESENT:
-        values = tl.load(pointer + rows * stride, inside, 0.0).to(ACC)
-    else:
-        values = tl.zeros((ROWS,), ACC) + number(value, ACC)
-    return values
-
-
-@triton.jit
-def sigma_of(
-    s, given, total, batch, dims, min_log_sigma,
-    MODE: tl.constexpr, SOFTCLIP: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """(log σ, 1/σ², slope) of each sample of a block."""
-    if MODE == BATCH:
-        everywhere = tl.zeros((ROWS,), ACC) + total
-        return optimal_sigma(everywhere, batch * dims, min_log_sigma, SOFTCLIP)
-    elif MODE == IMAGE:
-        return optimal_sigma(s, dims, min_log_sigma, SOFTCLIP)
-    else:
-        return given, exp(-2.0 * given), s * 0.0
 
 
 @triton.jit
@@ -141,52 +116,6 @@ def elbo_finalize_kernel(
 
 
 @triton.jit
-def sample_factors(
-    rows, inside, grad_loss, grad_distortion, grad_rate, stats, log_sigma, beta, capacity, through,
-    log_sigma_value, min_log_sigma, beta_value, capacity_value, scale, dims, batch_size,
-    batch, grad_loss_stride, grad_distortion_stride, grad_rate_stride, log_sigma_stride, beta_stride,
-    HAS_GRAD_LOSS: tl.constexpr, HAS_GRAD_DISTORTION: tl.constexpr, HAS_GRAD_RATE: tl.constexpr,
-    MODE: tl.constexpr, SOFTCLIP: tl.constexpr, HAS_LOG_SIGMA: tl.constexpr, HAS_BETA: tl.constexpr,
-    HAS_CAPACITY: tl.constexpr, CAPACITY_TENSOR: tl.constexpr, HAS_THROUGH: tl.constexpr,
-    ROWS: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """What a sample's elements are multiplied by: (a_i; the part of b_i that free_bits can mask; the other part), and
-    its part of the gradients of a given log σ and of β."""
-    d, n, floor, r = number(dims, ACC), number(batch_size, ACC), number(min_log_sigma, ACC), number(scale, ACC)
-    g = r * value_at(grad_loss, rows, grad_loss_stride, inside, 0.0, HAS_GRAD_LOSS, ROWS, ACC)
-    of_distortion = value_at(grad_distortion, rows, grad_distortion_stride, inside, 0.0, HAS_GRAD_DISTORTION, ROWS, ACC)
-    w = g + r * of_distortion
-    through_rate = r * value_at(grad_rate, rows, grad_rate_stride, inside, 0.0, HAS_GRAD_RATE, ROWS, ACC)
-    b = value_at(beta, rows, beta_stride, inside, beta_value, HAS_BETA, ROWS, ACC)
-    through_loss = g * b
-    of_beta = g * tl.load(stats + 2 * (batch + 1) + rows, inside, 0.0)
-    if HAS_CAPACITY:
-        mean = tl.load(stats + 2 * (batch + 1) + batch) / n
-        if CAPACITY_TENSOR:
-            gap = mean - tl.load(capacity).to(ACC)
-        else:
-            gap = mean - number(capacity_value, ACC)
-        through_loss = through_loss * (tl.where(gap > 0, 1.0, 0.0) - tl.where(gap < 0, 1.0, 0.0))
-        of_beta = g * tl.abs(gap)
-
-    error, of_log_sigma = w, w * 0.0
-    if MODE != ELEMENT:
-        s, total = tl.load(stats + rows, inside, 0.0), tl.load(stats + batch)
-        given = value_at(log_sigma, rows, log_sigma_stride, inside, log_sigma_value, HAS_LOG_SIGMA, ROWS, ACC)
-        _, inverse, slope = sigma_of(s, given, total, n, d, floor, MODE, SOFTCLIP, ROWS, ACC)
-        of_log_sigma = w * (d - s * inverse)
-        error = w * inverse
-        if MODE == IMAGE:
-            error += slope * of_log_sigma / tl.where(s == 0.0, 1.0, s)
-        if MODE == BATCH:  # what reaches every error through the σ that the batch shares
-            if HAS_THROUGH:
-                error += tl.load(through)
-            else:
-                error += slope * (w * (n * d - total * inverse)) / tl.where(total == 0.0, 1.0, total)
-    return error, through_loss, through_rate, of_log_sigma, of_beta
-
-
-@triton.jit
 def elbo_weights_kernel(
     # inputs
     grad_loss, grad_distortion, stats,
@@ -237,12 +166,17 @@ class Knobs(NamedTuple):
         scale = self.scale(batch, dims or latents)
         return (self.log_sigma_value, self.min_log_sigma, self.beta_value, capacity, scale, float(dims), float(batch))
 
+    def sigma_per_sample(self) -> bool:
+        return self.sigma_mode == IMAGE.value or each(self.log_sigma)
+
+    def has_capacity(self) -> bool:
+        return self.capacity is not None or self.capacity_value is not None
+
     def present(self) -> dict[str, Any]:
-        has_capacity = self.capacity is not None or self.capacity_value is not None
         return {
             "MODE": self.sigma_mode, "SOFTCLIP": self.softclip,
             "HAS_LOG_SIGMA": self.log_sigma is not None, "HAS_BETA": self.beta is not None,
-            "HAS_CAPACITY": has_capacity, "CAPACITY_TENSOR": self.capacity is not None,
+            "HAS_CAPACITY": self.has_capacity(), "CAPACITY_TENSOR": self.capacity is not None,
         }  # fmt: skip
 
 
@@ -255,37 +189,50 @@ def stride_of(t: Tensor | None) -> int:
     return 0 if t is None or t.dim() == 0 else t.stride(0)
 
 
-def elbo_finalize(inputs, partials, knobs: Knobs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, distortion, rate, sigma, stats)."""
-    batch, per_sample = inputs.batch, knobs.reduction == 3
-    sigma_each = knobs.sigma_mode == IMAGE.value or each(knobs.log_sigma)
-    shape, no_sigma = ((batch,) if per_sample else ()), knobs.sigma_mode == ELEMENT.value
-    sigma_shape = (0,) if no_sigma else (batch,) if sigma_each else ()
+class Results(NamedTuple):
+    loss: Tensor
+    distortion: Tensor
+    rate: Tensor
+    sigma: Tensor
+    stats: Tensor
 
-    def new(shape: tuple[int, ...]) -> Tensor:
-        return inputs.like.new_empty(shape, dtype=inputs.dtype)
+    @classmethod
+    def empty(cls, inputs, knobs: Knobs) -> Results:
+        batch = inputs.batch
+        reduced = (batch,) if knobs.reduction == 3 else ()
+        no_sigma = knobs.sigma_mode == ELEMENT.value
+        sigma = (0,) if no_sigma else (batch,) if knobs.sigma_per_sample() else ()
+        shapes: list[tuple[int, ...]] = [reduced, reduced, reduced, sigma, (3, batch + 1)]
+        return cls(*(inputs.like.new_empty(shape, dtype=inputs.dtype) for shape in shapes))
 
-    loss, distortion, rate, sigma, stats = new(shape), new(shape), new(shape), new(sigma_shape), new((3, batch + 1))
+
+def blocks(batch: int, data_chunks: int, latent_chunks: int, most: int) -> dict[str, int]:
+    """How many samples and partial sums of them are taken at a time."""
+    data_cols, latent_cols = (min(most, triton.next_power_of_2(chunks)) for chunks in (data_chunks, latent_chunks))
+    rows = max(1, min(most // max(data_cols, latent_cols), triton.next_power_of_2(batch)))
+    return {"ROWS": rows, "DATA_COLS": data_cols, "LATENT_COLS": latent_cols}
+
+
+def elbo_finalize(inputs, partials, knobs: Knobs) -> Results:
+    batch, results = inputs.batch, Results.empty(inputs, knobs)
     data_chunks, latent_chunks = (1 if p is None else p.shape[1] for p in (partials.s, partials.kl))
-    data_cols, latent_cols = (min(BLOCK, triton.next_power_of_2(c)) for c in (data_chunks, latent_chunks))
-    rows = max(1, min(BLOCK // max(data_cols, latent_cols), triton.next_power_of_2(batch)))
     with inputs.device_guard():
         elbo_finalize_kernel[(1,)](
             # inputs
             partials.s, partials.kl, partials.clamped, knobs.log_sigma, knobs.beta, knobs.capacity,
             *knobs.values(batch, inputs.dims, inputs.latents),
             # outputs
-            loss, distortion, rate, sigma, stats,
+            *results,
             # shapes
             batch, data_chunks, latent_chunks, stride_of(knobs.log_sigma), stride_of(knobs.beta),
             # what there is
             HAS_DATA=partials.s is not None, HAS_LATENTS=partials.kl is not None, **knobs.present(),
-            PER_SAMPLE=per_sample, SIGMA_PER_SAMPLE=sigma_each, ACC=inputs.triton_dtype,
+            PER_SAMPLE=knobs.reduction == 3, SIGMA_PER_SAMPLE=knobs.sigma_per_sample(), ACC=inputs.triton_dtype,
             # tunables
-            ROWS=rows, DATA_COLS=data_cols, LATENT_COLS=latent_cols,
+            **blocks(batch, data_chunks, latent_chunks, BLOCK),
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
-    return loss, distortion, rate, sigma, stats
+    return results
 
 
 def unequal(grad_output: Tensor | None) -> bool:

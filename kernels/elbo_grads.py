@@ -8,10 +8,87 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._factors import BATCH, ELEMENT, sample_factors
 from ._layout import Output, Tiles
 from ._math import exp, expm1, kl, number
-from .elbo_finalize import BATCH, BLOCK, ELEMENT, Knobs, each, elbo_weights, sample_factors, stride_of, unequal
+from .elbo_finalize import BLOCK, Knobs, each, elbo_weights, stride_of, unequal
 from .elbo_stats import columns, log_sigma_at, row_offsets
+
+
+@triton.jit
+def latent_gradients(
+    lpid, through_loss, through_rate, mu, logvar, prior_mu, prior_logvar, free_bits,
+    g_mu, g_logvar, g_prior_mu, g_prior_logvar,
+    batch, latents, mu_stride, logvar_stride, prior_mu_stride, prior_logvar_stride, latent_chunks, latent_tiles,
+    PRIOR: tl.constexpr, FREE_BITS: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+    LATENT_VEC: tl.constexpr, LATENT_ROWS: tl.constexpr, LATENT_COLS: tl.constexpr,
+):  # fmt: skip
+    """Of the lpid-th chunk of the latents; through_loss, through_rate: of its samples."""
+    lrows, lchunk = lpid // latent_chunks * LATENT_ROWS + tl.arange(0, LATENT_ROWS), lpid % latent_chunks
+    through_loss, through_rate = through_loss[:, None], through_rate[:, None]
+    m_at = row_offsets(lrows, mu_stride * LATENT_VEC, WIDE)
+    l_at = row_offsets(lrows, logvar_stride * LATENT_VEC, WIDE)
+    lg_at = row_offsets(lrows, latents * LATENT_VEC, WIDE)
+    for ltile in range(lchunk * latent_tiles, (lchunk + 1) * latent_tiles):
+        lcols = columns(ltile, LATENT_COLS, WIDE)
+        linside = (lrows < batch)[:, None] & (lcols < latents * LATENT_VEC)
+        d = tl.load(mu + m_at + lcols, linside, 0.0).to(ACC)
+        t = tl.load(logvar + l_at + lcols, linside, 0.0).to(ACC)
+        inverse_prior = tl.full((LATENT_ROWS, LATENT_COLS), 1.0, ACC)
+        if PRIOR:
+            pm_at = row_offsets(lrows, prior_mu_stride * LATENT_VEC, WIDE)
+            pl_at = row_offsets(lrows, prior_logvar_stride * LATENT_VEC, WIDE)
+            p = tl.load(prior_logvar + pl_at + lcols, linside, 0.0).to(ACC)
+            d = d - tl.load(prior_mu + pm_at + lcols, linside, 0.0).to(ACC)
+            t = t - p
+            inverse_prior = exp(-p)
+        b = through_loss + through_rate
+        if FREE_BITS:
+            b = tl.where(kl(d, t, inverse_prior) >= number(free_bits, ACC), through_loss, 0.0) + through_rate
+        pull, stretch = d * inverse_prior, expm1(t)
+        if g_mu is not None:
+            tl.store(g_mu + lg_at + lcols, (b * pull).to(g_mu.dtype.element_ty), linside)
+        if g_logvar is not None:
+            tl.store(g_logvar + lg_at + lcols, (b * 0.5 * stretch).to(g_logvar.dtype.element_ty), linside)
+        if g_prior_mu is not None:
+            tl.store(g_prior_mu + lg_at + lcols, (-(b * pull)).to(g_prior_mu.dtype.element_ty), linside)
+        if g_prior_logvar is not None:
+            g_lp = -0.5 * b * (stretch + pull * d)
+            tl.store(g_prior_logvar + lg_at + lcols, g_lp.to(g_prior_logvar.dtype.element_ty), linside)
+
+
+@triton.jit
+def given_gradients(
+    g_log_sigma, g_beta,
+    grad_loss, grad_distortion, grad_rate, stats, log_sigma, beta, capacity, through,
+    grad_loss_value, log_sigma_value, min_log_sigma, beta_value, capacity_value, scale, dims_value, batch_value,
+    batch, grad_loss_stride, grad_distortion_stride, grad_rate_stride, log_sigma_stride, beta_stride,
+    HAS_GRAD_LOSS: tl.constexpr, HAS_GRAD_DISTORTION: tl.constexpr, HAS_GRAD_RATE: tl.constexpr,
+    MODE: tl.constexpr, SOFTCLIP: tl.constexpr, HAS_LOG_SIGMA: tl.constexpr, HAS_BETA: tl.constexpr,
+    HAS_CAPACITY: tl.constexpr, CAPACITY_TENSOR: tl.constexpr, HAS_THROUGH: tl.constexpr,
+    LOG_SIGMA_EACH: tl.constexpr, BETA_EACH: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a given log σ and of β, O(B)."""
+    log_sigma_sum, beta_sum = tl.zeros((ROWS,), ACC), tl.zeros((ROWS,), ACC)
+    for sfirst in range(0, batch, ROWS):
+        srows = sfirst + tl.arange(0, ROWS)
+        _, _, _, of_log_sigma, of_beta = sample_factors(
+            srows, srows < batch, grad_loss, grad_distortion, grad_rate, stats, log_sigma, beta, capacity, through,
+            grad_loss_value, log_sigma_value, min_log_sigma, beta_value, capacity_value, scale, dims_value, batch_value,
+            batch, grad_loss_stride, grad_distortion_stride, grad_rate_stride, log_sigma_stride, beta_stride,
+            HAS_GRAD_LOSS, HAS_GRAD_DISTORTION, HAS_GRAD_RATE, MODE, SOFTCLIP, HAS_LOG_SIGMA, HAS_BETA,
+            HAS_CAPACITY, CAPACITY_TENSOR, HAS_THROUGH, ROWS, ACC,
+        )  # fmt: skip
+        log_sigma_sum += tl.where(srows < batch, of_log_sigma, 0.0)
+        beta_sum += tl.where(srows < batch, of_beta, 0.0)
+        if LOG_SIGMA_EACH and g_log_sigma is not None:
+            tl.store(g_log_sigma + srows, of_log_sigma.to(g_log_sigma.dtype.element_ty), srows < batch)
+        if BETA_EACH and g_beta is not None:
+            tl.store(g_beta + srows, of_beta.to(g_beta.dtype.element_ty), srows < batch)
+    if not LOG_SIGMA_EACH and g_log_sigma is not None:
+        tl.store(g_log_sigma, tl.sum(log_sigma_sum, 0).to(g_log_sigma.dtype.element_ty))
+    if not BETA_EACH and g_beta is not None:
+        tl.store(g_beta, tl.sum(beta_sum, 0).to(g_beta.dtype.element_ty))
 
 
 @triton.jit
@@ -41,19 +118,18 @@ def elbo_grads_kernel(
 ):  # fmt: skip
     pid = tl.program_id(0)
     if recon is not None and pid < data_programs:  # see elbo_stats_kernel
-        first, chunk = pid // data_chunks * DATA_ROWS, pid % data_chunks
-        rows = first + tl.arange(0, DATA_ROWS)
+        rows, chunk = pid // data_chunks * DATA_ROWS + tl.arange(0, DATA_ROWS), pid % data_chunks
         a, _, _, _, _ = sample_factors(
             rows, rows < batch, grad_loss, grad_distortion, grad_rate, stats, log_sigma, beta, capacity, through,
-            log_sigma_value, min_log_sigma, beta_value, capacity_value, scale, dims_value, batch_value,
+            0.0, log_sigma_value, min_log_sigma, beta_value, capacity_value, scale, dims_value, batch_value,
             batch, grad_loss_stride, grad_distortion_stride, grad_rate_stride, log_sigma_stride, beta_stride,
             HAS_GRAD_LOSS, HAS_GRAD_DISTORTION, HAS_GRAD_RATE, MODE, SOFTCLIP, HAS_LOG_SIGMA, HAS_BETA,
             HAS_CAPACITY, CAPACITY_TENSOR, HAS_THROUGH, DATA_ROWS, ACC,
         )  # fmt: skip
         a = a[:, None]
-        r_at = row_offsets(first, recon_stride * DATA_VEC, DATA_ROWS, WIDE)
-        t_at = row_offsets(first, target_stride * DATA_VEC, DATA_ROWS, WIDE)
-        g_at = row_offsets(first, dims * DATA_VEC, DATA_ROWS, WIDE)
+        r_at = row_offsets(rows, recon_stride * DATA_VEC, WIDE)
+        t_at = row_offsets(rows, target_stride * DATA_VEC, WIDE)
+        g_at = row_offsets(rows, dims * DATA_VEC, WIDE)
         for tile in range(chunk * data_tiles, (chunk + 1) * data_tiles):
             cols = columns(tile, DATA_COLS, WIDE)
             inside = (rows < batch)[:, None] & (cols < dims * DATA_VEC)
@@ -61,8 +137,8 @@ def elbo_grads_kernel(
             g = a * e
             if MODE == ELEMENT:
                 ls_at = log_sigma_at(
-                    first, cols, element_stride, divisor0, size0, stride0, divisor1, size1, stride1,
-                    LEVELS, DATA_VEC, DATA_ROWS, WIDE,
+                    rows, cols, element_stride, divisor0, size0, stride0, divisor1, size1, stride1,
+                    LEVELS, DATA_VEC, WIDE,
                 )  # fmt: skip
                 inverse = exp(-2.0 * tl.load(element_sigma + ls_at, inside, 0.0).to(ACC))
                 g = a * (e * inverse)
@@ -75,66 +151,29 @@ def elbo_grads_kernel(
                 tl.store(g_target + g_at + cols, (-g).to(g_target.dtype.element_ty), inside)
     elif mu is not None and pid < data_programs + latent_programs:
         lpid = pid - data_programs
-        lfirst, lchunk = lpid // latent_chunks * LATENT_ROWS, lpid % latent_chunks
-        lrows = lfirst + tl.arange(0, LATENT_ROWS)
+        lrows = lpid // latent_chunks * LATENT_ROWS + tl.arange(0, LATENT_ROWS)
         _, through_loss, through_rate, _, _ = sample_factors(
             lrows, lrows < batch, grad_loss, grad_distortion, grad_rate, stats, log_sigma, beta, capacity, through,
-            log_sigma_value, min_log_sigma, beta_value, capacity_value, scale, dims_value, batch_value,
+            0.0, log_sigma_value, min_log_sigma, beta_value, capacity_value, scale, dims_value, batch_value,
             batch, grad_loss_stride, grad_distortion_stride, grad_rate_stride, log_sigma_stride, beta_stride,
             HAS_GRAD_LOSS, HAS_GRAD_DISTORTION, HAS_GRAD_RATE, MODE, SOFTCLIP, HAS_LOG_SIGMA, HAS_BETA,
             HAS_CAPACITY, CAPACITY_TENSOR, HAS_THROUGH, LATENT_ROWS, ACC,
         )  # fmt: skip
-        through_loss, through_rate = through_loss[:, None], through_rate[:, None]
-        m_at = row_offsets(lfirst, mu_stride * LATENT_VEC, LATENT_ROWS, WIDE)
-        l_at = row_offsets(lfirst, logvar_stride * LATENT_VEC, LATENT_ROWS, WIDE)
-        lg_at = row_offsets(lfirst, latents * LATENT_VEC, LATENT_ROWS, WIDE)
-        for ltile in range(lchunk * latent_tiles, (lchunk + 1) * latent_tiles):
-            lcols = columns(ltile, LATENT_COLS, WIDE)
-            linside = (lrows < batch)[:, None] & (lcols < latents * LATENT_VEC)
-            d = tl.load(mu + m_at + lcols, linside, 0.0).to(ACC)
-            t = tl.load(logvar + l_at + lcols, linside, 0.0).to(ACC)
-            inverse_prior = tl.full((LATENT_ROWS, LATENT_COLS), 1.0, ACC)
-            if PRIOR:
-                pm_at = row_offsets(lfirst, prior_mu_stride * LATENT_VEC, LATENT_ROWS, WIDE)
-                pl_at = row_offsets(lfirst, prior_logvar_stride * LATENT_VEC, LATENT_ROWS, WIDE)
-                p = tl.load(prior_logvar + pl_at + lcols, linside, 0.0).to(ACC)
-                d = d - tl.load(prior_mu + pm_at + lcols, linside, 0.0).to(ACC)
-                t = t - p
-                inverse_prior = exp(-p)
-            b = through_loss + through_rate
-            if FREE_BITS:
-                b = tl.where(kl(d, t, inverse_prior) >= number(free_bits, ACC), through_loss, 0.0) + through_rate
-            pull, stretch = d * inverse_prior, expm1(t)
-            if g_mu is not None:
-                tl.store(g_mu + lg_at + lcols, (b * pull).to(g_mu.dtype.element_ty), linside)
-            if g_logvar is not None:
-                tl.store(g_logvar + lg_at + lcols, (b * 0.5 * stretch).to(g_logvar.dtype.element_ty), linside)
-            if g_prior_mu is not None:
-                tl.store(g_prior_mu + lg_at + lcols, (-(b * pull)).to(g_prior_mu.dtype.element_ty), linside)
-            if g_prior_logvar is not None:
-                g_lp = -0.5 * b * (stretch + pull * d)
-                tl.store(g_prior_logvar + lg_at + lcols, g_lp.to(g_prior_logvar.dtype.element_ty), linside)
+        latent_gradients(
+            lpid, through_loss, through_rate, mu, logvar, prior_mu, prior_logvar, free_bits,
+            g_mu, g_logvar, g_prior_mu, g_prior_logvar,
+            batch, latents, mu_stride, logvar_stride, prior_mu_stride, prior_logvar_stride, latent_chunks, latent_tiles,
+            PRIOR, FREE_BITS, ACC, WIDE, LATENT_VEC, LATENT_ROWS, LATENT_COLS,
+        )  # fmt: skip
     else:  # one more program for the gradients of a given log σ and of β, which are O(B)
-        log_sigma_sum, beta_sum = tl.zeros((ROWS,), ACC), tl.zeros((ROWS,), ACC)
-        for sfirst in range(0, batch, ROWS):
-            srows = sfirst + tl.arange(0, ROWS)
-            _, _, _, of_log_sigma, of_beta = sample_factors(
-                srows, srows < batch, grad_loss, grad_distortion, grad_rate, stats, log_sigma, beta, capacity, through,
-                log_sigma_value, min_log_sigma, beta_value, capacity_value, scale, dims_value, batch_value,
-                batch, grad_loss_stride, grad_distortion_stride, grad_rate_stride, log_sigma_stride, beta_stride,
-                HAS_GRAD_LOSS, HAS_GRAD_DISTORTION, HAS_GRAD_RATE, MODE, SOFTCLIP, HAS_LOG_SIGMA, HAS_BETA,
-                HAS_CAPACITY, CAPACITY_TENSOR, HAS_THROUGH, ROWS, ACC,
-            )  # fmt: skip
-            log_sigma_sum += tl.where(srows < batch, of_log_sigma, 0.0)
-            beta_sum += tl.where(srows < batch, of_beta, 0.0)
-            if LOG_SIGMA_EACH and g_log_sigma is not None:
-                tl.store(g_log_sigma + srows, of_log_sigma.to(g_log_sigma.dtype.element_ty), srows < batch)
-            if BETA_EACH and g_beta is not None:
-                tl.store(g_beta + srows, of_beta.to(g_beta.dtype.element_ty), srows < batch)
-        if not LOG_SIGMA_EACH and g_log_sigma is not None:
-            tl.store(g_log_sigma, tl.sum(log_sigma_sum, 0).to(g_log_sigma.dtype.element_ty))
-        if not BETA_EACH and g_beta is not None:
-            tl.store(g_beta, tl.sum(beta_sum, 0).to(g_beta.dtype.element_ty))
+        given_gradients(
+            g_log_sigma, g_beta,
+            grad_loss, grad_distortion, grad_rate, stats, log_sigma, beta, capacity, through,
+            0.0, log_sigma_value, min_log_sigma, beta_value, capacity_value, scale, dims_value, batch_value,
+            batch, grad_loss_stride, grad_distortion_stride, grad_rate_stride, log_sigma_stride, beta_stride,
+            HAS_GRAD_LOSS, HAS_GRAD_DISTORTION, HAS_GRAD_RATE, MODE, SOFTCLIP, HAS_LOG_SIGMA, HAS_BETA,
+            HAS_CAPACITY, CAPACITY_TENSOR, HAS_THROUGH, LOG_SIGMA_EACH, BETA_EACH, ROWS, ACC,
+        )  # fmt: skip
 
 
 class Outputs(NamedTuple):

@@ -9,8 +9,7 @@ from ._math import at_least, exp, kl, number
 
 
 @triton.jit
-def row_offsets(first_row, stride, ROWS: tl.constexpr, WIDE: tl.constexpr):
-    rows = first_row + tl.arange(0, ROWS)
+def row_offsets(rows, stride, WIDE: tl.constexpr):
     if WIDE:
         offsets = rows.to(tl.int64)[:, None] * stride
     else:
@@ -29,17 +28,57 @@ def columns(tile, COLS: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def log_sigma_at(
-    first_row, cols, stride, divisor0, size0, stride0, divisor1, size1, stride1,
-    LEVELS: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
+    rows, cols, stride, divisor0, size0, stride0, divisor1, size1, stride1,
+    LEVELS: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Where a tile's log σ lie, if σ varies inside a sample: as the data, or by the strides of `_layout.Inside`."""
     if LEVELS == 0:
-        return row_offsets(first_row, stride * VEC, ROWS, WIDE) + cols
+        return row_offsets(rows, stride * VEC, WIDE) + cols
     else:
         inside = cols // divisor0 % size0 * stride0
         if LEVELS == 2:
             inside += cols // divisor1 % size1 * stride1
-        return row_offsets(first_row, stride, ROWS, WIDE) + inside
+        return row_offsets(rows, stride, WIDE) + inside
+
+
+@triton.jit
+def latent_sums(
+    lpid, mu, logvar, prior_mu, prior_logvar, free_bits, kl_partials, clamped_partials,
+    batch, latents, mu_stride, logvar_stride, prior_mu_stride, prior_logvar_stride, latent_chunks, latent_tiles,
+    PRIOR: tl.constexpr, FREE_BITS: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+    LATENT_VEC: tl.constexpr, LATENT_ROWS: tl.constexpr, LATENT_COLS: tl.constexpr,
+):  # fmt: skip
+    """KL of the lpid-th chunk of the latents. Returns the sum of all, each at least free_bits."""
+    lrows, lchunk = lpid // latent_chunks * LATENT_ROWS + tl.arange(0, LATENT_ROWS), lpid % latent_chunks
+    m_at = row_offsets(lrows, mu_stride * LATENT_VEC, WIDE)
+    l_at = row_offsets(lrows, logvar_stride * LATENT_VEC, WIDE)
+    rate = tl.zeros((LATENT_ROWS, LATENT_COLS), ACC)
+    clamped = tl.zeros((LATENT_ROWS, LATENT_COLS), ACC)
+    for ltile in range(lchunk * latent_tiles, (lchunk + 1) * latent_tiles):
+        lcols = columns(ltile, LATENT_COLS, WIDE)
+        linside = (lrows < batch)[:, None] & (lcols < latents * LATENT_VEC)
+        d = tl.load(mu + m_at + lcols, linside, 0.0).to(ACC)
+        t = tl.load(logvar + l_at + lcols, linside, 0.0).to(ACC)
+        inverse = tl.full((LATENT_ROWS, LATENT_COLS), 1.0, ACC)
+        if PRIOR:
+            pm_at = row_offsets(lrows, prior_mu_stride * LATENT_VEC, WIDE)
+            pl_at = row_offsets(lrows, prior_logvar_stride * LATENT_VEC, WIDE)
+            p = tl.load(prior_logvar + pl_at + lcols, linside, 0.0).to(ACC)
+            d = d - tl.load(prior_mu + pm_at + lcols, linside, 0.0).to(ACC)
+            t = t - p
+            inverse = exp(-p)
+        nats = kl(d, t, inverse)
+        rate += nats
+        if FREE_BITS:
+            clamped += tl.where(linside, at_least(nats, number(free_bits, ACC)), 0.0)
+    own = lrows * latent_chunks + lchunk
+    kl_sums = tl.sum(rate, 1)
+    clamped_sums = kl_sums
+    tl.store(kl_partials + own, kl_sums, lrows < batch)
+    if FREE_BITS:
+        clamped_sums = tl.sum(clamped, 1)
+        tl.store(clamped_partials + own, clamped_sums, lrows < batch)
+    return tl.sum(clamped_sums, 0)
 
 
 @triton.jit
@@ -64,10 +103,9 @@ def elbo_stats_kernel(
     pid = tl.program_id(0)
     # What is absent is None, and its branch must not be compiled: `and` stops at a constant that is false.
     if recon is not None and pid < data_programs:
-        first, chunk = pid // data_chunks * DATA_ROWS, pid % data_chunks
-        rows = first + tl.arange(0, DATA_ROWS)
-        r_at = row_offsets(first, recon_stride * DATA_VEC, DATA_ROWS, WIDE)
-        t_at = row_offsets(first, target_stride * DATA_VEC, DATA_ROWS, WIDE)
+        rows, chunk = pid // data_chunks * DATA_ROWS + tl.arange(0, DATA_ROWS), pid % data_chunks
+        r_at = row_offsets(rows, recon_stride * DATA_VEC, WIDE)
+        t_at = row_offsets(rows, target_stride * DATA_VEC, WIDE)
         total = tl.zeros((DATA_ROWS, DATA_COLS), ACC)
         for tile in range(chunk * data_tiles, (chunk + 1) * data_tiles):
             cols = columns(tile, DATA_COLS, WIDE)
@@ -75,8 +113,8 @@ def elbo_stats_kernel(
             e = tl.load(recon + r_at + cols, inside, 0.0).to(ACC) - tl.load(target + t_at + cols, inside, 0.0).to(ACC)
             if ELEMENT:
                 ls_at = log_sigma_at(
-                    first, cols, log_sigma_stride, divisor0, size0, stride0, divisor1, size1, stride1,
-                    LEVELS, DATA_VEC, DATA_ROWS, WIDE,
+                    rows, cols, log_sigma_stride, divisor0, size0, stride0, divisor1, size1, stride1,
+                    LEVELS, DATA_VEC, WIDE,
                 )  # fmt: skip
                 ls = tl.load(log_sigma + ls_at, inside, 0.0).to(ACC)
                 total += e * e * exp(-2.0 * ls) + 2.0 * ls
@@ -84,52 +122,28 @@ def elbo_stats_kernel(
                 total += e * e
         tl.store(s_partials + rows * data_chunks + chunk, tl.sum(total, 1), rows < batch)
     elif mu is not None:
-        lpid = pid - data_programs
-        lfirst, lchunk = lpid // latent_chunks * LATENT_ROWS, lpid % latent_chunks
-        lrows = lfirst + tl.arange(0, LATENT_ROWS)
-        m_at = row_offsets(lfirst, mu_stride * LATENT_VEC, LATENT_ROWS, WIDE)
-        l_at = row_offsets(lfirst, logvar_stride * LATENT_VEC, LATENT_ROWS, WIDE)
-        rate = tl.zeros((LATENT_ROWS, LATENT_COLS), ACC)
-        clamped = tl.zeros((LATENT_ROWS, LATENT_COLS), ACC)
-        for ltile in range(lchunk * latent_tiles, (lchunk + 1) * latent_tiles):
-            lcols = columns(ltile, LATENT_COLS, WIDE)
-            linside = (lrows < batch)[:, None] & (lcols < latents * LATENT_VEC)
-            d = tl.load(mu + m_at + lcols, linside, 0.0).to(ACC)
-            t = tl.load(logvar + l_at + lcols, linside, 0.0).to(ACC)
-            inverse = tl.full((LATENT_ROWS, LATENT_COLS), 1.0, ACC)
-            if PRIOR:
-                pm_at = row_offsets(lfirst, prior_mu_stride * LATENT_VEC, LATENT_ROWS, WIDE)
-                pl_at = row_offsets(lfirst, prior_logvar_stride * LATENT_VEC, LATENT_ROWS, WIDE)
-                p = tl.load(prior_logvar + pl_at + lcols, linside, 0.0).to(ACC)
-                d = d - tl.load(prior_mu + pm_at + lcols, linside, 0.0).to(ACC)
-                t = t - p
-                inverse = exp(-p)
-            nats = kl(d, t, inverse)
-            rate += nats
-            if FREE_BITS:
-                clamped += tl.where(linside, at_least(nats, number(free_bits, ACC)), 0.0)
-        own = lrows * latent_chunks + lchunk
-        tl.store(kl_partials + own, tl.sum(rate, 1), lrows < batch)
-        if FREE_BITS:
-            tl.store(clamped_partials + own, tl.sum(clamped, 1), lrows < batch)
+        latent_sums(
+            pid - data_programs, mu, logvar, prior_mu, prior_logvar, free_bits, kl_partials, clamped_partials,
+            batch, latents, mu_stride, logvar_stride, prior_mu_stride, prior_logvar_stride, latent_chunks, latent_tiles,
+            PRIOR, FREE_BITS, ACC, WIDE, LATENT_VEC, LATENT_ROWS, LATENT_COLS,
+        )  # fmt: skip
 
 
 class Partials:
     """The output of the launch: one tensor for each sum, [batch, chunks]; `clamped` is `kl` without free bits."""
 
-    def __init__(self, s: torch.Tensor | None, kl: torch.Tensor | None, clamped: torch.Tensor | None) -> None:
-        self.s, self.kl, self.clamped = s, kl, clamped
+    def __init__(self, inputs, data: Tiles | None, latents: Tiles | None, free_bits: float) -> None:
+        def empty(tiles: Tiles | None) -> torch.Tensor | None:
+            return None if tiles is None else inputs.like.new_empty((inputs.batch, tiles.chunks), dtype=inputs.dtype)
+
+        self.s, self.kl = empty(data), empty(latents)
+        self.clamped = empty(latents) if free_bits > 0 else self.kl
 
 
 def elbo_stats(inputs, free_bits: float) -> Partials:
     """`inputs`: a `_layout.Inputs`."""
-    data, latents, acc = inputs.data_tiles, inputs.latent_tiles, inputs.dtype
-
-    def partials(tiles: Tiles | None) -> torch.Tensor | None:
-        return None if tiles is None else inputs.like.new_empty((inputs.batch, tiles.chunks), dtype=acc)
-
-    s, rate = partials(data), partials(latents)
-    clamped = partials(latents) if free_bits > 0 else rate
+    data, latents = inputs.data_tiles, inputs.latent_tiles
+    partials = Partials(inputs, data, latents, free_bits)
     data_programs = data.programs(inputs.batch) if data else 0
     grid = (data_programs + (latents.programs(inputs.batch) if latents else 0),)
     stride = inputs.strides
@@ -140,7 +154,7 @@ def elbo_stats(inputs, free_bits: float) -> Partials:
             inputs.recon, inputs.target, inputs.log_sigma, inputs.mu, inputs.logvar, inputs.prior_mu,
             inputs.prior_logvar, free_bits,
             # outputs
-            s, rate, clamped,
+            partials.s, partials.kl, partials.clamped,
             # shapes
             inputs.batch, data_programs,
             d.length, stride("recon", d), stride("target", d), d.chunks, d.per_chunk,
@@ -156,4 +170,4 @@ def elbo_stats(inputs, free_bits: float) -> Partials:
             LATENT_VEC=k.vec, LATENT_ROWS=k.rows, LATENT_COLS=k.cols,
             num_warps=inputs.num_warps, enable_fp_fusion=False,
         )  # fmt: skip
-    return Partials(s, rate, clamped)
+    return partials

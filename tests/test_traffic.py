@@ -1,9 +1,10 @@
 """Bytes that the compiled kernels of a training step move, counted where a driver executes them on the CPU.
 
 N are the bytes of recon and of target, each; L those of mu and of logvar, each. Forward reads 2N + 2L, backward reads
-them again and writes the gradients of recon, mu and logvar: 5N + 6L. What is O(batch) comes on top and must fit in the
-2%: elbo_stats writes four bytes for each partial sum, which is checked exactly, one kernel is O(batch) altogether, and
-every warp of elbo_grads reads grad_loss and the sum of squares for its samples: 0.1 to 0.3% of what that kernel moves.
+them again and writes the gradients of recon, mu and logvar: 5N + 6L; both in one launch, 3N + 6L. What is O(batch)
+comes on top and must fit in the 2%: elbo_stats writes four bytes for each partial sum, which is checked exactly, one
+kernel is O(batch) altogether, and every warp of elbo_grads reads grad_loss and the sum of squares for its samples: 0.1
+to 0.3% of what that kernel moves.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 import fused_elbo
-from fused_elbo import decoupled_elbo
+from fused_elbo import decoupled_elbo, decoupled_elbo_backward
 
 pytest.importorskip("triton", reason="Triton is not installed (it is for Linux)")
 
@@ -82,3 +83,28 @@ def test_a_step_moves_five_times_its_data(batch: int, dims: int, dtype: torch.dt
     partial_sums = batch * (-(-dims // TILE) + 1)
     assert moved["elbo_stats"] == 2 * n + 2 * latents + 4 * partial_sums
     assert 1.0 < moved["elbo_grads"] / (3 * n + 4 * latents) < 1.005
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("sigma", ["optimal", "optimal-per-image", 0.5], ids=str)
+@pytest.mark.parametrize(("batch", "dims"), [(16, 2048), (11, 3072), (5, 12288)])
+def test_a_step_in_one_launch_moves_three_times_its_data(
+    batch: int, dims: int, sigma: str | float, dtype: torch.dtype, log: list[Launch]
+) -> None:
+    target = torch.randn(batch, dims).to(dtype)
+    recon = (target + 0.3 * torch.randn(batch, dims)).to(dtype).requires_grad_()
+    mu, logvar = (torch.randn(batch, LATENTS).to(dtype).requires_grad_() for _ in range(2))
+    before = len(log)
+    with fused_elbo.backend("triton"):
+        decoupled_elbo_backward(recon, target, mu, logvar, sigma=sigma)
+    moved, done = moved_since(log, before)
+    n, latents = recon.numel() * recon.element_size(), mu.numel() * mu.element_size()
+    ratio = moved["elbo_step"] / (3 * n + 6 * latents)
+    used = moved["elbo_step"] / (SECTOR * done["elbo_step"]["sectors"])
+    print(
+        f"{batch}x{dims} {dtype}, {sigma}: {ratio:.4f} of 3N + 6L, in {log[before][1][0]} programs; sectors used {used}"
+    )
+    assert list(done) == ["elbo_step"]
+    assert len(log) == before + 1
+    assert 1.0 <= ratio <= 1.02
+    assert used >= 0.95
