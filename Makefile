@@ -39,9 +39,9 @@ gpu-check: $(VENV)/.dev ## on a machine with a GPU: tests, CUDA graphs, benchmar
 	@echo "== Checking on the GPU: bench/gpu_check.py $(ARGS)"
 	@$(PY) bench/gpu_check.py $(ARGS)
 
-wheel: $(VENV)/.dev ## a wheel with the compiled libraries inside, in dist/; ARGS go to tools/make_wheel.py
-	@echo "== Building the wheel: tools/make_wheel.py $(ARGS)"
-	@$(PY) tools/make_wheel.py $(ARGS)
+wheel: $(VENV)/.dev ## a wheel with the compiled libraries inside, in dist/; ARGS go to .ci/make_wheel.py
+	@echo "== Building the wheel: .ci/make_wheel.py $(ARGS)"
+	@$(PY) .ci/make_wheel.py $(ARGS)
 
 lint: $(VENV)/.dev ## check style and types, changing nothing
 	@echo "== ruff check"

@@ -40,7 +40,7 @@ def library() -> Path:
 @pytest.fixture(scope="module")
 def wheel(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("dist")
-    subprocess.run([sys.executable, REPO / "tools/make_wheel.py", "--cpu-only", "--out", out], check=True)
+    subprocess.run([sys.executable, REPO / ".ci/make_wheel.py", "--cpu-only", "--out", out], check=True)
     (wheel,) = out.iterdir()
     return wheel
 

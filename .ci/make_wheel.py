@@ -1,6 +1,6 @@
 """`make wheel`: a wheel with the compiled libraries inside, for machines without a compiler.
 
-    python tools/make_wheel.py [--out dist] [--cpu-only]
+    python .ci/make_wheel.py [--out dist] [--cpu-only]
 
 It is the pure wheel, and the libraries beside it in fused_elbo/lib: the CPU one for baseline, AVX2 and AVX-512, which
 chooses when it is loaded, and where nvcc is found, the CUDA one (for TORCH_CUDA_ARCH_LIST, or ARCHITECTURES). They are
