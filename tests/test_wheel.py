@@ -94,7 +94,7 @@ def test_the_order_of_linking_is_what_keeps_it_so(shop: Workshop) -> None:
         }
         namespace elbo {
         void run(float* p, const float* q, int n) { shared::add(p, q, n); }
-        void fill(std::vector<double>& v, int n) { v.assign(n, 1.0); }
+        void grow(std::vector<double>& v, double x) { v.push_back(x), v.push_back(x); }
         }
         """,
     )
