@@ -2,7 +2,7 @@
 
 Followed are calls, jumps and addresses taken, from every function of the instruction set's namespace and every address
 that the loader puts into tables (initialisers, virtual functions), but not into a wider set's namespace: that is where
-the choice at load time leads.
+the choice at load time leads. What is exported, as std:: always is, is called by way of a slot that the loader fills.
 """
 
 from __future__ import annotations
@@ -33,9 +33,11 @@ def trespassers(library: Path, level: str) -> list[str]:
     wider = [f"elbo_{name}" for name in ("avx2", "avx512")[list(WIDER).index(level) :]]
     own = {address for address, (name, _) in functions.items() if f"elbo_{level}" in name}
     assert own, f"{library} has nothing of {level}"
-    todo, reached = [*own, *_tables(library)], set()
+    tables, slots = _relocations(library)
+    todo, reached = [*own, *tables], set()
     while todo:
         address = todo.pop()
+        address = slots.get(address, address)
         name, instructions = functions.get(address, ("", []))
         if address in reached or any(other in name for other in wider):
             continue
@@ -59,9 +61,18 @@ def _functions(library: Path) -> dict[int, tuple[str, list[str]]]:
     return functions
 
 
-def _tables(library: Path) -> list[int]:
-    lines = _run("readelf", "-rW", str(library))
-    return [int(line.split()[-1], 16) for line in lines if "_RELATIVE" in line]
+def _relocations(library: Path) -> tuple[list[int], dict[int, int]]:
+    """Functions whose addresses lie in tables, and slot -> function for those that are called by way of one."""
+    tables, slots = [], {}
+    for line in _run("readelf", "-rW", str(library)):
+        fields = line.split()  # offset, info, type, the symbol's value (0: another library's), its name
+        if "_RELATIVE" in line:
+            tables.append(int(fields[-1], 16))
+        elif "_JUMP_SLO" in line or "_GLOB_DAT" in line:
+            slots[int(fields[0], 16)] = int(fields[3], 16)
+        elif "R_X86_64_64" in line:
+            tables.append(int(fields[3], 16))
+    return tables, slots
 
 
 def _run(*command: str) -> list[str]:
