@@ -10,7 +10,7 @@ PINS := $(VENV)/constraints.txt
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 CPP = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help demo test test-triton test-cuda gpu-check lint format clean
+.PHONY: help demo test test-triton test-cuda gpu-check wheel lint format clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # pip does not share an environment with another pip
@@ -38,6 +38,10 @@ test-cuda: $(VENV)/.dev ## run the CUDA kernels' tests, as CPU code and, where n
 gpu-check: $(VENV)/.dev ## on a machine with a GPU: tests, CUDA graphs, benchmark, one report; ARGS go to bench/gpu_check.py
 	@echo "== Checking on the GPU: bench/gpu_check.py $(ARGS)"
 	@$(PY) bench/gpu_check.py $(ARGS)
+
+wheel: $(VENV)/.dev ## a wheel with the compiled libraries inside, in dist/; ARGS go to tools/make_wheel.py
+	@echo "== Building the wheel: tools/make_wheel.py $(ARGS)"
+	@$(PY) tools/make_wheel.py $(ARGS)
 
 lint: $(VENV)/.dev ## check style and types, changing nothing
 	@echo "== ruff check"

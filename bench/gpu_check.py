@@ -84,6 +84,7 @@ def environment(options: argparse.Namespace) -> list[str]:
         "driver": driver(),
         "torch": f"{torch.__version__} (CUDA {torch.version.cuda}, HIP {torch.version.hip})",
         "triton": installed("triton"),
+        "CUDA C++ backend": backends.cuda.status(build=True).detail,
         "Python": f"{platform.python_version()} on {platform.platform()}",
     }
     lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]

@@ -13,12 +13,17 @@ from fused_elbo.backends import statuses
 from fused_elbo.backends.base import BackendUnavailable, Status
 
 CPU_BACKENDS = ("cpp", "reference")  # in the order in which they are preferred
+GPU_BACKENDS = ("triton", "cuda", "reference")
 
 
 def main() -> None:
     print("\n".join(f"{name:12}{value}" for name, value in facts().items()))
     rows = statuses()
     print("\n" + "\n".join(table(rows)) + "\n")
+    if torch.cuda.is_available():
+        print(f"GPU tensors are served by: {served_by(rows, GPU_BACKENDS)}")
+    else:
+        print("GPU tensors: PyTorch sees no GPU here")
     print(f"CPU tensors are served by: {served_by(rows, CPU_BACKENDS)}")
 
 

@@ -50,7 +50,9 @@ def _implementation(backend: str | None, device: str) -> Any:
     """Whose forward and grads to call: the operators, or those of a forced backend that is not behind them."""
     if backend is None or backend == backends.dispatched.get(device):
         return ops
-    return backends.triton.operators() if backend == "triton" else ops.ByReference
+    if backend in ("triton", "cuda"):
+        return getattr(backends, backend).operators()
+    return ops.ByReference
 
 
 def _device_of(tensors: tuple[Any, ...]) -> str:

@@ -149,6 +149,8 @@ def device_served(x: Tensor) -> None:
     device = x.device.type
     if backends.forced == "cpp" and device != "cpu":
         raise ValueError(f'backend: "cpp" was asked for, which serves CPU tensors, but the tensors are on {x.device}')
+    if backends.forced == "cuda" and device != backends.cuda.device:
+        raise ValueError(f'backend: "cuda" was asked for, which serves CUDA tensors, but the tensors are on {x.device}')
     if backends.forced == "triton":
         if device not in ("cpu", "cuda"):
             raise ValueError(f'backend: "triton" was asked for, which serves GPU tensors; these are on {x.device}')

@@ -23,7 +23,6 @@ kernels loaded at the first call and then dispatches again, to them; where there
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -157,9 +156,8 @@ def _default(name: str) -> Callable[..., Any]:
 # ------------------------------------------------------------------------------------------------------------- vmap
 
 
-def _vmap_rule(name: str) -> Callable[..., Any]:
+def _vmap_rule(operator: Any) -> Callable[..., Any]:
     """One fused call per slice of the mapped dimension: every slice is a batch with sums and a σ of its own."""
-    operator = globals()[name]
 
     def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
         def at(i: int) -> list[Any]:
@@ -175,12 +173,20 @@ def _vmap_rule(name: str) -> Callable[..., Any]:
     return rule
 
 
-def register(implementations: ModuleType, key: str) -> None:
-    """Python kernels for a dispatch key."""
+def register(implementations: Any, key: str) -> None:
+    """Python kernels for a dispatch key: a module, or what else has a callable for each operator's name."""
     for name in SCHEMAS:
         _library.impl(name, getattr(implementations, name), key)
 
 
+def describe(namespace: str) -> None:
+    """Tell torch.compile and vmap about the operators of another namespace that have these schemas."""
+    for name in SCHEMAS:
+        operator = getattr(getattr(torch.ops, namespace), name).default
+        torch.library.register_fake(f"{namespace}::{name}", globals()[f"_{name}_fake"])
+        torch.library.register_vmap(f"{namespace}::{name}", _vmap_rule(operator))
+
+
 for _name in SCHEMAS:
     _library.impl(_name, _default(_name), "CompositeExplicitAutograd")
-    torch.library.register_vmap(f"fused_elbo::{_name}", _vmap_rule(_name), lib=_library)
+    torch.library.register_vmap(f"fused_elbo::{_name}", _vmap_rule(globals()[_name]), lib=_library)

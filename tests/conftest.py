@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from workshop import Workshop
 
 import fused_elbo
 from fused_elbo import BackendUnavailable, backends, ops
@@ -15,17 +17,21 @@ def pytest_collection(session: pytest.Session) -> None:
     """Where Triton runs on CPU tensors, its kernels stand behind the operators in place of the C++ ones, so that vmap,
     torch.compile and the tests of the operators run on them too."""
     if backends.triton.runs_on_cpu():
-        backends.cpp._failure = BackendUnavailable("Triton's kernels have the place of the C++ ones in this run.")
+        backends.cpp.library.failure = BackendUnavailable(
+            "Triton's kernels have the place of the C++ ones in this run."
+        )
         ops.register(backends.triton.operators(), "CPU")
         backends.dispatched["cpu"] = "triton"
 
 
 def present() -> list[str]:
-    """Asked for when tests are collected, since a plugin may bring Triton a driver for the CPU. Where Triton runs on
-    CPU tensors, slowly, the run is about Triton."""
+    """The backends for tensors of the default device. Asked for when tests are collected, since a plugin may bring
+    Triton a driver for the CPU. Where Triton runs on CPU tensors, slowly, the run is about Triton."""
     if backends.triton.runs_on_cpu():
         return ["triton"]
-    return [status.name for status in backends.statuses() if status.ready]
+    device = torch.get_default_device().type
+    serves = {"triton": "cuda", "cuda": backends.cuda.device, "cpp": "cpu", "reference": device}
+    return [status.name for status in backends.statuses() if status.ready and serves[status.name] == device]
 
 
 def pytest_report_collectionfinish() -> list[str]:
@@ -64,6 +70,20 @@ def poison() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
+    return Workshop(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The C++ and CUDA backends as in a process that has not asked for them yet."""
+    for library in (backends.cpp.library, backends.cuda.library):
+        monkeypatch.setattr(library, "loaded", None)
+        monkeypatch.setattr(library, "failure", None)
+    monkeypatch.setattr(backends.cuda, "_operators", None)
 
 
 @pytest.fixture

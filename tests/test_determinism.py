@@ -59,20 +59,30 @@ torch.save(values, sys.argv[3])
 """
 
 
-def test_any_instruction_set(cpp: None, tmp_path: Path) -> None:
-    """PyTorch's own switch chooses what the kernels are built for; -ffp-contract=off keeps their sums alike. (It also
-    changes torch.randn, so the inputs are made once.)"""
+def capabilities() -> list[str]:
+    """What ATEN_CPU_CAPABILITY can be on this machine."""
+    levels = ["default", "avx2", "avx512"]
+    return levels[: levels.index(torch.backends.cpu.get_cpu_capability().lower()) + 1]
+
+
+def of_each_instruction_set(folder: Path, program: str = sys.executable) -> dict[str, list[torch.Tensor]]:
+    """Outputs and gradients by PyTorch's name for it, for all that this machine has. (PyTorch's switch also changes
+    torch.randn, so the inputs are made once.)"""
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     calls = [Call(mode, data=(3, 11, 13), latent=(70,), dtype=dtype) for mode in MODES for dtype in dtypes]
-    torch.save(calls, tmp_path / "calls.pt")
+    torch.save(calls, folder / "calls.pt")
     results = {}
-    levels = ["default", "avx2", "avx512"]
-    levels = levels[: levels.index(torch.backends.cpu.get_cpu_capability().lower()) + 1]  # this machine's
-    for capability in levels:
-        paths = (str(HERE), str(tmp_path / "calls.pt"), str(tmp_path / f"{capability}.pt"))
+    for capability in capabilities():
+        paths = (str(HERE), str(folder / "calls.pt"), str(folder / f"{capability}.pt"))
         environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
-        subprocess.run([sys.executable, "-c", RUN, *paths], check=True, env=environment)
+        subprocess.run([program, "-c", RUN, *paths], check=True, env=environment, cwd=folder)
         results[capability] = torch.load(paths[-1])
-    for capability in levels[1:]:
-        for got, true in zip(results[capability], results["default"], strict=True):
+    return results
+
+
+def test_any_instruction_set(cpp: None, tmp_path: Path) -> None:
+    """PyTorch's own switch chooses what the kernels are built for; -ffp-contract=off keeps their sums alike."""
+    results = of_each_instruction_set(tmp_path)
+    for capability, values in results.items():
+        for got, true in zip(values, results["default"], strict=True):
             assert torch.equal(got, true), capability

@@ -113,7 +113,7 @@ def test_optimal_is_not_constant() -> None:
 
 def test_unknown_backend() -> None:
     with pytest.raises(
-        ValueError, match="backend: unknown name 'cuda-graphs'; the backends are 'triton', 'cpp', 'reference'"
+        ValueError, match="backend: unknown name 'cuda-graphs'; the backends are 'triton', 'cuda', 'cpp', 'reference'"
     ):
         fused_elbo.backend("cuda-graphs")
 

@@ -6,6 +6,7 @@ The values are tested by the other files, which run on a GPU too: `make gpu-chec
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -20,9 +21,14 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 STEPS = [(mode, reduction) for mode in MODES for reduction in ("batchmean", "none") if allowed(mode, reduction)]
 
 
-@pytest.fixture(autouse=True)
-def on_the_gpu() -> Iterator[None]:
-    with torch.device("cuda"), fused_elbo.backend("triton"):
+@pytest.fixture(autouse=True, params=["triton", "cuda"])
+def on_the_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(fused_elbo.backend(request.param))
+        except fused_elbo.BackendUnavailable as error:
+            pytest.skip(f"needs the {request.param} backend: {error}")
+        stack.enter_context(torch.device("cuda"))
         yield
 
 

@@ -12,6 +12,9 @@
 #include "layout.h"
 
 namespace elbo {
+
+void register_operators(torch::stable::detail::StableLibrary& m);  // called by library.cpp, for one instruction set
+
 namespace {
 
 using OptTensor = std::optional<Tensor>;
@@ -284,11 +287,12 @@ TwelveTensors step(
 }
 
 }  // namespace
-}  // namespace elbo
 
-STABLE_TORCH_LIBRARY_IMPL(fused_elbo, CPU, m) {
-  m.impl("stats", TORCH_BOX(&elbo::stats));
-  m.impl("forward", TORCH_BOX(&elbo::forward));
-  m.impl("grads", TORCH_BOX(&elbo::grads));
-  m.impl("step", TORCH_BOX(&elbo::step));
+void register_operators(torch::stable::detail::StableLibrary& m) {
+  m.impl("stats", TORCH_BOX(&stats));
+  m.impl("forward", TORCH_BOX(&forward));
+  m.impl("grads", TORCH_BOX(&grads));
+  m.impl("step", TORCH_BOX(&step));
 }
+
+}  // namespace elbo

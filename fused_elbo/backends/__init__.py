@@ -1,7 +1,8 @@
 """The backends: which there are, which serves a device, and the one explicit choice, `with fused_elbo.backend(…)`.
 
-Left alone, PyTorch's dispatcher chooses by device: GPU tensors go to the Triton kernels, CPU tensors to the C++ ones,
-which are built at the first call; where no kernel serves a device, the reference does.
+Left alone, PyTorch's dispatcher chooses by device: GPU tensors go to the Triton kernels, or where Triton cannot serve
+to the CUDA ones, CPU tensors to the C++ ones; CUDA and C++ are built at the first call, unless a wheel brought them
+along. Where no kernel serves a device, the reference does.
 """
 
 from __future__ import annotations
@@ -11,24 +12,25 @@ from types import TracebackType
 
 import torch
 
-from . import cpp, triton
+from . import cpp, cuda, triton
 from .base import BackendUnavailable, Status
 
-NAMES = ("triton", "cpp", "reference")  # in the order of choice
+NAMES = ("triton", "cuda", "cpp", "reference")  # in the order of choice
 
 # Read once, in forward. A plain global, since Dynamo guards on it, but cannot trace a ContextVar and silently ignores a
 # thread-local.
 forced: str | None = None
 
-# Which backend's kernels the dispatcher has, or will have, for a type of device.
+# Which backend's kernels the dispatcher has, or will have, for a type of device; `cuda.load` may change it.
 dispatched = {"cpu": "cpp", "cuda": "triton"}
 
 
 class backend:
     """Force one backend: `with fused_elbo.backend("reference"): …`
 
-    name: "triton" (GPU tensors; CPU tensors too where Triton's interpreter or a driver for the CPU is active), "cpp"
-        (the C++ kernels, for CPU tensors) or "reference" (plain PyTorch, any device).
+    name: "triton" (GPU tensors; CPU tensors too where Triton's interpreter or a driver for the CPU is active), "cuda"
+        (the CUDA C++ kernels, for tensors on NVIDIA GPUs), "cpp" (the C++ kernels, for CPU tensors) or "reference"
+        (plain PyTorch, any device).
 
     The choice is made in forward and holds for its backward. It is one setting of the whole process, every thread
     included, and works inside and outside torch.compile.
@@ -51,6 +53,8 @@ class backend:
         if not torch.compiler.is_compiling():
             if self.name == "cpp":
                 cpp.load()
+            elif self.name == "cuda":
+                cuda.require()
             elif self.name == "triton":
                 triton.require()
         self.before.append(forced)
@@ -72,7 +76,7 @@ def load_for(device: str) -> bool:
         return False
     try:
         if device == "cuda":
-            triton.load()
+            _load_for_gpu()
         elif device == "cpu":
             cpp.load()
         else:
@@ -90,6 +94,18 @@ def load_for(device: str) -> bool:
     return True
 
 
+def _load_for_gpu() -> None:
+    """Triton's kernels, or the CUDA ones; the error says why neither."""
+    try:
+        triton.load()
+    except BackendUnavailable as no_triton:
+        try:
+            cuda.load()
+        except BackendUnavailable as no_cuda:
+            raise BackendUnavailable(f"{no_triton} And {no_cuda}") from no_cuda
+
+
 def statuses() -> list[Status]:
     """Every backend with its state, for the doctor. Builds what can be built."""
-    return [triton.status(), cpp.status(build=True), Status("reference", True, "plain PyTorch, any device")]
+    reference = Status("reference", True, "plain PyTorch, any device")
+    return [triton.status(), cuda.status(build=True), cpp.status(build=True), reference]

@@ -20,8 +20,10 @@ def operators() -> ModuleType:
     """The operators on Triton kernels; importing them imports Triton, which costs a second."""
     if importlib.util.find_spec("triton") is None:
         raise BackendUnavailable("Triton is not installed.", "Install it: pip install triton (Linux).")
-    from fused_elbo.kernels import operators as loaded
-
+    try:
+        from fused_elbo.kernels import operators as loaded
+    except ImportError as error:  # one for another Python, say
+        raise BackendUnavailable(f"Triton cannot be imported: {error}.", "Install it anew.") from error
     return loaded
 
 
@@ -41,10 +43,10 @@ def load() -> None:
 
 def runs_on_cpu() -> str | None:
     """How Triton kernels can run on CPU tensors here: by its interpreter, or by a driver whose device is the CPU."""
-    if importlib.util.find_spec("triton") is None:
+    try:
+        import triton
+    except ImportError:
         return None
-    import triton
-
     if triton.knobs.runtime.interpret:  # pyright: ignore[reportAttributeAccessIssue]
         return "its interpreter"
     try:

@@ -1,0 +1,96 @@
+"""The CUDA C++ kernels, for NVIDIA GPUs that Triton does not serve: packaged, or built by nvcc when first needed.
+
+The library defines operators of its own, fused_elbo_cuda::stats and so on, with the schemas of ops.py; so it can stand
+behind fused_elbo's operators, or beside them where Triton's kernels do.
+"""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+
+import torch
+
+from fused_elbo import build as builder
+from fused_elbo.backends.base import BackendUnavailable
+from fused_elbo.backends.library import Library
+
+# Whose tensors the operators take. The tests have a library for CPU tensors: they say so here and in `library.loaded`.
+device = "cuda"
+
+
+class _Cuda(Library):
+    name, stem = "cuda", "fused_elbo_cuda"
+
+    def spec(self) -> builder.BuildSpec:
+        return builder.cuda_spec()
+
+    def check(self) -> None:
+        """In the order in which a user would mend it."""
+        if torch.version.hip is not None:
+            raise BackendUnavailable("the CUDA kernels are for NVIDIA GPUs, and this PyTorch is built for AMD's.")
+        if torch.version.cuda is None:
+            raise BackendUnavailable(
+                f"this PyTorch, {torch.__version__}, is built without CUDA.",
+                "Install a CUDA build: https://pytorch.org/get-started/locally",
+            )
+        if not torch.cuda.is_available():
+            raise BackendUnavailable("no GPU is visible to PyTorch.")
+
+    def fits(self, label: str) -> bool:
+        """Whether what was built for "sm_80+sm_90+compute_90" has code for every GPU here."""
+        words = [word.partition("_") for word in label.split("+")]
+        gpus = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        return all(any(_runs_on(kind, number, *gpu) for kind, _, number in words) for gpu in gpus)
+
+    def probe(self) -> None:
+        """The first launch: here an older driver than the toolkit needs is found while others can still serve."""
+        one = torch.ones(1, 1, device=device)
+        try:
+            torch.ops.fused_elbo_cuda.stats(one, one, None, None, None, None, None, 0.0)
+        except RuntimeError as error:
+            raise BackendUnavailable(f"the CUDA kernels do not run here: {error}") from error
+
+
+def _runs_on(kind: str, number: str, major: int, minor: int) -> bool:
+    """sm_80 is for 8.x from 8.0 on; sm_90a for 9.0 alone; compute_90 is compiled by the driver for 9.0 and newer."""
+    if not number.isdigit():
+        return kind == "sm" and number[:-1] == f"{major}{minor}"
+    return (kind == "compute" or int(number) // 10 == major) and int(number) <= 10 * major + minor
+
+
+library = _Cuda()
+status = library.status
+
+_lock = threading.RLock()  # two threads may come with their first tensors
+_operators: SimpleNamespace | None = None
+
+
+def require() -> None:
+    """Get the operators loaded, and known to torch.compile and vmap."""
+    global _operators
+    from fused_elbo import ops
+
+    library.load()
+    with _lock:
+        if _operators is None:
+            ops.describe("fused_elbo_cuda")
+            namespace = torch.ops.fused_elbo_cuda
+            _operators = SimpleNamespace(**{name: getattr(namespace, name).default for name in ops.SCHEMAS})
+
+
+def operators() -> SimpleNamespace:
+    """stats, forward and so on; `require` comes first. Traced by torch.compile."""
+    assert _operators is not None
+    return _operators
+
+
+def load() -> None:
+    """Put the operators behind fused_elbo's own for CUDA tensors, for the life of the process."""
+    from fused_elbo import backends, ops
+
+    require()
+    with _lock:
+        if backends.dispatched["cuda"] != "cuda":
+            ops.register(operators(), "CUDA")
+            backends.dispatched["cuda"] = "cuda"
