@@ -5,7 +5,8 @@
 Writes compiled_cuda.md and .csv: files of their own, for nvcc is not everywhere where Triton is. The columns
 are those of bench/compiled.py, and so is the reading of machine code, with these differences:
 
-- kernel: elbo_stats and so on, with recon and target of one dtype; [pixel]: σ varies inside a sample.
+- kernel: elbo_stats and so on, with recon and target of one dtype; [pixel]: σ varies inside a sample; [given],
+  [image]: σ is given, is each sample's own.
 - global_accesses, wide_accesses: a kernel reads elements one by one too, where vectors do not fit, and latents of any
   dtype, chosen at run time. So the code has narrow accesses that large aligned tensors never come to; how wide those
   are that they do come to is counted in tests/test_cuda_ptx.py, where the code runs.
@@ -42,6 +43,8 @@ KERNELS = {
     "elbo_finalize": ("elbo_finalize", "elbo_finalize_kernel<float>(FinalizeArguments)", 1024),
     "elbo_grads": ("elbo_grads", "elbo_grads_kernel<float, {T}, {T}, false>(GradsArguments)", 256),
     "elbo_grads[pixel]": ("elbo_grads", "elbo_grads_kernel<float, {T}, {T}, true>(GradsArguments)", 256),
+    "elbo_step_each[given]": ("elbo_step_each", "elbo_step_each_kernel<{T}, {T}, false>(StepEachArguments)", 512),
+    "elbo_step_each[image]": ("elbo_step_each", "elbo_step_each_kernel<{T}, {T}, true>(StepEachArguments)", 512),
     "elbo_step": ("elbo_step", "elbo_step_kernel<{T}, {T}>(StepArguments)", 512),
 }
 

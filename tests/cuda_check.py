@@ -30,9 +30,9 @@ GRAD_SCALE = 3.0
 class StepCase:
     """A call of `step` on contiguous tensors inside NaN, with what the reference makes of it in fp64."""
 
-    def __init__(self, call: Call, one_pass: bool, without: str = "") -> None:
+    def __init__(self, call: Call, launches: int, without: str = "") -> None:
         args = tuple(guarded(a.contiguous(), apart=False) if isinstance(a, Tensor) else a for a in arguments(call))
-        self.args, self.one_pass = args, one_pass
+        self.args, self.launches = args, launches
         *self.outputs, stats = reference.forward(*double(args))
         scale = torch.tensor(GRAD_SCALE, dtype=torch.float64)
         self.gradients = reference.grads(scale, None, None, *double(args)[:9], stats, *args[9:])
@@ -42,10 +42,10 @@ class StepCase:
     def check(self, operators: SimpleNamespace) -> None:
         """Raises AssertionError at the first fault."""
         for scale, number in ((torch.tensor(GRAD_SCALE), 0.0), (None, GRAD_SCALE)):
-            before = operators.shim.cooperative_launches()
+            before = operators.shim.launches()
             mask = sum(1 << i for i in self.wanted)
             got = operators.step(*self.args[:9], scale, *self.args[9:], number, mask)
-            assert operators.shim.cooperative_launches() - before == self.one_pass, "passes"
+            assert operators.shim.launches() - before == self.launches, "launches"
             for name, value, true in zip(("loss", "distortion", "rate", "sigma"), got, self.outputs, strict=False):
                 compare(name, value, true)
             for i, (name, value) in enumerate(zip(self.gradients._fields, got[4:], strict=True)):
@@ -57,36 +57,38 @@ class StepCase:
 
 def step_cases() -> dict[str, Callable[[], StepCase]]:
     """On three multiprocessors, two of which have data: 65536 differences in registers, 180224 with shared memory. No
-    number of elements is a multiple of a warp's row."""
-    modes = (
-        "optimal",
-        "floor",
-        "softclip",
-        "beta-sample",
-        "beta-tensor",
-        "free-bits",
-        "capacity-above",
-        "prior-shared",
-    )
+    number of elements is a multiple of a warp's row. With how many launches; two passes take three."""
+    modes = {
+        "optimal": 1, "floor": 1, "softclip": 1, "beta-sample": 1, "beta-tensor": 1, "free-bits": 1,
+        "capacity-above": 1, "prior-shared": 1, "constant": 2, "learned": 3, "learned-image": 3, "per-image": 2,
+        "per-image-floor": 2, "per-image-softclip": 2, "learned-channel": 3,
+    }  # fmt: skip
+    small: dict[str, Any] = {"batch": 3, "data": (3, 5, 5)}
+    calls = {mode: (Call(mode, **small), launches) for mode, launches in modes.items()}
+    large, too_large, half = (3, 113, 113), (3, 143, 143), {"dtype": torch.float16}
+    calls |= {
+        "mean": (Call(reduction="mean", **small), 1),
+        "in shared memory": (Call(batch=3, data=large), 1),
+        "in shared memory, fp16": (Call(batch=3, data=large, **half), 1),
+        "two dtypes": (Call(**small, **half, target_dtype=torch.float32), 1),
+        "latents like data": (Call(batch=3, data=(75,), latent=(75,)), 1),
+        "too large": (Call(batch=3, data=too_large), 3),
+        "fp64": (Call(**small, dtype=torch.float64), 3),
+        "per image, of 75 kB": (Call("per-image", batch=2, data=(75, 250), **half), 2),
+        "per image, too large": (Call("per-image", batch=2, data=too_large), 3),
+        "per image, two dtypes": (Call("per-image", **small, **half, target_dtype=torch.float32), 2),
+        "per image, several for a block": (Call("per-image", batch=9, data=(1027,)), 2),
+        "per image, too few": (Call("per-image", batch=1, data=(75,)), 3),
+        "given, several pieces": (Call("learned-image", batch=3, data=(9001,), latent=(4100,)), 3),
+        "given, mean": (Call("beta-sample", "mean", **small), 1),
+    }
     cases: dict[str, Callable[[], StepCase]] = {
-        f"step, {mode}": lambda mode=mode: StepCase(Call(mode, batch=3, data=(3, 5, 5)), True) for mode in modes
+        f"step, {name}": lambda call=call, launches=launches: StepCase(call, launches)
+        for name, (call, launches) in calls.items()
     }
-    sizes: dict[str, tuple[dict[str, Any], bool]] = {
-        "mean": ({"reduction": "mean", "batch": 3, "data": (75,)}, True),
-        "in shared memory": ({"batch": 3, "data": (3, 113, 113)}, True),
-        "in shared memory, fp16": ({"batch": 3, "data": (3, 113, 113), "dtype": torch.float16}, True),
-        "of two dtypes": ({"data": (75,), "dtype": torch.float16, "target_dtype": torch.float32}, True),
-        "too large": ({"batch": 3, "data": (3, 143, 143)}, False),
-        "fp64": ({"batch": 3, "data": (75,), "dtype": torch.float64}, False),
-        "latents like data": ({"batch": 3, "data": (75,), "latent": (75,)}, True),
-    }
-    for name, (options, one_pass) in sizes.items():
-        cases[f"step, {name}"] = lambda options=options, one_pass=one_pass: StepCase(Call(**options), one_pass)
-    for mode in ("per-image", "learned-image", "learned-channel"):
-        cases[f"step, {mode}"] = lambda mode=mode: StepCase(Call(mode, batch=3, data=(3, 5, 5)), False)
-    small = Call(batch=3, data=(75,))
-    cases["step, of the target"] = lambda: StepCase(small, True, without="recon mu")
-    cases["step, of the latents"] = lambda: StepCase(small, False, without="recon target")
+    call = Call(**small)
+    cases["step, of the target"] = lambda: StepCase(call, 1, without="recon mu")
+    cases["step, of the latents"] = lambda: StepCase(call, 3, without="recon target")
     return cases
 
 

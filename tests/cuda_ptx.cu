@@ -1,6 +1,8 @@
 // The kernels behind names and arguments that an executor of PTX can be given: pointers and numbers, no structures.
-// They are those of a training step with σ = √MSE of the batch, on contiguous tensors, see test_cuda_ptx.py.
+// They are those of a training step on contiguous tensors, see test_cuda_ptx.py: with σ = √MSE of the batch, but for
+// given_… (σ = 1) and image_… (each sample's own).
 #include "cuda/elbo_step.cuh"
+#include "cuda/elbo_step_each.cuh"
 
 using namespace elbo;
 
@@ -97,6 +99,21 @@ grads_of(const Tensors<T>& t, const float* stats, double beta, double grad_scale
          workspace + 2,                                                                                                \
          workspace});                                                                                                  \
   }
+
+#define STEPS_OF_EACH(name, kind, mode, own, T)                                                              \
+  extern "C" __global__ void __launch_bounds__(kStepThreads) kind##_##name(                                  \
+      TENSORS(T), double beta, double grad_scale, int data_blocks, float* s, float* kl, T* g_recon, T* g_mu, \
+      T* g_logvar) {                                                                                         \
+    StepEachArguments args = {                                                                               \
+        grads_of(GIVEN(T), nullptr, beta, grad_scale, g_recon, g_mu, g_logvar), {s, kl, kl}, data_blocks};   \
+    args.grads.knobs.sigma_mode = mode;                                                                      \
+    run_step_each<T, T, own>(args);                                                                          \
+  }
+
+STEPS_OF_EACH(fp32, given, kGiven, false, float)
+STEPS_OF_EACH(bf16, given, kGiven, false, BFloat16)
+STEPS_OF_EACH(fp32, image, kImage, true, float)
+STEPS_OF_EACH(bf16, image, kImage, true, BFloat16)
 
 KERNELS(fp32, float)
 KERNELS(bf16, BFloat16)

@@ -38,7 +38,7 @@ def wide_at_least(kernel: str, dtype: str) -> int:
     vector = 4 if dtype == "fp32" else 8
     if kernel == "elbo_step":
         return 2 * 2 * HELD // vector
-    return {"elbo_stats": 4, "elbo_grads": 6}[kernel.partition("[")[0]]
+    return {"elbo_stats": 4, "elbo_grads": 6, "elbo_step_each": 6}[kernel.partition("[")[0]]
 
 
 @pytest.mark.parametrize(("kernel", "dtype", "target"), ROWS)

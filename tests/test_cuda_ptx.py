@@ -35,6 +35,7 @@ THREADS, STEP_THREADS, FINALIZE_THREADS = 256, 512, 1024  # as in csrc/cuda
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BETA, GRAD_SCALE, FLOOR = 1.5, 3.0, -7.0
 SECTOR = 32  # bytes
+WIDEST = 32 * 16  # bytes: 128 bits of every lane
 
 
 def compiled(folder: Path, arch: int, csrc: Path = CSRC) -> dict[str, Any]:
@@ -81,7 +82,8 @@ class Step:
     latents: int
     seed: int | None = None
     moved: dict[str, int] = field(default_factory=dict)
-    used: dict[str, float] = field(default_factory=dict)
+    used: dict[str, float] = field(default_factory=dict)  # of each sector
+    width: dict[str, float] = field(default_factory=dict)  # bytes of a warp's access
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
@@ -105,6 +107,7 @@ class Step:
         name = kernel.name.partition("_")[0]
         self.moved[name] = done["read_bytes"] + done["written_bytes"] - barrier[0]
         self.used[name] = self.moved[name] / (SECTOR * (done["sectors"] - barrier[0] // 4))
+        self.width[name] = self.moved[name] / (done["requests"] - barrier[0] // 4)
 
     def in_two_passes(self, kernels: dict[str, Any]) -> None:
         s, kl = (torch.full((self.batch * n,), float("nan")).numpy() for n in self.pieces)
@@ -128,13 +131,25 @@ class Step:
             *self.tensors, *plan, kl, workspace, self.out, *self.gradients, shmem=shared, cooperative=True,
         )  # fmt: skip
 
-    def check(self) -> None:
+    def of_each(self, kernels: dict[str, Any], kind: str, data_blocks: int = 0) -> None:
+        """One pass where samples have nothing to agree on; blocks for the data of `image`, then some for the rest."""
+        s, kl = (torch.full((self.batch * n,), float("nan")).numpy() for n in self.pieces)
+        shared = self.dims * 4 if kind == "image" else 0
+        args = (BETA, GRAD_SCALE, data_blocks, s, kl, *self.gradients)
+        self.launch(kernels[f"{kind}_{self.name}"], data_blocks + 1, STEP_THREADS, *self.tensors, *args, shmem=shared)
+        self.sums = [s[: self.batch] if kind == "image" else s.reshape(self.batch, -1).sum(1), kl]
+
+    def check(self, kind: Kind = Kind.BATCH) -> None:
         """Against the reference in fp64."""
         inputs = [t.double() for t in self.inputs]
-        values = (Kind.BATCH, False, 0.0, FLOOR, 0.0, BETA, None, reference.REDUCTIONS.index("batchmean"))
+        values = (kind, False, 0.0, FLOOR, 0.0, BETA, None, reference.REDUCTIONS.index("batchmean"))
         *outputs, stats = reference.forward(*inputs, None, None, None, None, None, *values)
-        for got, true in zip(self.out, outputs, strict=True):
-            assert got == pytest.approx(true.item(), rel=2e-6)
+        if kind == Kind.BATCH:
+            for got, true in zip(self.out, outputs, strict=True):
+                assert got == pytest.approx(true.item(), rel=2e-6)
+        else:
+            for got, true in zip(self.sums, stats, strict=False):
+                assert got.tolist() == pytest.approx(true[:-1].tolist(), rel=2e-6)
         scale = torch.tensor(GRAD_SCALE, dtype=torch.float64)
         true = reference.grads(scale, None, None, *inputs, None, None, None, None, None, stats, *values)
         for got, wanted in zip(self.gradients, (true.recon, true.mu, true.logvar), strict=True):
@@ -156,9 +171,12 @@ def test_two_passes_move_five_times_their_data(name: str, kernels: dict[str, Any
     step.in_two_passes(kernels)
     step.check()
     ratio = sum(step.moved.values()) / step.size(5, 6)
-    print(f"{step.moved}, {ratio:.4f} of 5N + 6L; sectors used {step.used}")  # with pytest -s
+    print(
+        f"{step.moved}, {ratio:.4f} of 5N + 6L; sectors used {step.used}; bytes of an access {step.width}"
+    )  # with pytest -s
     assert 1.0 <= ratio <= 1.02
     assert min(step.used["stats"], step.used["grads"]) >= 0.95
+    assert min(step.width["stats"], step.width["grads"]) >= 0.9 * WIDEST
 
 
 @pytest.mark.parametrize("seed", [None, 1, 2])
@@ -169,9 +187,23 @@ def test_one_pass_moves_three_times_its_data(name: str, seed: int | None, kernel
     step.in_one_pass(kernels, data_blocks=2)
     step.check()
     ratio = sum(step.moved.values()) / step.size(3, 6)
-    print(f"{step.moved}, {ratio:.4f} of 3N + 6L; sectors used {step.used}")
+    print(f"{step.moved}, {ratio:.4f} of 3N + 6L; sectors used {step.used}; bytes of an access {step.width}")
     assert 1.0 <= ratio <= 1.02
     assert step.used["step"] >= 0.95
+    assert step.width["step"] >= 0.9 * WIDEST
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("kind", [Kind.GIVEN, Kind.IMAGE])
+def test_one_pass_where_no_sample_needs_another(kind: Kind, name: str, kernels: dict[str, Any]) -> None:
+    step = Step(name, batch=5, dims=6144, latents=64, seed=1)
+    step.of_each(kernels, *(("given",) if kind == Kind.GIVEN else ("image", 2)))
+    step.check(kind)
+    (moved,), (used,), (width,) = (d.values() for d in (step.moved, step.used, step.width))
+    print(f"{moved / step.size(3, 6):.4f} of 3N + 6L; sectors used {used}; bytes of an access {width}")
+    assert 1.0 <= moved / step.size(3, 6) <= 1.02
+    assert used >= 0.95
+    assert width >= 0.9 * WIDEST
 
 
 def test_a_missing_barrier_of_the_grid_is_noticed(tmp_path: Path) -> None:

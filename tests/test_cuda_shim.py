@@ -29,7 +29,9 @@ SMALL = (
 )
 
 DEVICE, ELEMENTS = "cuda/device.cuh", "cuda/elements.cuh"
-STATS, FINALIZE, GRADS, STEP = (f"cuda/elbo_{stem}.cuh" for stem in ("stats", "finalize", "grads", "step"))
+STATS, FINALIZE, GRADS, STEP, EACH = (
+    f"cuda/elbo_{stem}.cuh" for stem in ("stats", "finalize", "grads", "step", "step_each")
+)
 INPUTS, BINDINGS, MATH, SPAN = "cuda/inputs.h", "cuda/bindings.cpp", "elbo_math.h", "span.h"
 
 # name -> file, what is replaced (it occurs exactly once), by what
@@ -82,6 +84,11 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "a_dropped_block": (STEP, "b < args.plan.data_blocks; b", "b < args.plan.data_blocks - 1; b"),
     "no_grad_scale": (STEP, "w = scale * at(args.grads.grad_outputs.loss, 0)", "w = scale"),
     "what_does_not_fit_is_tried": ("cuda/step_plan.h", "plan.shared_bytes <= shared_limit", "true"),
+    "no_barrier_before_the_next_sample": (EACH, "  __syncthreads();  // in the next sample, v", "  // v"),
+    "one_sample_of_a_block": (EACH, "sample += data_blocks", "sample += batch.size"),
+    "all_warps_keep_at_one_place": (EACH, "kept = on_chip + first", "kept = on_chip"),
+    "no_grad_scale_for_each": (EACH, "{args.scale * at(args.grad_outputs.loss, i)", "{args.scale"),
+    "too_large_a_sample_is_tried": ("cuda/elbo_step_each.cu", "* 4 <= shared_for_differences()", "* 4 > 0"),
     "batches_are_taken_for_dense": ("cuda/elbo_step.cu", "span.batch_stride == data.dims", "true"),
 }  # fmt: skip
 

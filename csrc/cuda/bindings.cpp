@@ -139,6 +139,7 @@ TwelveTensors step(
   const ForLoss loss(in, log_sigma, knobs);
   ForGradients gradients(in, knobs, {recon, target, mu, logvar, log_sigma, prior_mu, prior_logvar, beta, mask});
   const Number scale = number_of(grad_scale, grad_scale_value);
+  const GradOutputs grad_outputs = {scale, {}, {}, true};
   const StepPlan plan = wants_data(gradients.gradients) ? elbo_step_plan(in.batch, knobs) : StepPlan{};
   if (plan.fits) {
     const Sums sums(in, false);
@@ -146,9 +147,16 @@ TwelveTensors step(
     elbo_step(
         in.batch, plan, knobs, scale, sums.partials, static_cast<double*>(workspace.data_ptr()), loss.outputs,
         gradients.gradients, on.stream);
+  } else if (wants_data(gradients.gradients) && elbo_step_each_fits(in.batch, knobs)) {
+    const Sums sums(in, true);
+    Batch batch = in.batch;
+    elbo_step_each(batch, knobs, scale, sums.partials, gradients.gradients, on.stream);
+    if (sigma_mode == kImage) batch.data.pieces = {batch.data.dims, 1, batch.size};
+    elbo_finalize(batch, sums.partials, knobs, loss.outputs, on.stream);
+    elbo_grads(batch, loss.outputs.stats, knobs, grad_outputs, small_alone(gradients.gradients), on.stream);
   } else {
     run_forward(in, knobs, loss.outputs, on.stream);
-    elbo_grads(in.batch, loss.outputs.stats, knobs, {scale, {}, {}, true}, gradients.gradients, on.stream);
+    elbo_grads(in.batch, loss.outputs.stats, knobs, grad_outputs, gradients.gradients, on.stream);
   }
   return std::tuple_cat(std::make_tuple(loss.loss, loss.distortion, loss.rate, loss.sigma), gradients.finish());
 }

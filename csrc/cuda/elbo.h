@@ -119,6 +119,16 @@ void elbo_grads(
     const Batch& batch, const void* stats, const Knobs& knobs, const GradOutputs& grad_outputs,
     const Gradients& gradients, cudaStream_t stream);
 
+// Those that are O(B).
+inline Gradients small_alone(const Gradients& g) {
+  Gradients small;
+  small.log_sigma = g.log_sigma;
+  small.log_sigma_each = g.log_sigma_each;
+  small.beta = g.beta;
+  small.beta_each = g.beta_each;
+  return small;
+}
+
 // Loss and gradients of grad_scale · loss in one launch. `fits` is false where the batch, or what is asked, is not for
 // it: then the three above do.
 StepPlan elbo_step_plan(const Batch& batch, const Knobs& knobs);
@@ -127,5 +137,14 @@ StepPlan elbo_step_plan(const Batch& batch, const Knobs& knobs);
 void elbo_step(
     const Batch& batch, const StepPlan& plan, const Knobs& knobs, const Number& grad_scale, const Partials& partials,
     double* workspace, const Outputs& outputs, const Gradients& gradients, cudaStream_t stream);
+
+// The same in one pass where σ is given or each sample's own, in two launches: elbo_finalize follows, and where
+// gradients of σ or β are asked for, elbo_grads for these alone. partials.s: of pieces, or of samples where each has
+// its own σ.
+bool elbo_step_each_fits(const Batch& batch, const Knobs& knobs);
+
+void elbo_step_each(
+    const Batch& batch, const Knobs& knobs, const Number& grad_scale, const Partials& partials,
+    const Gradients& gradients, cudaStream_t stream);
 
 }  // namespace elbo

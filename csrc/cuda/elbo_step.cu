@@ -16,13 +16,6 @@ void with_step_kernel(const Batch& batch, F f) {
   });
 }
 
-int attribute(cudaDeviceAttr which) {
-  int device = 0, value = 0;
-  check(cudaGetDevice(&device), "no current device");
-  check(cudaDeviceGetAttribute(&value, which, device), "no such attribute of the device");
-  return value;
-}
-
 }  // namespace
 
 StepPlan elbo_step_plan(const Batch& batch, const Knobs& knobs) {
@@ -30,18 +23,13 @@ StepPlan elbo_step_plan(const Batch& batch, const Knobs& knobs) {
   if (knobs.sigma_mode != kBatch || batch.is_double || data.dims == 0) return {};
   if (!one_block_of_memory(data.recon, data, batch.size) || !one_block_of_memory(data.target, data, batch.size))
     return {};
-  constexpr int64_t besides = 1024;  // the kernel's own shared memory: a block's sums
   StepPlan plan = step_plan(
       batch.size * data.dims, batch.size * batch.latents.dims, static_cast<int>(16 / data.recon.itemsize),
-      multiprocessors(), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - besides);
+      multiprocessors(), shared_for_differences());
   if (!plan.fits) return plan;
   // A grid barrier needs every block on the device at once: asked, not hoped for.
   with_step_kernel(batch, [&](auto kernel) {
-    int blocks = 0;
-    const int shared = static_cast<int>(plan.shared_bytes);
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "elbo_step");
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kStepThreads, shared), "elbo_step");
-    plan.fits = plan.data_blocks + plan.latent_blocks <= blocks * multiprocessors();
+    plan.fits = plan.data_blocks + plan.latent_blocks <= blocks_at_once(kernel, kStepThreads, plan.shared_bytes);
   });
   return plan;
 }

@@ -24,11 +24,30 @@ inline void check(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string("fused_elbo: ") + what + ": " + cudaGetErrorString(error));
 }
 
-inline int multiprocessors() {
-  int device = 0, count = 0;
+inline int attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
   check(cudaGetDevice(&device), "no current device");
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "no count of multiprocessors");
-  return count;
+  check(cudaDeviceGetAttribute(&value, which, device), "no such attribute of the device");
+  return value;
+}
+
+inline int multiprocessors() {
+  return attribute(cudaDevAttrMultiProcessorCount);
+}
+
+// Bytes of shared memory that a block may ask for, less what the kernels have besides: a block's sums.
+inline int64_t shared_for_differences() {
+  return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 1024;
+}
+
+// How many blocks of a kernel the device runs at once.
+template <class Kernel>
+inline int64_t blocks_at_once(Kernel kernel, int threads, int64_t shared_bytes) {
+  int blocks = 0;
+  const int shared = static_cast<int>(shared_bytes);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "no such shared memory");
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared), "no occupancy");
+  return static_cast<int64_t>(blocks) * multiprocessors();
 }
 
 // Blocks for so many pieces: one warp each, until the device is full; past that a warp takes several, one by one.

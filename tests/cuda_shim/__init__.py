@@ -85,6 +85,6 @@ class Shim:
         """Of the device, which the launchers size their grids by."""
         self._functions.shim_multiprocessors(count)
 
-    def cooperative_launches(self) -> int:
+    def launches(self) -> int:
         """How many there were so far."""
-        return self._functions.shim_cooperative_launches()
+        return self._functions.shim_launches()
