@@ -9,6 +9,8 @@ Writes compiled.md and compiled.csv. No GPU is needed and nothing here has been 
 - kernel: of the default loss at 64×3×64×64 with 128 latents; [pixel]: a log σ for each pixel; [channel]: for each
   channel, which every element looks up by its index; [prior]: a Gaussian prior; [large]: 3072 images, of which each
   program walks several tiles in a loop; [by8]: 3×50×36 with 200 latents, sizes that 8 divides and 16 does not.
+  elbo_step is the whole step in one launch; [full]: 250 images, for which a program holds all that it can on an H100;
+  [image], [given]: σ per image, and constant, where no program waits for another.
 - registers of a thread (gfx942: VGPRs); spill_bytes: stores and loads of spilled registers in ptxas's log, once each
   (gfx942: private memory of a lane); shared_bytes of a block.
 - global_accesses: loads and stores of global memory in the code, wide_accesses: those of 128 bits or more. The rest are
@@ -41,8 +43,8 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from fused_elbo import backend, decoupled_elbo
-from fused_elbo.kernels import elbo_finalize, elbo_grads, elbo_stats
+from fused_elbo import backend, decoupled_elbo, decoupled_elbo_backward
+from fused_elbo.kernels import elbo_finalize, elbo_grads, elbo_stats, elbo_step
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -56,19 +58,28 @@ JITTED = (
     (elbo_finalize, "elbo_finalize_kernel"),
     (elbo_finalize, "elbo_weights_kernel"),
     (elbo_grads, "elbo_grads_kernel"),
+    (elbo_step, "elbo_step_kernel"),
 )
 # what a case is called -> its kernels in the table
 CASES = {
-    "": ("elbo_stats", "elbo_finalize", "elbo_weights", "elbo_grads"),
+    "": ("elbo_stats", "elbo_finalize", "elbo_weights", "elbo_grads", "elbo_step"),
     "pixel": ("elbo_stats", "elbo_grads"),
     "channel": ("elbo_stats", "elbo_grads"),
-    "prior": ("elbo_stats", "elbo_grads"),
+    "prior": ("elbo_stats", "elbo_grads", "elbo_step"),
     "large": ("elbo_stats", "elbo_grads"),
-    "by8": ("elbo_stats", "elbo_grads"),
+    "by8": ("elbo_stats", "elbo_grads", "elbo_step"),
+    "full": ("elbo_step",),
+    "image": ("elbo_step",),
+    "given": ("elbo_step",),
 }
 KERNELS = [f"{kernel}[{case}]" if case else kernel for case, kernels in CASES.items() for kernel in kernels]
-SIZES = {"large": (3072, (3, 64, 64), 128), "by8": (64, (3, 50, 36), 200)}  # batch, image, latents
+SIZES = {
+    "large": (3072, (3, 64, 64), 128),
+    "by8": (64, (3, 50, 36), 200),
+    "full": (250, (3, 64, 64), 128),
+}  # batch, image, latents
 USUAL = (64, (3, 64, 64), 128)
+SMS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}  # of A100, H100, B200 and MI300X
 SM_REGISTERS, SM_THREADS = 65536, 2048  # of sm_80, sm_90 and sm_100 alike
 WIDE = 16  # bytes
 
@@ -78,6 +89,10 @@ class Offline:
 
     def __init__(self, name: str) -> None:
         self.target, self.device = TARGETS[name], 1000 + list(TARGETS).index(name)
+        self.utils, self.sms = self, SMS[name]
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"multiprocessor_count": self.sms}
 
     def get_current_target(self) -> GPUTarget:
         return self.target
@@ -120,7 +135,11 @@ class Launch:
     tensors: list[Tensor] = field(repr=False)  # on the meta device
 
     def tile_elements(self, *kinds: str) -> int:
-        return sum(self.kwargs[f"{kind}_ROWS"] * self.kwargs[f"{kind}_COLS"] for kind in kinds)
+        return sum(self.kwargs[f"{kind}_ROWS"] * self.kwargs[f"{kind}_COLS"] * self.tiles(kind) for kind in kinds)
+
+    def tiles(self, kind: str) -> int:
+        """Of one pass through the code: programs of elbo_step that wait hold two of the data."""
+        return 2 if kind == "DATA" and self.kwargs.get("WAITS") else 1
 
     def bytes_per_thread(self, elements: dict[int, str], warp_size: int) -> int:
         """Of the big tensors in one tile of data and one of latents, with {elements of a tensor: kind of its tile}."""
@@ -129,6 +148,8 @@ class Launch:
             expanded = 0 in t.stride()  # as large by its shape alone
             if not expanded and (kind := elements.get(t.numel())):
                 total += self.tile_elements(kind) * t.element_size()
+                if kind == "LATENT" and "WAITS" in self.kwargs:  # elbo_step reads latents twice, and writes them once
+                    total += self.tile_elements(kind) * t.element_size() // 2
         return total // (self.kwargs["num_warps"] * warp_size)
 
 
@@ -165,7 +186,7 @@ def spied() -> Iterator[dict[str, Launch]]:
 
 
 @functools.cache
-def launches(case: str, dtype: str) -> dict[str, Launch]:
+def launches(case: str, dtype: str, target_name: str) -> dict[str, Launch]:
     """The launches of training steps of a case. Kernels do not run, so what they would have read and written is not."""
 
     def leaf(*shape: int) -> Tensor:
@@ -181,26 +202,32 @@ def launches(case: str, dtype: str) -> dict[str, Launch]:
     if case == "prior":
         extra["prior"] = leaf(batch, latents), leaf(batch, latents)
         leaves.extend(extra["prior"])
-    with offline("sm_90"), spied() as seen, backend("triton"):
+    if case == "image":
+        extra["sigma"] = "optimal-per-image"
+    if case == "given":
+        extra["sigma"] = 0.1
+    with offline(target_name), spied() as seen, backend("triton"):
         if not case:  # unequal weights of the samples need one kernel more, and specialise the gradients' differently
             loss = decoupled_elbo(recon, target.detach(), mu, logvar, reduction="none").loss
             torch.autograd.grad(loss, leaves, torch.linspace(0.5, 1.0, batch))
         loss = decoupled_elbo(recon, target.detach(), mu, logvar, **extra).loss
         torch.autograd.grad(loss, leaves)
+        if "elbo_step" in CASES[case]:
+            decoupled_elbo_backward(recon, target.detach(), mu, logvar, **extra)
     return seen
 
 
-def launch_of(kernel: str, dtype: str) -> Launch:
+def launch_of(kernel: str, dtype: str, target: str) -> Launch:
     """`kernel` as in KERNELS."""
     name, _, case = kernel.rstrip("]").partition("[")
-    return launches(case, dtype)[name]
+    return launches(case, dtype, target)[name]
 
 
 def big_bytes(kernel: str, dtype: str, target: str) -> int:
     """What one pass through the code must read and write of recon, target, mu, logvar, …, in bytes of a thread."""
     batch, image, latents = SIZES.get(kernel.rstrip("]").partition("[")[2], USUAL)
     elements = {batch * torch.Size(image).numel(): "DATA", batch * latents: "LATENT"}
-    return launch_of(kernel, dtype).bytes_per_thread(elements, TARGETS[target].warp_size)
+    return launch_of(kernel, dtype, target).bytes_per_thread(elements, TARGETS[target].warp_size)
 
 
 # ---------------------------------------------------------------------------------------------------- machine code
@@ -268,7 +295,7 @@ _logs: dict[str, str] = {}  # of ptxas, which speaks only when it compiles
 @functools.cache
 def compiled(kernel: str, dtype: str, target: str) -> tuple[Code, int]:
     """(code, bytes of shared memory)."""
-    launch, log = launch_of(kernel, dtype), io.StringIO()
+    launch, log = launch_of(kernel, dtype, target), io.StringIO()
     knobs = triton.knobs
     with offline(target), knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
         knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
@@ -303,7 +330,7 @@ class Row:
 
 def row(kernel: str, dtype: str, target: str) -> Row:
     code, shared = compiled(kernel, dtype, target)
-    launch = launch_of(kernel, dtype)
+    launch = launch_of(kernel, dtype, target)
     warps = launch.kwargs["num_warps"]
     per_element = in_flight = None
     if big_bytes(kernel, dtype, target):

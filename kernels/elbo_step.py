@@ -3,12 +3,13 @@ multiplied into gradients. 3N + 6L bytes for N of recon and L of mu, where the s
 
 What the factor of a gradient needs decides how (`Plan`):
 
-- A σ that is given, or that of an image which one program holds: the program knows the factor, and writes at once.
+- A σ that is given, or that of an image which one program holds: the program knows the factor, and writes at once. The
+  last program to arrive at a counter then does what is O(B): the loss, and the gradients of a given log σ and of β.
 - A σ of the batch, or of an image that several programs share; or a capacity: the factor needs what all programs have
   summed, so they wait for one another at a grid barrier. All must be on the GPU at once (a cooperative launch), each
-  with its differences, so there is a largest batch.
+  with its differences, so there is a largest batch: 32768 elements for each SM.
 
-In both, the last program to arrive does what is O(B): the loss, and the gradients of a given log σ and of β.
+A σ that varies inside a sample, fp64, and what is too large take the stages one after another (`operators.step`).
 """
 
 from __future__ import annotations

@@ -48,6 +48,7 @@ DATA_PATH = [kernel for kernel in bench.KERNELS if kernel.startswith(("elbo_stat
 # of KL. elbo_grads reads grad_loss and ΣS for the one sample of a tile of data, and grad_loss for each of the samples,
 # up to four, of which a thread has latents.
 NARROW = {"elbo_stats": 2, "elbo_grads": 6}
+STEP = [kernel for kernel in bench.KERNELS if kernel.startswith("elbo_step")]
 BLOCKS_PER_SM = 2  # that fit at least: 16 warps, at most 128 registers
 
 for_each_dtype = pytest.mark.parametrize("dtype", list(bench.DTYPES))
@@ -75,7 +76,7 @@ def test_every_access_of_big_tensors_is_wide(kernel: str, target: str, dtype: st
         assert sum(code.wide) == expected
     else:  # loads of a loop's first turn may be written out ahead of it
         assert sum(code.wide) >= expected
-    launch = bench.launch_of(kernel, dtype)
+    launch = bench.launch_of(kernel, dtype, target)
     looked_up = launch.tile_elements("DATA") // (launch.kwargs["num_warps"] * 32) if "[channel]" in kernel else 0
     assert len(code.widths) - len(code.wide) <= NARROW[kernel.partition("[")[0]] + looked_up
 
@@ -84,13 +85,28 @@ def test_every_access_of_big_tensors_is_wide(kernel: str, target: str, dtype: st
 @pytest.mark.parametrize("target", NVIDIA)
 @pytest.mark.parametrize("kernel", DATA_PATH)
 def test_occupancy(kernel: str, target: str, dtype: str) -> None:
-    launch, row = bench.launch_of(kernel, dtype), bench.row(kernel, dtype, target)
+    launch, row = bench.launch_of(kernel, dtype, target), bench.row(kernel, dtype, target)
     warps = launch.kwargs["num_warps"]
     assert warps == 8
     assert bench.threads_per_sm(row.registers, warps) >= BLOCKS_PER_SM * warps * 32
     # Of a reduction: no tile goes through shared memory to be stored. But the fp32 gradients of a broadcast log σ,
     # beside half-precision data, are laid out anew for it.
     assert row.shared_bytes <= (8192 if "[channel]" in kernel and dtype != "fp32" else 1024)
+
+
+@for_each_dtype
+@pytest.mark.parametrize("target", NVIDIA)
+@pytest.mark.parametrize("kernel", STEP)
+def test_a_program_of_the_step_fits_on_every_sm(kernel: str, target: str, dtype: str) -> None:
+    """Its launcher counts on one for each SM; programs that wait for one another hang if one is missing."""
+    launch, row = bench.launch_of(kernel, dtype, target), bench.row(kernel, dtype, target)
+    warps = launch.kwargs["num_warps"]
+    assert bench.threads_per_sm(row.registers, warps) >= warps * 32
+    assert row.shared_bytes <= 1024
+    code, _ = bench.compiled(kernel, dtype, target)
+    # With four latents of a prior at a time: with eight, which take 128 bits in half precision, registers spill.
+    least = 8 if "[prior]" in kernel and dtype != "fp32" else 16
+    assert sum(w for w in code.widths if w >= least) == bench.big_bytes(kernel, dtype, target)
 
 
 def test_the_threads_that_registers_allow() -> None:
