@@ -10,15 +10,46 @@ from torch import Tensor, nn
 
 from . import checks
 from . import sigma as modes
-from .functional import ELBO, decoupled_elbo
+from .functional import ELBO, decoupled_elbo, decoupled_elbo_backward
 from .sigma import Constant, Optimal
 
 
-class DecoupledELBO(nn.Module):
+class _Criterion(nn.Module):
+    """What both have in common: a call with the options that the module holds."""
+
+    def forward(
+        self, recon: Tensor, target: Tensor, mu: Tensor, logvar: Tensor, prior: tuple[Tensor, Tensor] | None = None
+    ) -> ELBO:
+        return self._seen(decoupled_elbo(recon, target, mu, logvar, prior=prior, **self._options()))
+
+    def backward(
+        self,
+        recon: Tensor,
+        target: Tensor,
+        mu: Tensor,
+        logvar: Tensor,
+        prior: tuple[Tensor, Tensor] | None = None,
+        *,
+        grad_scale: float | Tensor | None = None,
+        retain_graph: bool = False,
+    ) -> ELBO:
+        """`criterion(…).loss.backward()` in one go: see `fused_elbo.decoupled_elbo_backward`. Runs no forward hooks."""
+        options = self._options() | {"grad_scale": grad_scale, "retain_graph": retain_graph}
+        return self._seen(decoupled_elbo_backward(recon, target, mu, logvar, prior=prior, **options))
+
+    def _options(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _seen(self, elbo: ELBO) -> ELBO:
+        return elbo
+
+
+class DecoupledELBO(_Criterion):
     """`decoupled_elbo` with its configuration kept: `DecoupledELBO(beta=4.0)(recon, x, mu, logvar)`.
 
     beta, sigma, min_log_sigma, free_bits, capacity, reduction: as in `fused_elbo.decoupled_elbo`. `beta` and `capacity`
-    are plain attributes: set them to follow a schedule. `forward(..., prior=…)` passes a prior on.
+    are plain attributes: set them to follow a schedule. `forward(..., prior=…)` passes a prior on, and
+    `backward(…, prior=…, grad_scale=…)` stands for `criterion(…).loss.backward()`, in one pass.
 
     momentum: with a number (0.1, say) and an optimal σ, training keeps a running average of σ² in the buffer
         `running_var` (the first batch sets it, batches that are not finite are left out), and eval mode uses it as one
@@ -68,24 +99,19 @@ class DecoupledELBO(nn.Module):
         self.reduction = reduction
         self.momentum = momentum
 
-    def forward(
-        self, recon: Tensor, target: Tensor, mu: Tensor, logvar: Tensor, prior: tuple[Tensor, Tensor] | None = None
-    ) -> ELBO:
+    def _options(self) -> dict[str, Any]:
         evaluating = self.momentum is not None and not self.training
-        elbo = decoupled_elbo(
-            recon,
-            target,
-            mu,
-            logvar,
-            beta=self.beta,
-            sigma="optimal" if evaluating else self.sigma,
-            log_sigma=0.5 * self.running_var.log() if evaluating else None,
-            min_log_sigma=self.min_log_sigma,
-            prior=prior,
-            free_bits=self.free_bits,
-            capacity=self.capacity,
-            reduction=self.reduction,
-        )
+        return {
+            "beta": self.beta,
+            "sigma": "optimal" if evaluating else self.sigma,
+            "log_sigma": 0.5 * self.running_var.log() if evaluating else None,
+            "min_log_sigma": self.min_log_sigma,
+            "free_bits": self.free_bits,
+            "capacity": self.capacity,
+            "reduction": self.reduction,
+        }
+
+    def _seen(self, elbo: ELBO) -> ELBO:
         if self.momentum is not None and self.training and elbo.sigma is not None:
             self._update(elbo.sigma)
         return elbo
@@ -108,7 +134,7 @@ class DecoupledELBO(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
-class LearnedSigmaELBO(nn.Module):
+class LearnedSigmaELBO(_Criterion):
     """`decoupled_elbo` with a learned log σ as a parameter of its own.
 
     channels: None for one shared σ, parameter shape (); an integer C for one per channel, shape (C, 1, 1), which
@@ -148,25 +174,18 @@ class LearnedSigmaELBO(nn.Module):
         self.reduction = reduction
         self._warned = False
 
-    def forward(
-        self, recon: Tensor, target: Tensor, mu: Tensor, logvar: Tensor, prior: tuple[Tensor, Tensor] | None = None
-    ) -> ELBO:
+    def _options(self) -> dict[str, Any]:
         frozen = self.training and not self.log_sigma.requires_grad
         if frozen and not self._warned and not torch.compiler.is_compiling():
             self._warned = True
-            warnings.warn("LearnedSigmaELBO: log_sigma is frozen (requires_grad=False): σ stays as it is", stacklevel=2)
-        return decoupled_elbo(
-            recon,
-            target,
-            mu,
-            logvar,
-            beta=self.beta,
-            log_sigma=self.log_sigma,
-            prior=prior,
-            free_bits=self.free_bits,
-            capacity=self.capacity,
-            reduction=self.reduction,
-        )
+            warnings.warn("LearnedSigmaELBO: log_sigma is frozen (requires_grad=False): σ stays as it is", stacklevel=3)
+        return {
+            "beta": self.beta,
+            "log_sigma": self.log_sigma,
+            "free_bits": self.free_bits,
+            "capacity": self.capacity,
+            "reduction": self.reduction,
+        }
 
     def extra_repr(self) -> str:
         return f"log_sigma={tuple(self.log_sigma.shape)}, beta={self.beta!r}, reduction={self.reduction!r}"

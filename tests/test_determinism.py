@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import MODES, Call
 
-from fused_elbo import decoupled_elbo
+from fused_elbo import decoupled_elbo, decoupled_elbo_backward
 
 HERE = Path(__file__).parent
 
@@ -29,7 +29,9 @@ def large(mode: str) -> list[torch.Tensor]:
     a result rounded to fp32 would hide."""
     call = Call(mode, batch=5, data=(3, 75, 150), latent=(4, 80, 80), dtype=torch.float64)
     outputs = call(decoupled_elbo)
-    return [*[o for o in outputs if o is not None], *call.gradients(outputs)]
+    at_once = call(decoupled_elbo_backward)
+    gradients = [leaf.grad for leaf in call.leaves()]
+    return [*[o for o in (*outputs, *at_once) if o is not None], *call.gradients(outputs), *gradients]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -45,12 +47,14 @@ def test_any_number_of_threads(mode: str, cpp: None, threads: None) -> None:
 RUN = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
-from fused_elbo import backend, decoupled_elbo
+from fused_elbo import backend, decoupled_elbo, decoupled_elbo_backward
 calls, values = torch.load(sys.argv[2], weights_only=False), []
 with backend("cpp"):
     for call in calls:
         outputs = call(decoupled_elbo)
         values += [o.detach() for o in outputs if o is not None] + call.gradients(outputs)
+        at_once = call(decoupled_elbo_backward)
+        values += [o for o in at_once if o is not None] + [leaf.grad for leaf in call.leaves()]
 torch.save(values, sys.argv[3])
 """
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
 from cases import Call
+from stepwise import same
 from torch import Tensor
 
 from fused_elbo import DecoupledELBO, LearnedSigmaELBO, decoupled_elbo
@@ -63,6 +65,24 @@ def test_running_sigma(sigma: str) -> None:
     torch.testing.assert_close(elbo.loss, decoupled_elbo(*test.tensors, sigma=expected.sqrt().item()).loss)
     torch.testing.assert_close(module.running_var, expected)
     assert module.batches_seen == 2
+
+
+@pytest.mark.parametrize("build", [lambda: DecoupledELBO(2.0, momentum=0.25), lambda: LearnedSigmaELBO(3, beta=2.0)])
+def test_backward_in_one_go(build: Callable[[], DecoupledELBO | LearnedSigmaELBO]) -> None:
+    """As criterion(…).loss.backward(): the configuration, the running σ, a learned σ's gradient, both modes."""
+    one, two = build(), build()
+    for training in (True, False):
+        a, b = Call("prior"), Call("prior")
+        one.zero_grad()
+        two.zero_grad()
+        got = one.train(training).backward(*a.tensors, prior=a.kw["prior"], grad_scale=0.5)
+        expected = two.train(training)(*b.tensors, prior=b.kw["prior"])
+        expected.loss.backward(torch.tensor(0.5))
+        same(got.loss, expected.loss.detach())
+        for p, q in zip([*a.leaves(), *one.parameters()], [*b.leaves(), *two.parameters()], strict=True):
+            same(p.grad, q.grad)
+        for p, q in zip(one.buffers(), two.buffers(), strict=True):
+            torch.testing.assert_close(p, q)
 
 
 def test_running_sigma_travels_in_the_state_dict() -> None:

@@ -118,3 +118,14 @@ def test_returned_tensors_share_no_memory(monkeypatch: pytest.MonkeyPatch) -> No
     for outputs in (ops.forward(*each), reference.forward(*each), ops.step(*step), ops.ByReference.step(*step)):
         filled = [o for o in outputs if o.numel()]
         assert len({o.untyped_storage().data_ptr() for o in filled}) == len(filled)
+
+
+def test_vmap_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every slice is a batch with sums and gradients of its own; what is not mapped is shared."""
+    args = [arguments(Call("learned-image", seed=s), monkeypatch) for s in range(3)]
+    steps = [step_arguments(a, torch.tensor(2.0), 1.0, full_mask(a)) for a in args]
+    recon = torch.stack([s[0] for s in steps])
+    got = torch.vmap(lambda r: ops.step(r, *steps[0][1:]))(recon)
+    for i in range(3):
+        for a, b in zip(got, ops.step(recon[i], *steps[0][1:]), strict=True):
+            assert torch.equal(a[i], b)

@@ -15,6 +15,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fused_elbo import autograd, backends, decoupled_elbo, decoupled_elbo_backward
 
+pytestmark = pytest.mark.one_target  # the graph is the same for every architecture
+
 
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2, 3), (0, 2, 3), (3,), (4,), (0, 4)], ids=str)
@@ -112,13 +114,16 @@ def test_another_loss_through_the_same_graph() -> None:
     decoupled_elbo_backward(recon, x, mu, logvar, retain_graph=True)
     decoupled_elbo_backward(recon, x, mu, logvar, sigma=0.5, retain_graph=True)
     recon.abs().sum().backward()
-    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
-        decoupled_elbo_backward(recon, x, mu, logvar)
     recon, mu, logvar = two(x)
     decoupled_elbo(recon, x, mu, logvar).loss.backward(retain_graph=True)
     decoupled_elbo(recon, x, mu, logvar, sigma=0.5).loss.backward(retain_graph=True)
     recon.abs().sum().backward()
     same_gradients(one, two)
+
+    recon, mu, logvar = one(x)
+    decoupled_elbo_backward(recon, x, mu, logvar)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        recon.sum().backward()
 
 
 @pytest.mark.usefixtures("backend")

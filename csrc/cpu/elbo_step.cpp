@@ -45,9 +45,8 @@ std::vector<double> image_pass(
     for (int64_t sample = begin; sample < end; ++sample) {
       for (int64_t chunk = 0; chunk < count; ++chunk) s[sample] += chunk_sum<A>(data, sample, chunk);
       const double weight = own_error_weight(sample, as_stored<A>(s[sample]), batch, data.dims, knobs, grad_scale);
-      for (int64_t chunk = count; chunk-- > 0;) {
-        chunk_gradient<A>(data, static_cast<A>(weight), sample, chunk, out);
-      }
+      const A a = static_cast<A>(weight);
+      for (int64_t chunk = 0; chunk < count; ++chunk) chunk_gradient<A>(data, a, sample, chunk, out);
     }
   });
   return s;
