@@ -89,8 +89,8 @@ def test_occupancy(kernel: str, target: str, dtype: str) -> None:
     warps = launch.kwargs["num_warps"]
     assert warps == 8
     assert bench.threads_per_sm(row.registers, warps) >= BLOCKS_PER_SM * warps * 32
-    # Of a reduction: no tile goes through shared memory to be stored. But the fp32 gradients of a broadcast log σ, beside
-    # half-precision data, are laid out anew for it.
+    # Of a reduction: no tile goes through shared memory to be stored. But the fp32 gradients of a broadcast log σ,
+    # beside half-precision data, are laid out anew for it.
     assert row.shared_bytes <= (8192 if "[channel]" in kernel and dtype != "fp32" else 1024)
 
 
