@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 KERNELS = HERE.parent / "kernels"
 
 STATS, FINALIZE, GRADS, LAYOUT, MATH = "elbo_stats", "elbo_finalize", "elbo_grads", "_layout", "_math"
-FACTORS, STEP = "_factors", "elbo_step"
+FACTORS, GRID, STEP = "_factors", "_grid", "elbo_step"
 
 # name -> file, what is replaced (it occurs exactly once), by what
 MUTANTS: dict[str, tuple[str, str, str]] = {
@@ -85,7 +85,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "the_step_finishes_before_the_last_program": (
         STEP, "finishes = arrive(barrier, programs)", "finishes = arrive(barrier, programs - 1)",
     ),
-    "the_steps_counter_is_not_reset": (STEP, "tl.atomic_xchg(barrier, 0,", "tl.atomic_xchg(barrier, 1,"),
+    "the_steps_counter_is_not_reset": (GRID, "tl.atomic_xchg(barrier, 0,", "tl.atomic_xchg(barrier, 1,"),
     "the_sum_of_the_latents_of_one_tile": (STEP, "clamped_total += latent_sums(", "clamped_total = latent_sums("),
     "a_sigma_for_the_wrong_image": (STEP, "pid * TILES, e, s, total", "pid * TILES, e, s + s, total"),
     # σ inside a sample

@@ -24,7 +24,7 @@ from fused_elbo import autograd, backends, decoupled_elbo, decoupled_elbo_backwa
 
 pytest.importorskip("triton", reason="Triton is not installed (it is for Linux)")
 
-from fused_elbo.kernels import _layout, elbo_step
+from fused_elbo.kernels import _grid, _layout, elbo_step, operators
 from fused_elbo.kernels._layout import Inputs
 from fused_elbo.kernels.elbo_finalize import Knobs
 from fused_elbo.kernels.elbo_step import Plan
@@ -108,12 +108,14 @@ def test_what_goes_the_long_way() -> None:
 # ------------------------------------------------------------------------------------------- programs that wait
 
 
-def small_programs(patch: Callable[[Any, str, Any], Any], step: Any = elbo_step, layout: Any = _layout) -> None:
+def small_programs(
+    patch: Callable[[Any, str, Any], Any], operators: Any = operators, step: Any = elbo_step, layout: Any = _layout
+) -> None:
     """Five programs of 128 threads, which hold up to 4096 elements each."""
     patch(step, "THREADS", 128)
     patch(step, "SMALLEST", 256)
     patch(layout, "PIECE", 256)
-    patch(step, "resident_programs", lambda device: 5)
+    patch(operators, "resident_programs", lambda device: 5)
 
 
 def let_threads_agree(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,11 +142,8 @@ class Launches:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
-    from fused_elbo.kernels import operators
-
     let_threads_agree(monkeypatch)
     small_programs(monkeypatch.setattr)
-    monkeypatch.setattr(operators, "resident_programs", elbo_step.resident_programs)
     spy = Launches(elbo_step.elbo_step_kernel)
     monkeypatch.setattr(elbo_step, "elbo_step_kernel", spy)
     with fused_elbo.backend("triton"):
@@ -205,7 +204,7 @@ def test_a_batch_that_does_not_fit_takes_three_launches(launches: Launches) -> N
 @compiled
 @pytest.mark.schedules
 def test_the_barrier_is_ready_for_the_next_launch(launches: Launches) -> None:
-    barrier = elbo_step.barrier_of(torch.device("cpu"))
+    barrier = _grid.barrier_of(torch.device("cpu"))
     for mode, waits in (("optimal", 1), ("optimal", 1), ("constant", 0), ("capacity", 1)):
         before = barrier.clone()
         Call(mode, data=(3, 20, 20))(decoupled_elbo_backward)
@@ -222,33 +221,32 @@ def test_each_stream_and_each_graph_has_a_barrier_of_its_own(monkeypatch: pytest
         return torch.empty(*size)
 
     capturing, stream = [False], mock.Mock(cuda_stream=1)
-    monkeypatch.setattr(elbo_step, "_barriers", {})
+    monkeypatch.setattr(_grid, "_barriers", {})
     monkeypatch.setattr(torch, "zeros", zeros)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    first = elbo_step.barrier_of(torch.device("cuda:0"))
-    assert elbo_step.barrier_of(torch.device("cuda:0")) is first
-    assert elbo_step.barrier_of(torch.device("cuda:1")) is not first
+    first = _grid.barrier_of(torch.device("cuda:0"))
+    assert _grid.barrier_of(torch.device("cuda:0")) is first
+    assert _grid.barrier_of(torch.device("cuda:1")) is not first
     stream.cuda_stream = 2
-    second = elbo_step.barrier_of(torch.device("cuda:0"))
+    second = _grid.barrier_of(torch.device("cuda:0"))
     assert second is not first
     capturing[0] = True
-    captured = [elbo_step.barrier_of(torch.device("cuda:0")) for _ in range(2)]
+    captured = [_grid.barrier_of(torch.device("cuda:0")) for _ in range(2)]
     assert len({id(b) for b in (first, second, *captured)}) == 4
     assert len(made) == 5
 
 
 # ------------------------------------------------------------------------------------------------------- mutants
 
-# name -> what is replaced in elbo_step.py (it occurs once), and by what
+# name -> what is replaced in _grid.py (it occurs once), and by what
 BARRIER_MUTANTS = {
     "nobody_waits": ("while now == before:", "while now != now:"),
     "the_last_but_one_is_taken_for_the_last": ("== programs - 1\n    if is_last", "== programs - 2\n    if is_last"),
     "the_count_is_not_reset": ("tl.atomic_xchg(barrier, 0,", "tl.atomic_xchg(barrier, 1,"),
     "nobody_is_let_through": ("tl.atomic_add(barrier + 1, 1,", "tl.atomic_add(barrier + 1, 0,"),
 }
-MUTANTS = {
-    "nobody_waits": BARRIER_MUTANTS["nobody_waits"],
+MUTANTS = {  # in elbo_step.py
     "a_program_is_left_out_of_the_sum": ("sum_of(totals, programs,", "sum_of(totals, programs - 1,"),
     "the_second_tile_is_left_out_of_the_sum": ("tl.sum(s, 0) + tl.sum(s1, 0)", "tl.sum(s, 0)"),
     "the_tail_is_a_column_short": ("(cols < dims)", "(cols < dims - 1)"),
@@ -265,7 +263,7 @@ LATE_PROGRAM = """
 import triton
 import triton.language as tl
 
-from .elbo_step import meet, sum_of
+from ._grid import meet, sum_of
 
 
 @triton.jit
@@ -285,12 +283,12 @@ def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
     """Makes a copy of the kernels' package in which one thing is replaced."""
     monkeypatch.syspath_prepend(tmp_path)
 
-    def make(name: str, old: str, new: str) -> str:
+    def make(name: str, file: str, old: str, new: str) -> str:
         package = f"kernels_{name}"
         shutil.copytree(
             Path(elbo_step.__file__).parent, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__")
         )
-        source = tmp_path / package / "elbo_step.py"
+        source = tmp_path / package / file
         text = source.read_text(encoding="utf-8")
         assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times; the kernel has changed"
         source.write_text(text.replace(old, new), encoding="utf-8")
@@ -300,9 +298,6 @@ def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
     yield make
     for module in [m for m in sys.modules if m.startswith("kernels_")]:
         del sys.modules[module]
-
-
-UNCHANGED = ("meet(barrier, programs)\n        if", "meet(barrier, programs)\n        if")
 
 
 def fault_of(check: Callable[[], str | None], monkeypatch: pytest.MonkeyPatch) -> str | None:
@@ -325,7 +320,9 @@ def fault_of(check: Callable[[], str | None], monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.one_target
 @pytest.mark.parametrize("name", ["unchanged", *BARRIER_MUTANTS])
 def test_a_late_program_is_waited_for(name: str, copy: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    late = importlib.import_module(copy(name, *BARRIER_MUTANTS.get(name, UNCHANGED)) + ".late")
+    late = importlib.import_module(
+        copy(name, "_grid.py", *BARRIER_MUTANTS.get(name, ("def meet", "def meet"))) + ".late"
+    )
 
     def check() -> str | None:
         barrier = torch.zeros(2, dtype=torch.int32)
@@ -344,10 +341,9 @@ def test_a_late_program_is_waited_for(name: str, copy: Callable[..., str], monke
 @pytest.mark.one_target
 @pytest.mark.parametrize("name", ["unchanged", *MUTANTS])
 def test_a_mutant_is_noticed(name: str, copy: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    package = copy(name, *MUTANTS.get(name, UNCHANGED))
+    package = copy(name, "elbo_step.py", *MUTANTS.get(name, ("class Plan", "class Plan")))
     operators, step, layout = (importlib.import_module(f"{package}.{m}") for m in ("operators", "elbo_step", "_layout"))
-    small_programs(monkeypatch.setattr, step, layout)
-    monkeypatch.setattr(operators, "resident_programs", step.resident_programs)
+    small_programs(monkeypatch.setattr, operators, step, layout)
     call = Call("optimal", batch=6, data=(3300,), latent=(300,))  # five programs, nearly full
     with mock.patch.object(autograd, "elbo", return_value=(None,) * 5) as operator:
         call(decoupled_elbo)
