@@ -24,10 +24,10 @@ from pathlib import Path
 import gpu_timing
 import torch
 
-from fused_elbo import backends, decoupled_elbo
+from fused_elbo import backends, decoupled_elbo, decoupled_elbo_backward
 
 REPO = Path(__file__).resolve().parent.parent
-NUMERICAL = ["elbo", "autograd", "ops", "layout", "properties", "modules", "compile", "memory"]
+NUMERICAL = ["elbo", "step", "autograd", "ops", "layout", "properties", "modules", "compile", "memory"]
 NO_GPU = 2
 
 
@@ -111,7 +111,7 @@ def suite(options: argparse.Namespace) -> list[str]:
 
 
 def synchronisation(options: argparse.Namespace) -> list[str]:
-    return pytest("tests/test_gpu.py", "-k", "never_waits or stream or current_one", device="cuda")
+    return pytest("tests/test_gpu.py", "-k", "never_waits or stream or current_one or every_sm", device="cuda")
 
 
 def graphs(options: argparse.Namespace) -> list[str]:
@@ -147,6 +147,8 @@ def steps(device: str) -> None:
                     leaves = [t.requires_grad_() for t in (recon, target, mu, logvar)]
                     loss = decoupled_elbo(*leaves, **kw, reduction=reduction).loss
                     torch.autograd.grad(loss, leaves, torch.rand(loss.shape, device=device))
+                    if reduction != "none":
+                        decoupled_elbo_backward(*leaves, **kw, reduction=reduction)
 
 
 def benchmark(options: argparse.Namespace) -> list[str]:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ._factors import ELEMENT
+from ._grid import resident_programs
 from ._layout import Inputs, Output
 from .elbo_finalize import Knobs, elbo_finalize
 from .elbo_grads import Outputs, elbo_grads
 from .elbo_stats import elbo_stats
-from .elbo_step import Plan, elbo_step, resident_programs
+from .elbo_step import Plan, elbo_step
 
 
 def element_sigma(log_sigma: Tensor | None, sigma_mode: int) -> Tensor | None:

@@ -27,8 +27,9 @@ from cases import Call
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_elbo import autograd, decoupled_elbo, reference
+from fused_elbo import autograd, decoupled_elbo, gaussian_kl, ops, reference
 
+NONE = reference.REDUCTIONS.index("none")
 GUARD = 1 << 12  # elements on each side: a tile
 GAP = 16  # elements between two samples: 16 divides it, so the loads stay as wide as without it
 SENTINEL = 12345.0
@@ -98,6 +99,12 @@ def in_two_orders(call: Call) -> Call:
     return call
 
 
+def just_below(call: Call) -> Call:
+    """With a capacity that most of the latents together do not reach."""
+    call.kw["capacity"] = 0.9 * gaussian_kl(*call.tensors[2:4]).item()
+    return call
+
+
 def calls() -> dict[str, Call]:
     """Few, but each line of the kernels decides a value in one of them. Batches of 3 leave a row of a tile empty."""
     small: dict[str, Any] = {"batch": 3, "data": (3, 5, 5), "dtype": torch.float64}
@@ -112,6 +119,10 @@ def calls() -> dict[str, Call]:
         "mean": Call("optimal", "mean", **small),
         "two orders": in_two_orders(Call("optimal", **small)),
         "fp32": Call("learned-pixel", **small | {"dtype": torch.float32}),
+        # What has a kernel of the whole step, in programs that do not wait, or one that waits for itself.
+        "step, per image": Call("per-image", batch=5, data=(3, 39, 39), latent=(4099,)),
+        "step, one sigma": Call("learned-image", batch=3, data=(5003,), latent=(21,)),
+        "step, waits": just_below(Call("capacity", batch=2, data=(1501,), latent=(3000,))),
         "wide rows": Call("prior", batch=3, data=(64,), latent=(32,)),
         "two tiles": Call("free-bits", batch=2, data=(5000,), latent=(4100,), dtype=torch.float64),
         "NaN in the latents": with_nan(Call("free-bits", **small), 2),
@@ -153,6 +164,9 @@ class Case:
         self.weights = tuple(guarded(torch.randn_like(o, dtype=wide)) for o in self.outputs[:3])
         call = (*self.weights, *args[:9], self.outputs[4], *args[9:])
         self.gradients = reference.grads(*double(call))
+        self.mask = sum(1 << i for i in range(8) if args[i] is not None)
+        self.step = (*args[:9], guarded(torch.tensor(-2.5), apart=False), *args[9:], 1.0, self.mask)
+        self.stepped = None if args[-1] == NONE else ops.ByReference.step(*double(self.step))
 
     def check(self, operators: ModuleType) -> None:
         """Raises AssertionError at the first fault."""
@@ -163,14 +177,20 @@ class Case:
             ("loss", "distortion", "rate", "sigma", "stats"), outputs, self.outputs, strict=True
         ):
             compare(name, value, true)
-        mask = sum(1 << i for i in range(8) if self.args[i] is not None)
         stats = guarded(outputs[4], apart=False)
         with GuardedAllocations() as allocations:
-            gradients = operators.grads(*self.weights, *self.args[:9], stats, *self.args[9:], mask)
+            gradients = operators.grads(*self.weights, *self.args[:9], stats, *self.args[9:], self.mask)
         allocations.verify()
         for name, value, true in zip(self.gradients._fields, gradients, self.gradients, strict=True):
             if true is not None:
                 compare(f"gradient of {name}", value, true)
+        if self.stepped is not None:
+            with GuardedAllocations() as allocations:
+                stepped = operators.step(*self.step)
+            allocations.verify()
+            for i, (value, true) in enumerate(zip(stepped, self.stepped, strict=True)):
+                if true.numel():  # what is not asked for has no dtype to compare
+                    compare(f"output {i} of the step", value, true)
 
 
 @contextmanager

@@ -14,11 +14,9 @@ from cases import MODES, Call, allowed
 from torch import Tensor
 
 import fused_elbo
-from fused_elbo import decoupled_elbo
+from fused_elbo import decoupled_elbo, decoupled_elbo_backward
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; torch.cuda finds none")
-
-STEPS = [(mode, reduction) for mode in MODES for reduction in ("batchmean", "none") if allowed(mode, reduction)]
 
 
 @pytest.fixture(autouse=True, params=["triton", "cuda"])
@@ -50,9 +48,28 @@ class Step:
                 t.mul_(factor)
 
 
-@pytest.mark.parametrize(("mode", "reduction"), STEPS)
-def test_a_step_never_waits_for_the_gpu(mode: str, reduction: str) -> None:
-    step = Step(mode, reduction)
+class InOneLaunch(Step):
+    """Both by decoupled_elbo_backward."""
+
+    def __call__(self) -> list[Tensor]:
+        leaves = self.call.leaves()
+        for leaf in leaves:
+            leaf.grad = None
+        outputs = self.call(decoupled_elbo_backward)[:3]
+        gradients = [leaf.grad for leaf in leaves]
+        assert all(g is not None for g in gradients)
+        return [*outputs, *gradients]  # type: ignore[list-item]
+
+
+STEPS = [
+    *((Step, mode, reduction) for mode in MODES for reduction in ("batchmean", "none") if allowed(mode, reduction)),
+    *((InOneLaunch, mode, "batchmean") for mode in MODES),
+]
+
+
+@pytest.mark.parametrize(("kind", "mode", "reduction"), STEPS)
+def test_a_step_never_waits_for_the_gpu(kind: type[Step], mode: str, reduction: str) -> None:
+    step = kind(mode, reduction)
     expected = step()  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -75,10 +92,10 @@ def capture(step: Step) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
     return graph, results
 
 
-@pytest.mark.parametrize(("mode", "reduction"), STEPS)
-def test_a_graph_replays_what_eager_computes(mode: str, reduction: str) -> None:
+@pytest.mark.parametrize(("kind", "mode", "reduction"), STEPS)
+def test_a_graph_replays_what_eager_computes(kind: type[Step], mode: str, reduction: str) -> None:
     """Bit for bit, after the inputs have changed in place; a β (σ, prior) that is a tensor is among them."""
-    step = Step(mode, reduction)
+    step = kind(mode, reduction)
     graph, results = capture(step)
     for factor in (0.5, 1.25, 1.5):
         step.change(factor)
@@ -111,6 +128,40 @@ def test_on_a_stream_of_the_callers() -> None:
     stream.synchronize()
     for a, b in zip(got, expected, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("mode", ["optimal", "capacity"])
+def test_every_sm_holds_what_it_can(mode: str) -> None:
+    """The largest batch whose programs wait for one another; with one image more it takes three launches."""
+    sms = torch.cuda.get_device_properties().multi_processor_count
+    for batch in (sms, sms + 1):
+        two, one = Call(mode, batch=batch, data=(2**15,)), Call(mode, batch=batch, data=(2**15,))
+        expected = two(decoupled_elbo)
+        expected.loss.backward()
+        got = one(decoupled_elbo_backward)
+        torch.testing.assert_close(got.loss, expected.loss.detach())
+        for a, b in zip(one.leaves(), two.leaves(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_steps_on_two_streams_and_in_a_graph_at_once() -> None:
+    """Each has a grid barrier of its own; with a shared one they would let each other through too early, or hang."""
+    steps = [InOneLaunch("optimal", "batchmean") for _ in range(3)]
+    expected = [step() for step in steps]
+    graph, replayed = capture(steps[2])
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    torch.cuda.synchronize()
+    for _ in range(50):
+        got = []
+        for step, stream in zip(steps[:2], streams, strict=False):
+            with torch.cuda.stream(stream):
+                got.append(step())
+        with torch.cuda.stream(streams[2]):
+            graph.replay()
+    torch.cuda.synchronize()
+    for results, true in zip([*got, replayed], expected, strict=True):
+        for a, b in zip(results, true, strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 KERNELS = HERE.parent / "kernels"
 
 STATS, FINALIZE, GRADS, LAYOUT, MATH = "elbo_stats", "elbo_finalize", "elbo_grads", "_layout", "_math"
-FACTORS = "_factors"
+FACTORS, GRID, STEP = "_factors", "_grid", "elbo_step"
 
 # name -> file, what is replaced (it occurs exactly once), by what
 MUTANTS: dict[str, tuple[str, str, str]] = {
@@ -79,12 +79,21 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "g_logvar_without_its_half": (GRADS, "(b * 0.5 * stretch)", "(b * stretch)"),
     "2_log_sigma_is_left_out": (STATS, "exp(-2.0 * ls) + 2.0 * ls", "exp(-2.0 * ls)"),
     "a_series_too_short": (MATH, "18 if t.dtype", "8 if t.dtype"),
+    # the step
+    "the_steps_last_column_is_left_out": (STEP, "(cols < dims)", "(cols < dims - 1)"),
+    "the_step_is_not_scaled": (STEP, "HAS_GRAD_SCALE=grad_scale is not None", "HAS_GRAD_SCALE=False"),
+    "the_step_finishes_before_the_last_program": (
+        STEP, "finishes = arrive(barrier, programs)", "finishes = arrive(barrier, programs - 1)",
+    ),
+    "the_steps_counter_is_not_reset": (GRID, "tl.atomic_xchg(barrier, 0,", "tl.atomic_xchg(barrier, 1,"),
+    "the_sum_of_the_latents_of_one_tile": (STEP, "clamped_total += latent_sums(", "clamped_total = latent_sums("),
+    "a_sigma_for_the_wrong_image": (STEP, "pid * TILES, e, s, total", "pid * TILES, e, s + s, total"),
     # σ inside a sample
     "one_level_of_log_sigma_only": (STATS, "if LEVELS == 2:", "if LEVELS == 3:"),
     "log_sigma_does_not_wrap": (STATS, "cols // divisor0 % size0 * stride0", "cols // divisor0 * stride0"),
     "one_log_sigma_for_a_run": (STATS, "cols // divisor0 % size0", "cols * 0 % size0"),
     "the_samples_log_sigma_is_the_first_ones": (
-        STATS, "row_offsets(first_row, stride, ROWS, WIDE) + inside", "row_offsets(first_row, 0, ROWS, WIDE) + inside",
+        STATS, "row_offsets(rows, stride, WIDE) + inside", "row_offsets(rows, 0, WIDE) + inside",
     ),
     # σ and the rate
     "no_coupling_by_sigma_for_unequal_weights": (FACTORS, "error += tl.load(through)", "error += 0.0"),

@@ -1,4 +1,4 @@
-"""Triton's kernel of the whole step: what fits on a GPU, its grid barrier, and faults of it that must be noticed.
+"""Triton's kernel of the whole step: what fits on a GPU, and its grid barrier.
 
 Its numbers are tested by test_step.py, at the sizes of a GPU, where a few programs hold all that a test can afford.
 Here programs are small, and so many that they wait for one another.
@@ -6,11 +6,8 @@ Here programs are small, and so many that they wait for one another.
 
 from __future__ import annotations
 
-import importlib
-import shutil
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -20,11 +17,11 @@ from cases import Call
 from stepwise import compare
 
 import fused_elbo
-from fused_elbo import autograd, backends, decoupled_elbo, decoupled_elbo_backward, ops
+from fused_elbo import backends, decoupled_elbo_backward
 
 pytest.importorskip("triton", reason="Triton is not installed (it is for Linux)")
 
-from fused_elbo.kernels import _layout, elbo_step
+from fused_elbo.kernels import _grid, _layout, elbo_step, operators
 from fused_elbo.kernels._layout import Inputs
 from fused_elbo.kernels.elbo_finalize import Knobs
 from fused_elbo.kernels.elbo_step import Plan
@@ -108,12 +105,14 @@ def test_what_goes_the_long_way() -> None:
 # ------------------------------------------------------------------------------------------- programs that wait
 
 
-def small_programs(patch: Callable[[Any, str, Any], Any], step: Any = elbo_step, layout: Any = _layout) -> None:
+def small_programs(
+    patch: Callable[[Any, str, Any], Any], operators: Any = operators, step: Any = elbo_step, layout: Any = _layout
+) -> None:
     """Five programs of 128 threads, which hold up to 4096 elements each."""
     patch(step, "THREADS", 128)
     patch(step, "SMALLEST", 256)
     patch(layout, "PIECE", 256)
-    patch(step, "resident_programs", lambda device: 5)
+    patch(operators, "resident_programs", lambda device: 5)
 
 
 def let_threads_agree(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,11 +139,8 @@ class Launches:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
-    from fused_elbo.kernels import operators
-
     let_threads_agree(monkeypatch)
     small_programs(monkeypatch.setattr)
-    monkeypatch.setattr(operators, "resident_programs", elbo_step.resident_programs)
     spy = Launches(elbo_step.elbo_step_kernel)
     monkeypatch.setattr(elbo_step, "elbo_step_kernel", spy)
     with fused_elbo.backend("triton"):
@@ -205,7 +201,7 @@ def test_a_batch_that_does_not_fit_takes_three_launches(launches: Launches) -> N
 @compiled
 @pytest.mark.schedules
 def test_the_barrier_is_ready_for_the_next_launch(launches: Launches) -> None:
-    barrier = elbo_step.barrier_of(torch.device("cpu"))
+    barrier = _grid.barrier_of(torch.device("cpu"))
     for mode, waits in (("optimal", 1), ("optimal", 1), ("constant", 0), ("capacity", 1)):
         before = barrier.clone()
         Call(mode, data=(3, 20, 20))(decoupled_elbo_backward)
@@ -222,144 +218,17 @@ def test_each_stream_and_each_graph_has_a_barrier_of_its_own(monkeypatch: pytest
         return torch.empty(*size)
 
     capturing, stream = [False], mock.Mock(cuda_stream=1)
-    monkeypatch.setattr(elbo_step, "_barriers", {})
+    monkeypatch.setattr(_grid, "_barriers", {})
     monkeypatch.setattr(torch, "zeros", zeros)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    first = elbo_step.barrier_of(torch.device("cuda:0"))
-    assert elbo_step.barrier_of(torch.device("cuda:0")) is first
-    assert elbo_step.barrier_of(torch.device("cuda:1")) is not first
+    first = _grid.barrier_of(torch.device("cuda:0"))
+    assert _grid.barrier_of(torch.device("cuda:0")) is first
+    assert _grid.barrier_of(torch.device("cuda:1")) is not first
     stream.cuda_stream = 2
-    second = elbo_step.barrier_of(torch.device("cuda:0"))
+    second = _grid.barrier_of(torch.device("cuda:0"))
     assert second is not first
     capturing[0] = True
-    captured = [elbo_step.barrier_of(torch.device("cuda:0")) for _ in range(2)]
+    captured = [_grid.barrier_of(torch.device("cuda:0")) for _ in range(2)]
     assert len({id(b) for b in (first, second, *captured)}) == 4
     assert len(made) == 5
-
-
-# ------------------------------------------------------------------------------------------------------- mutants
-
-# name -> what is replaced in elbo_step.py (it occurs once), and by what
-BARRIER_MUTANTS = {
-    "nobody_waits": ("while now == before:", "while now != now:"),
-    "the_last_but_one_is_taken_for_the_last": ("== programs - 1\n    if is_last", "== programs - 2\n    if is_last"),
-    "the_count_is_not_reset": ("tl.atomic_xchg(barrier, 0,", "tl.atomic_xchg(barrier, 1,"),
-    "nobody_is_let_through": ("tl.atomic_add(barrier + 1, 1,", "tl.atomic_add(barrier + 1, 0,"),
-}
-MUTANTS = {
-    "nobody_waits": BARRIER_MUTANTS["nobody_waits"],
-    "a_program_is_left_out_of_the_sum": ("sum_of(totals, programs,", "sum_of(totals, programs - 1,"),
-    "the_second_tile_is_left_out_of_the_sum": ("tl.sum(s, 0) + tl.sum(s1, 0)", "tl.sum(s, 0)"),
-    "the_tail_is_a_column_short": ("(cols < dims)", "(cols < dims - 1)"),
-    "the_tail_is_a_column_long": ("(cols < dims)", "(cols <= dims)"),
-    "a_row_too_many": ("(rows < batch)[:, None]", "(rows <= batch)[:, None]"),
-    "latents_of_the_first_round_only": (
-        "latent_programs, programs):\n        clamped_total", "programs, programs):\n        clamped_total",
-    ),
-    "gradients_are_not_scaled": ("HAS_GRAD_SCALE=grad_scale is not None", "HAS_GRAD_SCALE=False"),
-}  # fmt: skip
-
-# In a copy of the kernels: program 0 is late by `turns` of a loop, and all read what all have written.
-LATE_PROGRAM = """
-import triton
-import triton.language as tl
-
-from .elbo_step import meet, sum_of
-
-
-@triton.jit
-def late_kernel(written, read, barrier, turns, PROGRAMS: tl.constexpr):
-    pid, x = tl.program_id(0), 0.0
-    if pid == 0:
-        for turn in range(turns):
-            x += tl.load(read + turn % PROGRAMS, volatile=True) * 0.0
-    tl.store(written + pid, x + 1.0)
-    meet(barrier, PROGRAMS)
-    tl.store(read + pid, sum_of(written, PROGRAMS, PROGRAMS))
-"""
-
-
-@pytest.fixture
-def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
-    """Makes a copy of the kernels' package in which one thing is replaced."""
-    monkeypatch.syspath_prepend(tmp_path)
-
-    def make(name: str, old: str, new: str) -> str:
-        package = f"kernels_{name}"
-        shutil.copytree(
-            Path(elbo_step.__file__).parent, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__")
-        )
-        source = tmp_path / package / "elbo_step.py"
-        text = source.read_text(encoding="utf-8")
-        assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times; the kernel has changed"
-        source.write_text(text.replace(old, new), encoding="utf-8")
-        (tmp_path / package / "late.py").write_text(LATE_PROGRAM, encoding="utf-8")
-        return package
-
-    yield make
-    for module in [m for m in sys.modules if m.startswith("kernels_")]:
-        del sys.modules[module]
-
-
-UNCHANGED = ("meet(barrier, programs)\n        if", "meet(barrier, programs)\n        if")
-
-
-def fault_of(check: Callable[[], str | None], monkeypatch: pytest.MonkeyPatch) -> str | None:
-    """The first fault that shows in order, or with the threads interleaved at random by one of a few seeds."""
-    executor = sys.modules["triton_emu"].CFG
-    monkeypatch.setitem(executor, "limit", 30_000)  # instructions: a program that waits for ever is a fault too
-    for seed in (None, 1, 2, 3):
-        monkeypatch.setitem(executor, "seed", seed)
-        let_threads_agree(monkeypatch)
-        try:
-            fault = check()
-        except Exception as error:
-            fault = f"{type(error).__name__}: {error}"
-        if fault:
-            return fault
-    return None
-
-
-@compiled
-@pytest.mark.one_target
-@pytest.mark.parametrize("name", ["unchanged", *BARRIER_MUTANTS])
-def test_a_late_program_is_waited_for(name: str, copy: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    late = importlib.import_module(copy(name, *BARRIER_MUTANTS.get(name, UNCHANGED)) + ".late")
-
-    def check() -> str | None:
-        barrier = torch.zeros(2, dtype=torch.int32)
-        for _ in range(3):  # each finds the barrier as the one before leaves it
-            written, read = torch.zeros(4), torch.zeros(4)
-            late.late_kernel[(4,)](written, read, barrier, 300, PROGRAMS=4, num_warps=1, launch_cooperative_grid=True)
-            if read.tolist() != [4.0] * 4:
-                return f"{read.tolist()} programs were there"
-        return None
-
-    fault = fault_of(check, monkeypatch)
-    assert (fault is not None) == (name != "unchanged"), fault
-
-
-@compiled
-@pytest.mark.one_target
-@pytest.mark.parametrize("name", ["unchanged", *MUTANTS])
-def test_a_mutant_is_noticed(name: str, copy: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    package = copy(name, *MUTANTS.get(name, UNCHANGED))
-    operators, step, layout = (importlib.import_module(f"{package}.{m}") for m in ("operators", "elbo_step", "_layout"))
-    small_programs(monkeypatch.setattr, step, layout)
-    monkeypatch.setattr(operators, "resident_programs", step.resident_programs)
-    call = Call("optimal", batch=6, data=(3300,), latent=(300,))  # five programs, nearly full
-    with mock.patch.object(autograd, "elbo", return_value=(None,) * 5) as operator:
-        call(decoupled_elbo)
-    args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in operator.call_args.args)
-    mask = sum(1 << i for i in range(8) if args[i] is not None)
-    args = (*args[:9], torch.tensor(2.5), *args[9:], 1.0, mask)
-    expected = ops.ByReference.step(*args)
-
-    def check() -> str | None:
-        for got, true in zip(operators.step(*args), expected, strict=True):
-            torch.testing.assert_close(got, true, rtol=1e-4, atol=1e-5)
-        return None
-
-    fault = fault_of(check, monkeypatch)
-    assert (fault is not None) == (name != "unchanged"), fault

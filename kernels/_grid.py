@@ -1,0 +1,72 @@
+"""What programs of one launch tell one another: a counter, a barrier that all wait at, and sums of what each has found.
+
+Only programs that are all on the GPU at once may wait: a cooperative launch of `resident_programs` at most.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def arrive(barrier, programs):
+    """Whether all the other programs have arrived before. barrier[0] counts them, and is set back to 0 by the last one,
+    for the next launch."""
+    tl.debug_barrier()  # one thread arrives for its whole program, so all have written their sums before it does
+    is_last = tl.atomic_add(barrier, 1, sem="acq_rel") == programs - 1
+    if is_last:
+        tl.atomic_xchg(barrier, 0, sem="relaxed")
+    return is_last
+
+
+@triton.jit
+def meet(barrier, programs):
+    """Returns when all programs have arrived, which the last one tells by adding 1 to barrier[1].
+
+    What it returns is 0, but no compiler can know: what is computed again with it need not be kept in registers from
+    before, where the differences are.
+    """
+    before = tl.atomic_add(barrier + 1, 0, sem="relaxed")
+    now = before
+    if arrive(barrier, programs):
+        now = tl.atomic_add(barrier + 1, 1, sem="release") + 1
+    else:
+        while now == before:
+            now = tl.atomic_add(barrier + 1, 0, sem="acquire")
+    return now - before - 1
+
+
+@triton.jit
+def sum_of(values, n, MOST: tl.constexpr):
+    at = tl.arange(0, MOST)
+    return tl.sum(tl.load(values + at, at < n, 0.0), 0)
+
+
+def resident_programs(device: torch.device) -> int:
+    """One on each SM: 1024 threads of at most 64 registers are what an SM of any NVIDIA GPU since sm_70 holds of both.
+    In Triton's interpreter programs run one after another, and none may wait for another."""
+    if triton.knobs.runtime.interpret:
+        return 1
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
+    return properties["multiprocessor_count"]
+
+
+_barriers: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def barrier_of(device: torch.device) -> Tensor:
+    """Two numbers for the programs of a launch; see `arrive`. Launches that may run at the same time need their own, so
+    each stream has one; and each graph, as it may be replayed on any stream (one small launch more, that sets it to 0).
+    """
+    if device.type != "cuda":
+        stream = 0
+    elif torch.cuda.is_current_stream_capturing():
+        return torch.zeros(2, dtype=torch.int32, device=device)
+    else:
+        stream = torch.cuda.current_stream(device).cuda_stream
+    if (device, stream) not in _barriers:
+        _barriers[device, stream] = torch.zeros(2, dtype=torch.int32, device=device)
+    return _barriers[device, stream]
