@@ -62,7 +62,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "one_grad_loss_for_all": (GRADS, "at(g.loss, i)", "at(g.loss, 0)"),
     "no_scale_by_beta": (MATH, "weight.loss * beta,", "weight.loss,"),
     "no_coupling_by_a_shared_sigma": (GRADS, "f.error += shared.through;", ""),
-    "weights_are_taken_for_equal": (BINDINGS, "!unequal(grad_loss) &&", ""),
+    "weights_are_taken_for_equal": (BINDINGS, "!unequal(grad_loss) && !unequal(grad_distortion)", "true"),
     "no_coupling_by_the_sigma_of_an_image": (MATH, "f.error += sigma.slope * f.log_sigma / s", "f.error += 0"),
     "sign_of_g_target": (GRADS, "return -g[j].recon;", "return g[j].recon;"),
     "sign_of_the_capacity_gap": (MATH, "(gap > 0) - (gap < 0)", "(gap > 0)"),
@@ -102,10 +102,14 @@ def copy(folder: Path, *replacements: tuple[str, str, str]) -> Path:
     return folder
 
 
-def fault_of(library: Path, **environment: str) -> str | None:
+def check(library: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(HERE / "cuda_check.py"), str(library)]
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
-    assert done.returncode == 0, f"{' '.join(command)}:\n{done.stdout}\n{done.stderr}"
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+
+
+def fault_of(library: Path, **environment: str) -> str | None:
+    done = check(library, **environment)
+    assert done.returncode == 0, f"{done.args}:\n{done.stdout}\n{done.stderr}"
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -131,12 +135,27 @@ def test_a_mutant_is_noticed(name: str, workshop: Path) -> None:
     assert "AssertionError" in fault or "threads wait at a barrier" in fault or "more shared memory" in fault
 
 
-def test_no_access_out_of_bounds(workshop: Path) -> None:
-    sanitizer = subprocess.run(
-        [cuda_shim.compiler() or "", "-print-file-name=libasan.so"], capture_output=True, text=True
-    )
-    runtime = Path(sanitizer.stdout.strip())
+@pytest.fixture
+def sanitizer() -> dict[str, str]:
+    """The environment in which AddressSanitizer watches a library."""
+    asked = [cuda_shim.compiler() or "", "-print-file-name=libasan.so"]
+    runtime = Path(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip())
     if not runtime.is_absolute():
         pytest.skip("the compiler has no AddressSanitizer")
-    library = cuda_shim.build(workshop / "asan", copy(workshop / "asan_csrc", *SMALL), ("-fsanitize=address",))
-    assert fault_of(library, LD_PRELOAD=str(runtime), ASAN_OPTIONS="detect_leaks=0") is None
+    return {"LD_PRELOAD": str(runtime), "ASAN_OPTIONS": "detect_leaks=0"}
+
+
+ASAN = ("-fsanitize=address",)
+
+
+def test_no_access_out_of_bounds(workshop: Path, sanitizer: dict[str, str]) -> None:
+    library = cuda_shim.build(workshop / "asan", copy(workshop / "asan_csrc", *SMALL), ASAN)
+    assert fault_of(library, **sanitizer) is None
+
+
+def test_an_access_out_of_bounds_is_seen(workshop: Path, sanitizer: dict[str, str]) -> None:
+    fault = (GRADS, "p.n, head, [&](int i", "p.n + 1, head, [&](int i")  # an element too many of the data
+    library = cuda_shim.build(workshop / "out", copy(workshop / "out_csrc", *SMALL, fault), ASAN)
+    done = check(library, **sanitizer)
+    assert done.returncode != 0
+    assert "heap-buffer-overflow" in done.stderr
