@@ -20,7 +20,7 @@ FOLDERS = ("fused_elbo", "kernels", "csrc")
 TOP_LEVEL = {
     *FOLDERS,
     *(".ci", ".clang-format", ".gitignore", ".pre-commit-config.yaml", "bench", "constraints.txt", "CONTRIBUTING.md"),
-    *("examples", "LICENSE", "Makefile", "pyproject.toml", "README.md", "tests", "tools"),
+    *("examples", "LICENSE", "Makefile", "pyproject.toml", "README.md", "tests"),
 }
 
 Files = dict[str, bytes]  # path in the installed package -> content

@@ -22,7 +22,7 @@ from fused_elbo import BackendUnavailable, build_spec
 from fused_elbo import build as builder
 
 REPO = Path(__file__).parent.parent
-sys.path.insert(0, str(REPO / "tools"))
+sys.path.insert(0, str(REPO / ".ci"))
 
 import make_wheel  # noqa: E402
 
