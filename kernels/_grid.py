@@ -46,12 +46,13 @@ def sum_of(values, n, MOST: tl.constexpr):
 
 
 def resident_programs(device: torch.device) -> int:
-    """One on each SM: 1024 threads of at most 64 registers are what an SM of any NVIDIA GPU since sm_70 holds of both.
+    """One on each SM: 1024 threads of at most 64 registers are what an SM of any NVIDIA GPU since sm_80 holds of both.
     In Triton's interpreter programs run one after another, and none may wait for another."""
     if triton.knobs.runtime.interpret:
         return 1
-    properties = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
-    return properties["multiprocessor_count"]
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return triton.runtime.driver.active.utils.get_device_properties(0)["multiprocessor_count"]
 
 
 _barriers: dict[tuple[torch.device, int], Tensor] = {}
