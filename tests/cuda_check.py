@@ -28,10 +28,10 @@ GRAD_SCALE = 3.0
 
 
 class StepCase:
-    """A call of `step` on contiguous tensors inside NaN, with what the reference makes of it in fp64."""
+    """A call of `step` on tensors inside NaN, contiguous or with samples `apart`; what the reference makes of it."""
 
-    def __init__(self, call: Call, launches: int, without: str = "") -> None:
-        args = tuple(guarded(a.contiguous(), apart=False) if isinstance(a, Tensor) else a for a in arguments(call))
+    def __init__(self, call: Call, launches: int, without: str = "", apart: bool = False) -> None:
+        args = tuple(guarded(a.contiguous(), apart) if isinstance(a, Tensor) else a for a in arguments(call))
         self.args, self.launches = args, launches
         *self.outputs, stats = reference.forward(*double(args))
         scale = torch.tensor(GRAD_SCALE, dtype=torch.float64)
@@ -56,22 +56,23 @@ class StepCase:
 
 
 def step_cases() -> dict[str, Callable[[], StepCase]]:
-    """On three multiprocessors, two of which have data: 65536 differences in registers, 180224 with shared memory. No
+    """On three multiprocessors, two of which have data: 57344 differences in registers, 172032 with shared memory. No
     number of elements is a multiple of a warp's row. With how many launches; two passes take three."""
     modes = {
         "optimal": 1, "floor": 1, "softclip": 1, "beta-sample": 1, "beta-tensor": 1, "free-bits": 1,
         "capacity-above": 1, "prior-shared": 1, "constant": 2, "learned": 3, "learned-image": 3, "per-image": 2,
         "per-image-floor": 2, "per-image-softclip": 2, "learned-channel": 3,
     }  # fmt: skip
-    small: dict[str, Any] = {"batch": 3, "data": (3, 5, 5)}
+    small: dict[str, Any] = {"batch": 3, "data": (3, 4, 8)}
     calls = {mode: (Call(mode, **small), launches) for mode, launches in modes.items()}
-    large, too_large, half = (3, 113, 113), (3, 143, 143), {"dtype": torch.float16}
+    large, too_large, half = (3, 112, 113), (3, 144, 143), {"dtype": torch.float16}
     calls |= {
         "mean": (Call(reduction="mean", **small), 1),
         "in shared memory": (Call(batch=3, data=large), 1),
         "in shared memory, fp16": (Call(batch=3, data=large, **half), 1),
         "two dtypes": (Call(**small, **half, target_dtype=torch.float32), 1),
-        "latents like data": (Call(batch=3, data=(75,), latent=(75,)), 1),
+        "latents like data": (Call(batch=3, data=(80,), latent=(80,)), 1),
+        "no whole number of vectors": (Call(batch=3, data=(75,)), 3),
         "too large": (Call(batch=3, data=too_large), 3),
         "fp64": (Call(**small, dtype=torch.float64), 3),
         "per image, of 75 kB": (Call("per-image", batch=2, data=(75, 250), **half), 2),
@@ -88,13 +89,20 @@ def step_cases() -> dict[str, Callable[[], StepCase]]:
     }
     call = Call(**small)
     cases["step, of the target"] = lambda: StepCase(call, 1, without="recon mu")
+    cases["step, samples apart"] = lambda: StepCase(call, 3, apart=True)
     cases["step, of the latents"] = lambda: StepCase(call, 3, without="recon target")
     return cases
 
 
-def many_samples() -> Case:
-    """More than the block of finalize has threads."""
-    return Case(arguments(Call("softclip", "none", batch=1100, data=(2,), latent=(1,), dtype=torch.float64)))
+def stage_cases() -> dict[str, Case]:
+    """Beside those of kernel_check.py."""
+    calls = {
+        "more samples than finalize has threads": Call(
+            "softclip", "none", batch=1100, data=(2,), latent=(1,), dtype=torch.float64
+        ),
+        "a log σ of another dtype": Call("learned-pixel", batch=3, data=(3, 5, 5), dtype=torch.float16),
+    }
+    return {name: Case(arguments(call)) for name, call in calls.items()}
 
 
 def fault_of(operators: SimpleNamespace, every: dict[str, Any]) -> str | None:
@@ -114,7 +122,7 @@ def main() -> None:
     )
     steps = {name: make() for name, make in step_cases().items()}
     with cases() as stages:
-        stages["many samples"] = many_samples()
+        stages |= stage_cases()
         for name, seed in SCHEDULES:
             shim.schedule(name, seed)
             for multiprocessors, every in ((1, stages), (3, steps)):

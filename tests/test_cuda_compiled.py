@@ -31,7 +31,7 @@ DATA_PATH = [row for row in ROWS if row[0] != "elbo_finalize"]
 # 128-bit loads of the tensors that are as large as recon, in a turn of the loop over them: two turns of recon and
 # target, one of them with log σ where elements are of 16 bits; the step has every row that registers hold, twice, since
 # it has a copy of the loop for batches that are cut off in the middle of a row.
-HELD = 64  # floats of a thread, as in csrc/cuda/step_plan.h
+HELD = 56  # floats of a thread, as in csrc/cuda/step_plan.h
 
 
 def wide_at_least(kernel: str, dtype: str) -> int:

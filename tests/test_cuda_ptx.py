@@ -183,7 +183,7 @@ def test_two_passes_move_five_times_their_data(name: str, kernels: dict[str, Any
 @pytest.mark.parametrize("name", DTYPES)
 def test_one_pass_moves_three_times_its_data(name: str, seed: int | None, kernels: dict[str, Any]) -> None:
     """In registers and in shared memory; the last row is not full."""
-    step = Step(name, batch=3, dims=30004, latents=64, seed=seed)
+    step = Step(name, batch=3, dims=30008, latents=64, seed=seed)
     step.in_one_pass(kernels, data_blocks=2)
     step.check()
     ratio = sum(step.moved.values()) / step.size(3, 6)

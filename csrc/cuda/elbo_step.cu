@@ -23,9 +23,11 @@ StepPlan elbo_step_plan(const Batch& batch, const Knobs& knobs) {
   if (knobs.sigma_mode != kBatch || batch.is_double || data.dims == 0) return {};
   if (!one_block_of_memory(data.recon, data, batch.size) || !one_block_of_memory(data.target, data, batch.size))
     return {};
+  const int64_t vector = 16 / data.recon.itemsize;
+  if (batch.size * data.dims % vector != 0) return {};
   StepPlan plan = step_plan(
-      batch.size * data.dims, batch.size * batch.latents.dims, static_cast<int>(16 / data.recon.itemsize),
-      multiprocessors(), shared_for_differences());
+      batch.size * data.dims, batch.size * batch.latents.dims, static_cast<int>(vector), multiprocessors(),
+      shared_for_differences());
   if (!plan.fits) return plan;
   // A grid barrier needs every block on the device at once: asked, not hoped for.
   with_step_kernel(batch, [&](auto kernel) {

@@ -26,46 +26,36 @@ struct StepArguments {
 
 extern __shared__ float on_chip[];  // differences that registers have no room for, [rows][V][threads]
 
-// A warp's row: one vector of every lane.
+// A warp's row: one vector of every lane. There is no vector that the batch ends in, see elbo_step_plan.
 template <class R, class T>
 struct Row {
   static constexpr int V = 16 / sizeof(R);
   int64_t first;  // of this lane
-  int n;          // elements of this lane: V, or fewer at the end
+  bool inside;
 
   __device__ Row(const StepArguments& args, int k) {
     const int64_t row = warp_of_blocks(0) * args.plan.rows + k;
     first = (row * kWarpSize + lane()) * V;
-    n = k < args.plan.rows ? static_cast<int>(max(min(args.elements - first, int64_t{V}), int64_t{0})) : 0;
+    inside = k < args.plan.rows && first < args.elements;
   }
 
   template <bool Full>
   __device__ void read(const StepArguments& args, float (&e)[V]) const {
-    const R* recon = reinterpret_cast<const R*>(args.grads.batch.data.recon.base) + first;
-    const T* target = reinterpret_cast<const T*>(args.grads.batch.data.target.base) + first;
-    if (Full || n == V) {
-      const auto r = load(recon, Count<V>{});
-      const auto t = load(target, Count<V>{});
+    if (Full || inside) {
+      const auto r = load(reinterpret_cast<const R*>(args.grads.batch.data.recon.base) + first, Count<V>{});
+      const auto t = load(reinterpret_cast<const T*>(args.grads.batch.data.target.base) + first, Count<V>{});
 #pragma unroll
       for (int j = 0; j < V; ++j) e[j] = static_cast<float>(r.value[j]) - static_cast<float>(t.value[j]);
     } else {
 #pragma unroll
-      for (int j = 0; j < V; ++j) e[j] = j < n ? static_cast<float>(recon[j]) - static_cast<float>(target[j]) : 0.0f;
+      for (int j = 0; j < V; ++j) e[j] = 0;
     }
   }
 
   template <class G>
   __device__ void write(const Span& to, const float (&e)[V], float a) const {
-    if (to.base == nullptr) return;
-    G* g = reinterpret_cast<G*>(to.base) + first;
-    if (n == V) {
-      store_values(g, Count<V>{}, [&](int j) { return a * e[j]; });
-    } else {
-#pragma unroll
-      for (int j = 0; j < V; ++j) {
-        if (j < n) g[j] = static_cast<G>(a * e[j]);
-      }
-    }
+    if (to.base == nullptr || !inside) return;
+    store_values(reinterpret_cast<G*>(to.base) + first, Count<V>{}, [&](int j) { return a * e[j]; });
   }
 };
 
@@ -87,7 +77,7 @@ struct Held {
 #pragma unroll
     for (int k = 0; k < rows; ++k) {
       Row<R, T>(args, k).template read<Full>(args, e[k]);
-      if (k % 4 == 3) asm volatile("" ::: "memory");  // or all would be asked for at once, and spill
+      if (k % 4 == 3) __syncwarp();  // or all would be asked for at once, and spill
     }
 #pragma unroll
     for (int k = 0; k < rows; ++k) sum += square(e[k]);

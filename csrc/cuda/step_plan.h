@@ -8,7 +8,7 @@ namespace elbo {
 
 constexpr int kStepThreads = 512;
 constexpr int kStepWarps = kStepThreads / 32;
-constexpr int kHeld = 64;  // differences in a thread's registers, of 128: a multiple of every vector, 4 or 8 elements
+constexpr int kHeld = 56;  // differences in a thread's registers, of 128: a multiple of every vector, 4 or 8 elements
 
 struct StepPlan {
   bool fits = false;

@@ -56,6 +56,10 @@ inline void __syncthreads() {
   shim::meet_block();
 }
 
+inline void __syncwarp() {
+  shim::meet_warp();
+}
+
 template <class T>
 inline T __shfl_xor_sync(unsigned, T x, int with) {
   static_assert(sizeof(T) <= 16, "a place has 16 bytes");
