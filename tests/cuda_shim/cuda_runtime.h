@@ -1,5 +1,5 @@
 // Stands in for CUDA's header, so that a C++ compiler makes CPU code of csrc/cuda as it is: a block runs on an OS
-// thread, its CUDA threads are fibers there, and memory of all kinds is the process's. shim.cpp has the scheduler.
+// thread, its CUDA threads are fibers there, and memory of all kinds is the process's. block.h has the scheduler.
 //
 // A fiber runs until it meets the others, in __syncthreads, a shuffle or a barrier of the grid; then the schedule says
 // who is next. What a kernel gets wrong by forgetting to meet shows in its numbers. A barrier that not all threads
