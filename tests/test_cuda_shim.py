@@ -62,7 +62,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "one_grad_loss_for_all": (GRADS, "at(g.loss, i)", "at(g.loss, 0)"),
     "no_scale_by_beta": (MATH, "weight.loss * beta,", "weight.loss,"),
     "no_coupling_by_a_shared_sigma": (GRADS, "f.error += shared.through;", ""),
-    "weights_are_taken_for_equal": (BINDINGS, "!unequal(grad_loss) && !unequal(grad_distortion)", "true"),
+    "weights_are_taken_for_equal": (BINDINGS, "!unequal(grad_loss) && !un", "unequal(grad_loss) || !un"),
     "no_coupling_by_the_sigma_of_an_image": (MATH, "f.error += sigma.slope * f.log_sigma / s", "f.error += 0"),
     "sign_of_g_target": (GRADS, "return -g[j].recon;", "return g[j].recon;"),
     "sign_of_the_capacity_gap": (MATH, "(gap > 0) - (gap < 0)", "(gap > 0)"),
@@ -72,7 +72,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "log_sigma_does_not_wrap": (ELEMENTS, "element / level.divisor % level.size", "element / level.divisor"),
     "one_level_of_log_sigma_only": (ELEMENTS, "l < inside.levels; ++l", "l < 1; ++l"),
     "the_samples_log_sigma_is_the_first_ones": (INPUTS, "span_of(log_sigma, stride_of(0))", "span_of(log_sigma, 0)"),
-    "log_sigma_is_rounded_to_the_targets_dtype": (INPUTS, "alike &= element_log", "false && element_log"),
+    "log_sigma_is_rounded_to_the_targets_dtype": (INPUTS, "alike &= element_log", "alike |= element_log"),
     "orders_are_taken_for_equal": ("layout.h", "if (same_order(t, lead) && t", "if (t"),
     # the step
     "the_leader_does_not_wait": (STEP, "  grid.sync();\n  if (blockIdx.x ==", "  if (blockIdx.x =="),
