@@ -79,7 +79,6 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "data_do_not_wait_for_the_leader": (STEP, "  grid.sync();  // and has told what follows\n", ""),
     "nobody_waits_for_the_leader": (STEP, "lead(args);\n  grid.sync();", "lead(args);"),
     "a_row_beyond_the_end": (STEP, " && first < args.elements", ""),
-    "half_a_vector_is_tried": ("cuda/elbo_step.cu", "% vector != 0", "% vector < 0"),
     "a_row_too_few_in_registers": (STEP, "k < rows; ++k) sum += square", "k < rows - 1; ++k) sum += square"),
     "one_place_in_shared_memory_for_all": (STEP, "(k * vector + j) * kStepThreads + threadIdx.x", "k * vector + j"),
     "a_dropped_block": (STEP, "b < args.plan.data_blocks; b", "b < args.plan.data_blocks - 1; b"),
