@@ -103,14 +103,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        targets = libraries(options.cpu_only)
+        try:
+            targets = libraries(options.cpu_only)
+        except BackendUnavailable as error:
+            raise SystemExit(str(error)) from None
         wheel = with_libraries(pure_wheel(folder), targets, folder)
         if sys.platform == "linux":
             wheel = tagged(wheel, folder)
         options.out.mkdir(parents=True, exist_ok=True)
         print(shutil.copy(wheel, options.out))
     for target in targets:
-        print(f"  {target.library.name}: {target.spec.label}, by {target.compiler}")
+        print(f"  {target.library.name}: {target.spec.label}, by {target.compiler or 'a compiler that is gone'}")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def of_sigma(
     recon = inputs[0]
     checks.number("min_log_sigma", min_log_sigma, -modes.LOG_SIGMA_RANGE, modes.LOG_SIGMA_RANGE)
     if log_sigma is not None:
-        if sigma != "optimal":
+        if not (isinstance(sigma, str) and sigma == "optimal"):
             raise ValueError(f"sigma and log_sigma exclude each other, got sigma={sigma!r} beside a log_sigma")
         checks.log_sigma(log_sigma, recon)
         batch = recon.shape[0]

@@ -158,6 +158,10 @@ def _compile(target: Target, compiler: Compiler) -> None:
     try:
         (scratch / "build.ninja").write_text(ninja_file(target.spec, compiler.command))
         max_jobs = Settings.read().max_jobs
+        if max_jobs and not max_jobs.isdecimal():
+            raise BackendUnavailable(
+                f"MAX_JOBS is {max_jobs!r}, which is no number of compilers.", "Set it to 1 or more, or unset it."
+            )
         command = [find_ninja(), *(["-j", max_jobs] if max_jobs else [])]
         run = subprocess.run(
             command, cwd=scratch, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import backends
 from .reference import REDUCTIONS
+from .sigma import LOG_SIGMA_RANGE
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -24,8 +25,8 @@ def shape(t: Tensor) -> tuple[int, ...]:
     return tuple(t.shape)
 
 
-def tensor(name: str, value: object, like: Tensor | None = None) -> None:
-    """A floating-point tensor, on the device of `like`."""
+def tensor(name: str, value: object, like: Tensor | None = None, called: str = "recon") -> None:
+    """A floating-point tensor, on the device of `like`, which the user knows as `called`."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if value.dtype not in DTYPES:
@@ -34,13 +35,13 @@ def tensor(name: str, value: object, like: Tensor | None = None) -> None:
     if value.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}; use {name}.to_dense()")
     if like is not None and value.device != like.device:
-        raise ValueError(f"{name}: on {value.device}, but the other tensors are on {like.device}")
+        raise ValueError(f"{name}: on {value.device}, but {called} is on {like.device}")
 
 
 def pair(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
     """Two tensors of one shape (B, …), with B and everything after it at least 1."""
     tensor(name_a, a)
-    tensor(name_b, b, like=a)
+    tensor(name_b, b, like=a, called=name_a)
     if a.shape != b.shape:
         raise ValueError(f"{name_a} and {name_b} must have the same shape, got {shape(a)} and {shape(b)}")
     if a.dim() == 0:
@@ -54,7 +55,7 @@ def same_batch(recon: Tensor, mu: Tensor) -> None:
     if recon.shape[0] != mu.shape[0]:
         raise ValueError(f"recon and mu must have the same batch size, got {shape(recon)} and {shape(mu)}")
     if recon.device != mu.device:
-        raise ValueError(f"mu: on {mu.device}, but the other tensors are on {recon.device}")
+        raise ValueError(f"mu: on {mu.device}, but recon is on {recon.device}")
 
 
 def number(name: str, value: object, minimum: float = -MAX, maximum: float = MAX) -> None:
@@ -81,6 +82,14 @@ def weight(value: object, batch: int, like: Tensor) -> None:
         number("beta", value, 0)
 
 
+def configuration(beta: object, free_bits: object, capacity: object, min_log_sigma: object = 0.0) -> None:
+    """The numbers that a module keeps, of which the tensors are not known yet."""
+    for name, value in (("beta", beta), ("free_bits", free_bits), ("capacity", 0 if capacity is None else capacity)):
+        if not isinstance(value, Tensor):
+            number(name, value, 0)
+    number("min_log_sigma", min_log_sigma, -LOG_SIGMA_RANGE, LOG_SIGMA_RANGE)
+
+
 def capacity(value: object, beta: object, reduction: str, like: Tensor) -> None:
     why = "capacity: is held against the batch mean, so it excludes"
     if reduction == "none":
@@ -98,6 +107,8 @@ def capacity(value: object, beta: object, reduction: str, like: Tensor) -> None:
 
 
 def grad_scale(value: object, like: Tensor) -> None:
+    if isinstance(value, torch.amp.GradScaler):
+        raise TypeError("grad_scale: got a GradScaler; pass scaler.scale(torch.ones((), device=recon.device))")
     if not isinstance(value, Tensor):
         number("grad_scale", value)
         return
@@ -133,11 +144,15 @@ def log_sigma(value: object, recon: Tensor) -> None:
         raise ValueError(f"log_sigma: shape {shape(value)} does not broadcast to recon's {shape(recon)}")
 
 
+def _kind(value: object) -> str:
+    return type(value).__name__ + (f" of {len(value)}" if isinstance(value, (tuple, list)) else "")
+
+
 def prior(value: object, mu: Tensor) -> None:
     if not (isinstance(value, (tuple, list)) and len(value) == 2):
-        raise TypeError(f"prior: expected a pair (mu_p, logvar_p) of tensors, got {type(value).__name__}")
+        raise TypeError(f"prior: expected a pair (mu_p, logvar_p) of tensors, got {_kind(value)}")
     for name, t in zip(("prior[0], mu_p", "prior[1], logvar_p"), value, strict=True):
-        tensor(name, t, mu)
+        tensor(name, t, mu, called="mu")
         fits = t.dim() <= mu.dim() and all(
             a in (1, b) for a, b in zip(reversed(t.shape), reversed(mu.shape), strict=False)
         )

@@ -48,7 +48,7 @@ class DecoupledELBO(_Criterion):
     """`decoupled_elbo` with its configuration kept: `DecoupledELBO(beta=4.0)(recon, x, mu, logvar)`.
 
     beta, sigma, min_log_sigma, free_bits, capacity, reduction: as in `fused_elbo.decoupled_elbo`. `beta` and `capacity`
-    are plain attributes: set them to follow a schedule. `forward(..., prior=…)` passes a prior on, and
+    are plain attributes: set them to follow a schedule. A tensor there stays on its device when the module moves. `forward(..., prior=…)` passes a prior on, and
     `backward(…, prior=…, grad_scale=…)` stands for `criterion(…).loss.backward()`, in one pass.
 
     momentum: with a number (0.1, say) and an optimal σ, training keeps a running average of σ² in the buffer
@@ -82,6 +82,7 @@ class DecoupledELBO(_Criterion):
     ) -> None:
         super().__init__()
         checks.reduction(reduction)
+        checks.configuration(beta, free_bits, capacity, min_log_sigma)
         mode = modes.resolve(sigma)
         if momentum is not None:
             checks.number("momentum", momentum)
@@ -165,6 +166,7 @@ class LearnedSigmaELBO(_Criterion):
         super().__init__()
         checks.number("init", init)
         checks.reduction(reduction)
+        checks.configuration(beta, free_bits, capacity)
         if channels is not None and (isinstance(channels, bool) or not isinstance(channels, int) or channels < 1):
             raise ValueError(f"channels: expected None or a positive integer, got {channels!r}")
         self.log_sigma = nn.Parameter(torch.full(() if channels is None else (channels, 1, 1), float(init)))

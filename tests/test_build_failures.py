@@ -25,6 +25,14 @@ def test_no_compiler(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
         builder.build(shop.spec)
 
 
+@needs_compiler
+def test_max_jobs_that_is_no_number(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAX_JOBS", "many")
+    with pytest.raises(BackendUnavailable, match="MAX_JOBS is 'many', which is no number"):
+        builder.build(shop.spec)
+    assert not shop.leftovers()
+
+
 def test_a_compiler_that_does_not_run(shop: Workshop) -> None:
     shop.cxx.write_text("#!/bin/sh\nexit 69\n")
     with pytest.raises(BackendUnavailable, match="does not run"):

@@ -211,13 +211,14 @@ X, Z = torch.zeros(4, 3, requires_grad=True), torch.zeros(4, 2)
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"reduction": "none"}, ValueError, 'reduction: "none" gives a loss for each sample'),
     ({"reduction": "average"}, ValueError, "reduction: expected one of"),
+    ({"grad_scale": torch.amp.GradScaler("cpu")}, TypeError, r"grad_scale: got a GradScaler; pass scaler\.scale"),
     ({"grad_scale": torch.ones(4)}, ValueError, r"grad_scale: expected a number or a tensor of one element.*\(4,\)"),
     ({"grad_scale": torch.ones(0)}, ValueError, r"grad_scale: .*got shape \(0,\)"),
     ({"grad_scale": torch.tensor(2)}, TypeError, r"grad_scale: expected float32.*got torch.int64"),
     (
         {"grad_scale": torch.ones((), device="meta")},
         ValueError,
-        "grad_scale: on meta, but the other tensors are on cpu",
+        "grad_scale: on meta, but recon is on cpu",
     ),
     ({"grad_scale": torch.ones((), requires_grad=True)}, ValueError, "grad_scale: has no gradient here"),
     ({"grad_scale": float("nan")}, ValueError, "grad_scale: expected a finite number, got nan"),
