@@ -48,8 +48,9 @@ class DecoupledELBO(_Criterion):
     """`decoupled_elbo` with its configuration kept: `DecoupledELBO(beta=4.0)(recon, x, mu, logvar)`.
 
     beta, sigma, min_log_sigma, free_bits, capacity, reduction: as in `fused_elbo.decoupled_elbo`. `beta` and `capacity`
-    are plain attributes: set them to follow a schedule. A tensor there stays on its device when the module moves. `forward(..., prior=…)` passes a prior on, and
-    `backward(…, prior=…, grad_scale=…)` stands for `criterion(…).loss.backward()`, in one pass.
+    are plain attributes: set them to follow a schedule. A tensor there stays on its device when the module moves.
+    `forward(..., prior=…)` passes a prior on, and `backward(…, prior=…, grad_scale=…)` stands for
+    `criterion(…).loss.backward()`, in one pass.
 
     momentum: with a number (0.1, say) and an optimal σ, training keeps a running average of σ² in the buffer
         `running_var` (the first batch sets it, batches that are not finite are left out), and eval mode uses it as one
