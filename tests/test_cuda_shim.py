@@ -78,7 +78,6 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "the_leader_does_not_wait": (STEP, "  grid.sync();\n  if (blockIdx.x ==", "  if (blockIdx.x =="),
     "data_do_not_wait_for_the_leader": (STEP, "  grid.sync();  // and has told what follows\n", ""),
     "nobody_waits_for_the_leader": (STEP, "lead(args);\n  grid.sync();", "lead(args);"),
-    "a_row_beyond_the_end": (STEP, " && first < args.elements", ""),
     "a_row_too_few_in_registers": (STEP, "k < rows; ++k) sum += square", "k < rows - 1; ++k) sum += square"),
     "one_place_in_shared_memory_for_all": (STEP, "(k * vector + j) * kStepThreads + threadIdx.x", "k * vector + j"),
     "a_dropped_block": (STEP, "b < args.plan.data_blocks; b", "b < args.plan.data_blocks - 1; b"),
@@ -155,9 +154,16 @@ def test_no_access_out_of_bounds(workshop: Path, sanitizer: dict[str, str]) -> N
     assert fault_of(library, **sanitizer) is None
 
 
-def test_an_access_out_of_bounds_is_seen(workshop: Path, sanitizer: dict[str, str]) -> None:
-    fault = (GRADS, "p.n, head, [&](int i", "p.n + 1, head, [&](int i")  # an element too many of the data
-    library = cuda_shim.build(workshop / "out", copy(workshop / "out_csrc", *SMALL, fault), ASAN)
+OUT_OF_BOUNDS = {
+    "an_element_too_many_of_the_data": (GRADS, "p.n, head, [&](int i", "p.n + 1, head, [&](int i"),
+    "a_row_beyond_the_end": (STEP, " && first < args.elements", ""),
+}
+
+
+@pytest.mark.parametrize("name", OUT_OF_BOUNDS)
+def test_an_access_out_of_bounds_is_seen(name: str, workshop: Path, sanitizer: dict[str, str]) -> None:
+    folder = workshop / f"{name}_asan"
+    library = cuda_shim.build(folder, copy(folder / "csrc", *SMALL, OUT_OF_BOUNDS[name]), ASAN)
     done = check(library, **sanitizer)
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr
