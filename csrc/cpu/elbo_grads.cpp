@@ -120,7 +120,7 @@ void elbo_grads(int64_t batch, const Data& data, const Latents& latents, const W
   if (!data_wanted) {
     // nothing to write
   } else if (data.log_sigma == nullptr) {
-    for_chunks(batch, data.dims, [&](int64_t sample, int64_t chunk) {
+    for_chunks_again(batch, data.dims, [&](int64_t sample, int64_t chunk) {
       chunk_gradient<A>(data, static_cast<A>(weights.error[sample]), sample, chunk, out);
     });
   } else if (data.log_sigma->dense) {

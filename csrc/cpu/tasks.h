@@ -20,14 +20,39 @@ inline int64_t chunks(int64_t dims) {
   return (dims + kChunk - 1) / kChunk;
 }
 
-// Calls f(sample, chunk) for all of them, in parallel.
+// Calls f(sample, chunk) for [begin, end) of all of them.
 template <class F>
-inline void for_chunks(int64_t batch, int64_t dims, F f) {
+ELBO_INLINE void for_tasks(int64_t begin, int64_t end, int64_t per_sample, F f) {
+  for (int64_t task = begin; task < end; ++task) f(task / per_sample, task % per_sample);
+}
+
+// Calls share(begin, end, per_sample) for the tasks of each thread, in parallel.
+template <class F>
+inline void for_shares(int64_t batch, int64_t dims, F share) {
   const int64_t per_sample = chunks(dims);
   if (per_sample == 0) return;
   const int64_t grain = std::max<int64_t>(1, kGrain / std::min(dims, kChunk));
-  torch::stable::parallel_for(0, batch * per_sample, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) f(task / per_sample, task % per_sample);
+  torch::stable::parallel_for(
+      0, batch * per_sample, grain, [&](int64_t begin, int64_t end) { share(begin, end, per_sample); });
+}
+
+// Calls f(sample, chunk) for all of them, in parallel.
+template <class F>
+inline void for_chunks(int64_t batch, int64_t dims, F f) {
+  for_shares(
+      batch, dims, [&](int64_t begin, int64_t end, int64_t per_sample) { for_tasks(begin, end, per_sample, f); });
+}
+
+// The same for a second pass over the data: the end of a thread's share first, which the pass before has left in the
+// last-level cache. In pieces, each forwards, since memory is read ahead of a loop in one direction.
+template <class F>
+inline void for_chunks_again(int64_t batch, int64_t dims, F f) {
+  constexpr int64_t kPiece = 64;
+  for_shares(batch, dims, [&](int64_t begin, int64_t end, int64_t per_sample) {
+    for (int64_t stop = end, start; stop > begin; stop = start) {
+      start = std::max(begin, stop - kPiece);
+      for_tasks(start, stop, per_sample, f);
+    }
   });
 }
 
