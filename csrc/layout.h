@@ -18,6 +18,7 @@
 
 namespace elbo {
 
+using IntArrayRef = torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::stable::Tensor;
 
 inline int64_t sample_size(const Tensor& t) {
@@ -58,18 +59,25 @@ inline Tensor leader(const Tensor& t) {
   return samples_are_dense(t) ? t : torch::stable::contiguous(t);
 }
 
+// An uninitialised tensor on another's device. Through a function of the ABI's own: those that call the dispatcher by
+// an operator's name take longer than a small gradient.
+inline Tensor empty_strided(IntArrayRef sizes, IntArrayRef strides, ScalarType dtype, const Tensor& like) {
+  int32_t device_type, device_index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
 // A dense batch of another tensor's shape and order inside the sample.
 inline Tensor empty_in_order(const Tensor& lead, ScalarType dtype) {
   const auto stride = lead.strides();
   std::vector<int64_t> strides(stride.begin(), stride.end());
   strides[0] = sample_size(lead);
-  int32_t device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(lead.get(), &device_type));
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      lead.dim(), lead.sizes().data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, -1, &handle));
-  return Tensor(handle);
+  return empty_strided(lead.sizes(), strides, dtype, lead);
 }
 
 inline Tensor in_order_of(const Tensor& t, const Tensor& lead, ScalarType dtype) {
@@ -89,18 +97,28 @@ inline Span span_of(const Tensor& t) {
       t.size(0) == 1 ? 0 : t.stride(0)};
 }
 
+// Whether torch.empty_like would give a tensor the strides of this one: its elements fill a block of memory.
+inline bool is_dense(const Tensor& t) {
+  return t.is_contiguous() || (samples_are_dense(t) && (t.size(0) == 1 || t.stride(0) == sample_size(t)));
+}
+
 // A result with empty_like's strides; written through a buffer where those are not the leader's order, or where the
-// kernel writes another dtype.
+// kernel writes another dtype. `empty` makes the result, as empty_strided does.
 struct Output {
   Tensor result, buffer;
   bool direct;
 
-  Output(const Tensor& input, const Tensor& lead, ScalarType written)
-      : result(torch::stable::empty_like(input)), buffer(result) {
-    const bool dense = result.size(0) == 1 || result.stride(0) == sample_size(result);
-    direct = same_order(result, lead) && dense && written == input.scalar_type();
+  template <class F>
+  Output(const Tensor& input, const Tensor& lead, ScalarType written, F empty)
+      : result(
+            is_dense(input) ? empty(input.sizes(), input.strides(), input.scalar_type(), input)
+                            : torch::stable::empty_like(input)),
+        buffer(result) {
+    direct = same_order(result, lead) && is_dense(result) && written == input.scalar_type();
     if (!direct) buffer = empty_in_order(lead, written);
   }
+
+  Output(const Tensor& input, const Tensor& lead, ScalarType written) : Output(input, lead, written, empty_strided) {}
 
   Tensor finish() {
     if (!direct) torch::stable::copy_(result, buffer);

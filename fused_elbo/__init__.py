@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from . import sigma
 from .backends import BackendUnavailable, backend
+from .backends.cpp import empty_cache
 from .functional import ELBO, decoupled_elbo, decoupled_elbo_backward, gaussian_kl, gaussian_nll
 from .modules import DecoupledELBO, LearnedSigmaELBO
 
@@ -25,6 +26,7 @@ __all__ = [
     "backend",
     "decoupled_elbo",
     "decoupled_elbo_backward",
+    "empty_cache",
     "gaussian_kl",
     "gaussian_nll",
     "sigma",

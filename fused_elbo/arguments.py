@@ -32,7 +32,7 @@ def of_elbo(
     capacity: float | Tensor | None,
     reduction: str,
 ) -> tuple[Any, ...]:
-    """The arguments of `ops.forward` for a call of `decoupled_elbo`."""
+    """What `of_forward` returns, for a call of `decoupled_elbo`."""
     checks.pair("recon", recon, "target", target)
     checks.pair("mu", mu, "logvar", logvar)
     checks.same_batch(recon, mu)
@@ -89,6 +89,8 @@ def latents(
     mu: Tensor, logvar: Tensor, prior: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Of one dtype, the widest, and one shape; autograd turns their gradients back."""
+    if prior is None and mu.dtype == logvar.dtype:
+        return mu, logvar, None, None
     if prior is not None:
         checks.prior(prior, mu)
     every = (mu, logvar, *(prior or ()))
@@ -111,27 +113,29 @@ def of_forward(
     free_bits: float = 0.0,
     capacity: float | Tensor | None = None,
 ) -> tuple[Any, ...]:
+    """The nine tensors of `ops.forward`, then its plain values as one tuple."""
     recon, target, mu, logvar, prior_mu, prior_logvar = tensors
     log_sigma, kind, softclip, log_sigma_value, min_log_sigma = sigma
     index = checks.reduction(reduction)
     checks.number("free_bits", free_bits, 0)
     checks.device_served(recon if recon is not None else mu)  # type: ignore[arg-type]
 
-    def knob(value: Any) -> tuple[Tensor | None, Any]:
-        """(the tensor, the number): one of the two."""
-        if value is None or isinstance(value, Tensor):
-            return value, None
-        return (_on_device(value, recon, target, mu, logvar), None) if torch.compiler.is_compiling() else (None, value)
-
-    beta_tensor, beta_value = knob(beta)
-    capacity_tensor, capacity_value = knob(capacity)
-    return (
-        recon, target, mu, logvar, log_sigma, prior_mu, prior_logvar, beta_tensor, capacity_tensor,
+    beta_tensor, beta_value = _knob(beta, recon, target, mu, logvar)
+    capacity_tensor, capacity_value = _knob(capacity, recon, target, mu, logvar)
+    values = (
         int(kind), softclip, log_sigma_value, float(min_log_sigma), float(free_bits),
         1.0 if beta_value is None else float(beta_value),
         None if capacity_value is None else float(capacity_value),
         index,
     )  # fmt: skip
+    return recon, target, mu, logvar, log_sigma, prior_mu, prior_logvar, beta_tensor, capacity_tensor, values
+
+
+def _knob(value: Any, *like: Tensor | None) -> tuple[Tensor | None, Any]:
+    """(the tensor, the number): one of the two."""
+    if value is None or isinstance(value, Tensor):
+        return value, None
+    return (_on_device(value, *like), None) if torch.compiler.is_compiling() else (None, value)
 
 
 def of_grad_scale(grad_scale: float | Tensor | None, recon: Tensor) -> tuple[Tensor | None, float]:

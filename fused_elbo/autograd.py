@@ -6,6 +6,7 @@ Two classes share one backward. functorch (vmap, torch.func.grad) demands a forw
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -13,13 +14,14 @@ from torch import Tensor
 
 from . import backends, ops, reference
 
-# apply()'s arguments: seven tensors of `ops._INPUTS`, beta, capacity, then the eight plain values, then the backend.
-_TENSORS, _VALUES = slice(0, 9), slice(9, 17)
+# apply()'s arguments: seven tensors of `ops._INPUTS`, beta, capacity; then the plain values as one tuple, since each
+# argument of apply costs time; then the backend.
+_TENSORS = 9
 _BETA = 7
 
 
-def elbo(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, distortion, rate, sigma, stats) for the arguments of `ops.forward`, differentiable."""
+def elbo(*args: Any) -> tuple[Tensor, ...]:
+    """(loss, distortion, rate, sigma, …), differentiable, for what `arguments.of_forward` returns."""
     function = _FunctorchElbo if torch._C._are_functorch_transforms_active() else _Elbo
     return cast(Any, function).apply(*args, backends.forced)
 
@@ -30,7 +32,7 @@ def elbo_backward(
     """(loss, distortion, rate, sigma), detached, after the backward of grad_scale · loss."""
     _refuse_backward(args[: _BETA + 1])
     scale, number = grad_scale
-    outputs = cast(Any, _Step).apply(*args[_TENSORS], scale, *args[_VALUES], number, backends.forced)
+    outputs = cast(Any, _Step).apply(*args[:-1], scale, (*args[-1], number), backends.forced)
     loss = outputs[0].detach()
     # _Step has the gradients and looks at no grad_output: any tensor of the loss's shape spares a launch of ones.
     torch.autograd.backward(outputs[0], loss, retain_graph=retain_graph)
@@ -46,56 +48,58 @@ def _refuse_backward(inputs: tuple[Tensor | None, ...]) -> None:
         raise RuntimeError("decoupled_elbo_backward: none of the tensors requires a gradient")
 
 
-def _implementation(backend: str | None, device: str) -> Any:
+def _implementation(backend: str | None, tensors: Sequence[Tensor | None]) -> Any:
     """Whose forward and grads to call: the operators, or those of a forced backend that is not behind them."""
-    if backend is None or backend == backends.dispatched.get(device):
+    if backend is None:
+        return ops
+    first = tensors[0] if tensors[0] is not None else tensors[2]  # recon, or mu where there are no data
+    if backend == backends.dispatched.get(cast(Tensor, first).device.type):
         return ops
     if backend in ("triton", "cuda"):
         return getattr(backends, backend).operators()
     return ops.ByReference
 
 
-def _device_of(tensors: tuple[Any, ...]) -> str:
-    return (tensors[0] if tensors[0] is not None else tensors[2]).device.type  # recon, or mu where there are no data
+def _mask(needs: tuple[bool, ...]) -> int:
+    """Bit i for a gradient of the i-th tensor."""
+    a, b, c, d, e, f, g, h, *_ = needs
+    return a | b << 1 | c << 2 | d << 3 | e << 4 | f << 5 | g << 6 | h << 7
 
 
 class _Shared(torch.autograd.Function):
     @staticmethod
     def _forward(args: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        *inputs, backend = args
-        return _implementation(backend, _device_of(args)).forward(*inputs)
+        *tensors, values, backend = args
+        return _implementation(backend, tensors).forward(*tensors, *values)
 
     @staticmethod
-    def _save(ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        sigma, stats = output[3:]
-        ctx.save_for_backward(*args[_TENSORS], stats)
-        ctx.values, ctx.backend = args[_VALUES], args[-1]
-        ctx.mark_non_differentiable(sigma, stats)
+    def _save(ctx: Any, args: tuple[Any, ...], stats: Tensor) -> None:
+        ctx.save_for_backward(*args[:_TENSORS], stats)
+        ctx.values, ctx.backend = args[_TENSORS:]
         ctx.set_materialize_grads(False)  # or each output without a gradient would cost a launch of zeros
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved: tuple[Any, ...] = ctx.saved_tensors  # once: activation checkpointing recomputes at each access
-        inputs, stats = saved[:-1], saved[-1]
-        needs = ctx.needs_input_grad[: _BETA + 1]
-        mask = sum(1 << i for i, needed in enumerate(needs) if needed)
+        *inputs, stats = ctx.saved_tensors  # once: activation checkpointing recomputes at each access
+        needs, values = ctx.needs_input_grad, ctx.values
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # A backward that is itself differentiated: the formulas, with S and KL as functions of the inputs again.
-            element = inputs[4] if ctx.values[0] == ops.Kind.ELEMENT else None
-            of_stats: tuple[Any, ...] = (*inputs[:4], element, *inputs[5:7], ctx.values[4])
+            element = inputs[4] if values[0] == ops.Kind.ELEMENT else None
+            of_stats: tuple[Any, ...] = (*inputs[:4], element, *inputs[5:7], values[4])
             stats, grads = reference.stats(*of_stats), ops.grads_by_reference
         else:
-            grads = _implementation(ctx.backend, _device_of(inputs)).grads
-        gradients = grads(*grad_outputs[:3], *inputs, stats, *ctx.values, mask)
-        return (*(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *[None] * 10)
+            grads = _implementation(ctx.backend, inputs).grads
+        gradients = grads(*grad_outputs[:3], *inputs, stats, *values, _mask(needs))
+        return (*[g if needed else None for g, needed in zip(gradients, needs, strict=False)], None, None, None)
 
 
 class _Elbo(_Shared):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        output = _Shared._forward(args)
-        _Shared._save(ctx, args, output)
-        return output
+        loss, distortion, rate, sigma, stats = _Shared._forward(args)
+        _Shared._save(ctx, args, stats)
+        ctx.mark_non_differentiable(sigma)
+        return loss, distortion, rate, sigma
 
 
 class _FunctorchElbo(_Shared):
@@ -107,7 +111,8 @@ class _FunctorchElbo(_Shared):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _Shared._save(ctx, inputs, output)
+        _Shared._save(ctx, inputs, output[4])
+        ctx.mark_non_differentiable(*output[3:])
 
 
 class _Step(torch.autograd.Function):
@@ -119,10 +124,9 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        *operands, backend = args
-        ctx.needs = ctx.needs_input_grad[: _BETA + 1]
-        mask = sum(1 << i for i, needed in enumerate(ctx.needs) if needed)
-        outputs = _implementation(backend, _device_of(args)).step(*operands, mask)
+        *tensors, values, backend = args
+        ctx.needs = ctx.needs_input_grad
+        outputs = _implementation(backend, tensors).step(*tensors, *values, _mask(ctx.needs))
         ctx.gradients = outputs[4:]
         ctx.mark_non_differentiable(*outputs[1:4])
         ctx.set_materialize_grads(False)
@@ -131,4 +135,4 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
-        return (*(g if needed else None for g, needed in zip(gradients, ctx.needs, strict=True)), *[None] * 12)
+        return (*[g if needed else None for g, needed in zip(gradients, ctx.needs, strict=False)], *[None] * 4)

@@ -88,7 +88,7 @@ def cpu_spec(levels: tuple[str, ...] = ()) -> BuildSpec:
 
 
 def _levels(levels: tuple[str, ...]) -> tuple[Part, ...]:
-    """The sources once for each instruction set, in a namespace of its own, and what chooses between them.
+    """The sources once for each instruction set, in a namespace of its own, and once what serves them all.
 
     The sources say `namespace elbo`, which the preprocessor renames: else the linker would take elbo::f<float> of one
     instruction set for all of them. What they use of std:: and torch:: keeps its name, and of several copies of an
@@ -96,11 +96,11 @@ def _levels(levels: tuple[str, ...]) -> tuple[Part, ...]:
     object uses is then its own copy or that of a narrower one.
     """
     names = [level.lower() for level in levels]
-    chooser = "cpu/library.cpp"
-    sources = tuple(source for source in _sources("cpu/*.cpp") if source != chooser)
+    once = ("cpu/library.cpp", "cpu/memory.cpp")
+    sources = tuple(source for source in _sources("cpu/*.cpp") if source not in once)
     table = f"-DELBO_LEVELS={' '.join(f'LEVEL({name})' for name in names)}"
     return (
-        Part("any", (chooser,), (table,)),
+        Part("any", once, (table,)),
         *(
             Part(name, sources, (f"-Delbo=elbo_{name}", *INSTRUCTION_SETS[level]))
             for name, level in zip(names, levels, strict=True)

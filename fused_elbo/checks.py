@@ -60,10 +60,11 @@ def same_batch(recon: Tensor, mu: Tensor) -> None:
 
 def number(name: str, value: object, minimum: float = -MAX, maximum: float = MAX) -> None:
     """A Python (or NumPy) number between two bounds."""
-    if isinstance(value, (torch.SymFloat, torch.SymInt)):  # a number that torch.compile traces has no value to check
-        return
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
+    if type(value) is not float and type(value) is not int:  # what it mostly is; the rest is slower to tell
+        if isinstance(value, (torch.SymFloat, torch.SymInt)):  # traced by torch.compile: there is no value to check
+            return
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name}: expected a number, got {value!r}")
     if not minimum <= value <= maximum:  # type: ignore[operator]
         least = "" if minimum == -MAX else f" of at least {minimum:g}"
         most = "" if maximum == MAX else f" and at most {maximum:g}"
@@ -161,6 +162,9 @@ def prior(value: object, mu: Tensor) -> None:
 
 
 def device_served(x: Tensor) -> None:
+    """By the backend that was asked for; left alone, the dispatcher finds one that does."""
+    if backends.forced is None:
+        return
     device = x.device.type
     if backends.forced == "cpp" and device != "cpu":
         raise ValueError(f'backend: "cpp" was asked for, which serves CPU tensors, but the tensors are on {x.device}')

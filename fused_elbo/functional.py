@@ -223,4 +223,5 @@ def gaussian_kl(
 def _elbo(args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> ELBO:
     """`outputs` begin with loss, distortion, rate and sigma; the operators' sigma is empty where it is None here."""
     loss, distortion, rate, std = outputs[:4]
-    return ELBO(loss, distortion, rate, None if args[ops.SIGMA_MODE] == Kind.ELEMENT else std)
+    kind = args[-1][0]
+    return ELBO(loss, distortion, rate, None if kind == Kind.ELEMENT else std)

@@ -33,7 +33,9 @@ std::vector<double> values_of(const OptTensor& t) {
 
 Tensor tensor_of(
     const std::vector<double>& values, const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like) {
-  Tensor t = torch::stable::new_empty(like, sizes, dtype);
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t k = sizes.size(); k-- > 1;) strides[k - 1] = strides[k] * sizes[k];
+  const Tensor t = empty_strided(sizes, strides, dtype, like);
   const Span span{static_cast<char*>(t.data_ptr()), dtype, static_cast<int64_t>(t.element_size()), 0};
   if (!values.empty()) {
     double* direct = write_to<double>(span, 0, 0, nullptr);
@@ -116,10 +118,15 @@ Tensor run_stats(const Inputs& in) {
 
 // What forward hands on and grads reads, so that both see the same rounded numbers.
 Stats read_stats(const Tensor& stats) {
-  const std::vector<double> all = values_of(torch::stable::flatten(stats));
+  const Span span{
+      static_cast<char*>(stats.data_ptr()), stats.scalar_type(), static_cast<int64_t>(stats.element_size()),
+      stats.stride(0)};
+  const int64_t batch = stats.size(1) - 1;
   const auto row = [&](int64_t k) {
-    const int64_t width = stats.size(1);
-    return std::vector<double>(all.begin() + k * width, all.begin() + (k + 1) * width - 1);
+    std::vector<double> values(batch);
+    const double* direct = read<double>(span, k, 0, batch, values.data());
+    if (direct != values.data()) std::copy_n(direct, batch, values.data());
+    return values;
   };
   return {row(0), row(1), row(2)};
 }
@@ -188,6 +195,7 @@ class Results {
       : in_(in), log_sigma_(log_sigma), beta_(beta), element_(sigma_mode == kElement), mask_(mask) {
     spans.recon = output(kRecon, recon, in.recon);
     spans.target = output(kTarget, target, in.recon);
+    spans.past_caches = in.data.dims && passes_caches(in.recon.numel() * in.recon.element_size());
     spans.mu = output(kMu, mu, in.mu);
     spans.logvar = output(kLogvar, logvar, in.mu);
     spans.prior_mu = output(kPriorMu, prior_mu, in.mu);
@@ -217,13 +225,13 @@ class Results {
   }
 
   Tensor none() const {
-    return torch::stable::new_empty(in_.any(), {0}, ScalarType::Float);
+    const int64_t size = 0, stride = 1;
+    return empty_strided({&size, 1}, {&stride, 1}, ScalarType::Float, in_.any());
   }
 
   Span output(Bit bit, const OptTensor& input, const Tensor& lead) {
     if (!wanted(bit)) return {};
-    outputs_[bit].emplace(*input, lead, input->scalar_type());
-    advise_huge_pages(outputs_[bit]->buffer);
+    outputs_[bit].emplace(*input, lead, input->scalar_type(), empty_pooled);
     return span_of(outputs_[bit]->buffer);
   }
 

@@ -32,12 +32,33 @@ ELBO_INLINE void scaled_difference(
   written(out, sample, first, n, scratch);
 }
 
+// The same past the caches, for an `out` of A's dtype.
+template <class A>
+ELBO_INLINE void scaled_difference_streamed(A a, const A* x, const A* y, A* g, int64_t n) {
+  const int64_t behind = reinterpret_cast<uintptr_t>(g) % kVectorBytes / sizeof(A);
+  const int64_t head = std::min<int64_t>(n, behind ? kLanes<A> - behind : 0);
+  for (int64_t i = 0; i < head; ++i) g[i] = a * (x[i] - y[i]);
+  int64_t i = head;
+  for (; i + kLanes<A> <= n; i += kLanes<A>) {
+    stream<Vector<A>>(g + i, a * (load(x + i, AllLanes<A>{}) - load(y + i, AllLanes<A>{})));
+  }
+  for (; i < n; ++i) g[i] = a * (x[i] - y[i]);
+  streamed();
+}
+
 // a e for recon, and its negative for the target
 template <class A>
 ELBO_INLINE void data_gradient(
     A a, const A* r, const A* t, int64_t sample, int64_t first, int64_t n, const Gradients& out) {
-  if (out.recon.base) scaled_difference(a, r, t, out.recon, sample, first, n);
-  if (out.target.base) scaled_difference(a, t, r, out.target, sample, first, n);
+  const auto write = [&](const Span& to, const A* x, const A* y) {
+    if (to.base && out.past_caches && to.dtype == kDtype<A>) {
+      scaled_difference_streamed(a, x, y, write_to<A>(to, sample, first, nullptr), n);
+    } else if (to.base) {
+      scaled_difference(a, x, y, to, sample, first, n);
+    }
+  };
+  write(out.recon, r, t);
+  write(out.target, t, r);
 }
 
 template <class A>

@@ -69,6 +69,7 @@ struct Gradients {
   Span recon, target, mu, logvar, prior_mu, prior_logvar;
   Span log_sigma;                                      // where log σ is dense
   std::vector<double>* log_sigma_broadcast = nullptr;  // where it is broadcast: numel values
+  bool past_caches = false;                            // those of the data are too large to be found there again
 };
 
 // Data or latents without dims are left out.

@@ -8,6 +8,10 @@
 #include <cstring>
 #include <type_traits>
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #include "../elbo_math.h"
 
 namespace elbo {
@@ -91,6 +95,31 @@ ELBO_INLINE Vector<A> load(const A* p, int64_t lanes) {
 template <class A>
 ELBO_INLINE void store(A* p, Vector<A> v, int64_t lanes) {
   std::memcpy(p, &v, lanes * sizeof(A));
+}
+
+constexpr int64_t kVectorBytes = sizeof(FloatV);
+
+// Stores a vector past the caches, to a multiple of its size: what is written so is not read from memory first. Others
+// are sure to see it after `streamed()`.
+template <class V>
+ELBO_INLINE void stream(typename Lanes<V>::Scalar* p, V v) {
+#if defined(__AVX512F__)
+  __m512i part;
+  std::memcpy(&part, &v, sizeof v);
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), part);
+#elif defined(__SSE2__)
+  __m128i parts[4];
+  std::memcpy(parts, &v, sizeof v);
+  for (int k = 0; k < 4; ++k) _mm_stream_si128(reinterpret_cast<__m128i*>(p) + k, parts[k]);
+#else
+  std::memcpy(p, &v, sizeof v);
+#endif
+}
+
+ELBO_INLINE void streamed() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 
 // How many lanes of a vector are in use: all of them, as a constant that turns loads into one instruction; or fewer.

@@ -27,6 +27,7 @@ class Library:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.loaded: str | None = None
+        self.path: Path | None = None  # of what is loaded
         self.failure: BackendUnavailable | None = None
 
     def spec(self) -> builder.BuildSpec:
@@ -88,6 +89,7 @@ class Library:
         if packaged:
             try:
                 torch.ops.load_library(packaged)
+                self.path = packaged
                 return f"{packaged} ({self.chosen(packaged)})"
             except OSError as error:  # an older glibc or torch than it was made for; one that is built here may do
                 refusal = f"{packaged} does not load: {error.__cause__ or error}; and to build another, "
@@ -104,6 +106,7 @@ class Library:
                 f"{target.library} does not load: {error.__cause__ or error}.",
                 "Delete its folder to have it built anew; where the disk is mounted noexec, set FUSED_ELBO_CACHE_DIR.",
             ) from error
+        self.path = target.library
         return _origin(target)
 
     def _packaged(self) -> Path | None:
