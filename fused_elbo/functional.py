@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from . import arguments, autograd, checks, ops
+from . import arguments, autograd, checks
 from .sigma import Constant, Kind, Optimal
 
 
