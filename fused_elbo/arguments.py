@@ -101,7 +101,9 @@ def latents(
         every = tuple(t.to(dtype) for t in every)
     if prior is None:
         return every[0], every[1], None, None
-    return every[0], every[1], every[2].expand(mu.shape), every[3].expand(mu.shape)
+    if shared:
+        every = (*every[:2], every[2].expand(mu.shape), every[3].expand(mu.shape))
+    return every[0], every[1], every[2], every[3]
 
 
 def of_forward(

@@ -78,9 +78,15 @@ def test_other_sizes_are_not_served_from_it() -> None:
     assert backend.pooled_bytes() == 8 * MIB
 
 
-def test_small_gradients_are_malloc_s() -> None:
-    gradient(0.9)
+def test_sizes_of_blocks() -> None:
+    gradient(0.12)  # malloc's
     assert backend.pooled_bytes() == 0
+    gradient(0.3)
+    assert backend.pooled_bytes() == 5 * MIB // 16  # in steps of 64 KiB
+    gradient(0.26)
+    assert backend.pooled_bytes() == 5 * MIB // 16
+    gradient(2.1)
+    assert backend.pooled_bytes() == 5 * MIB // 16 + 4 * MIB
 
 
 def test_bounded_and_the_longest_unused_goes_first() -> None:

@@ -116,32 +116,37 @@ void latent_gradient(
 
 template <class A>
 void elbo_grads(int64_t batch, const Data& data, const Latents& latents, const Weights& weights, const Gradients& out) {
+  const auto error_of = [&](int64_t sample) { return static_cast<A>(weights.error[sample]); };
+  const auto plain = [&](int64_t sample, int64_t chunk) {
+    chunk_gradient<A>(data, error_of(sample), sample, chunk, out);
+  };
+  const auto dense = [&](int64_t sample, int64_t chunk) {
+    data_gradient_scaled<A>(data, error_of(sample), sample, chunk, out, [&](int64_t first, int64_t n, const A* g) {
+      if (!out.log_sigma.base) return;
+      A* direct = write_to<A>(out.log_sigma, sample, first, nullptr);
+      if (direct) std::copy_n(g, n, direct);
+      written(out.log_sigma, sample, first, n, g);
+    });
+  };
+  const auto latent_task = [&](int64_t sample, int64_t chunk) {
+    (latents.has_prior ? latent_gradient<A, true>
+                       : latent_gradient<A, false>)(latents, static_cast<A>(weights.through_loss[sample]),
+                                                    static_cast<A>(weights.through_rate[sample]), sample, chunk, out);
+  };
+  const bool latents_wanted = out.mu.base || out.logvar.base || out.prior_mu.base || out.prior_logvar.base;
+  const int64_t latent_dims = latents_wanted ? latents.dims : 0;
+  const auto of_latents = each(latent_dims, latent_task);
   const bool data_wanted = out.recon.base || out.target.base || out.log_sigma.base || out.log_sigma_broadcast;
-  if (!data_wanted) {
-    // nothing to write
-  } else if (data.log_sigma == nullptr) {
-    for_chunks_again(batch, data.dims, [&](int64_t sample, int64_t chunk) {
-      chunk_gradient<A>(data, static_cast<A>(weights.error[sample]), sample, chunk, out);
-    });
-  } else if (data.log_sigma->dense) {
-    for_chunks(batch, data.dims, [&](int64_t sample, int64_t chunk) {
-      data_gradient_scaled<A>(
-          data, static_cast<A>(weights.error[sample]), sample, chunk, out, [&](int64_t first, int64_t n, const A* g) {
-            if (!out.log_sigma.base) return;
-            A* direct = write_to<A>(out.log_sigma, sample, first, nullptr);
-            if (direct) std::copy_n(g, n, direct);
-            written(out.log_sigma, sample, first, n, g);
-          });
-    });
+  const bool is_plain = data.log_sigma == nullptr;
+  const bool is_broadcast = !is_plain && !data.log_sigma->dense;
+  if (data_wanted && is_broadcast) grads_broadcast<A>(batch, data, weights, out);
+  if (!data_wanted || is_broadcast) {
+    for_shares(batch, 0, latent_dims, nothing, of_latents);
+  } else if (is_plain) {
+    for_shares(batch, data.dims, latent_dims, each_again(data.dims, plain), of_latents);
   } else {
-    grads_broadcast<A>(batch, data, weights, out);
+    for_shares(batch, data.dims, latent_dims, each(data.dims, dense), of_latents);
   }
-  const auto latent = latents.has_prior ? latent_gradient<A, true> : latent_gradient<A, false>;
-  for_chunks(batch, latents.dims, [&](int64_t sample, int64_t chunk) {
-    latent(
-        latents, static_cast<A>(weights.through_loss[sample]), static_cast<A>(weights.through_rate[sample]), sample,
-        chunk, out);
-  });
 }
 
 template void elbo_grads<float>(int64_t, const Data&, const Latents&, const Weights&, const Gradients&);

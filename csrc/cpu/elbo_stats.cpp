@@ -58,15 +58,15 @@ template <class A>
 Stats elbo_stats(int64_t batch, const Data& data, const Latents& latents) {
   const int64_t data_chunks = chunks(data.dims), latent_chunks = chunks(latents.dims);
   std::vector<double> s(batch * data_chunks), rate(batch * latent_chunks), clamped(batch * latent_chunks);
-  for_chunks(batch, data.dims, [&](int64_t sample, int64_t chunk) {
+  const auto data_task = [&](int64_t sample, int64_t chunk) {
     s[sample * data_chunks + chunk] =
         data.log_sigma ? scaled_chunk_sum<A>(data, sample, chunk) : chunk_sum<A>(data, sample, chunk);
-  });
-  for_chunks(batch, latents.dims, [&](int64_t sample, int64_t chunk) {
+  };
+  const auto latent_task = [&](int64_t sample, int64_t chunk) {
     const int64_t task = sample * latent_chunks + chunk;
     (latents.has_prior ? rates<A, true> : rates<A, false>)(latents, sample, chunk, rate[task], clamped[task]);
-  });
-
+  };
+  for_shares(batch, data.dims, latents.dims, each(data.dims, data_task), each(latents.dims, latent_task));
   return {sums_of(batch, s), sums_of(batch, rate), sums_of(batch, clamped)};
 }
 

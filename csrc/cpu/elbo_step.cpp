@@ -21,7 +21,7 @@ std::vector<double> given_pass(
     int64_t batch, const Data& data, const Knobs& knobs, double grad_scale, const Gradients& out) {
   const int64_t per_sample = chunks(data.dims);
   std::vector<double> partials(batch * per_sample);
-  for_chunks(batch, data.dims, [&](int64_t sample, int64_t chunk) {
+  const auto task = [&](int64_t sample, int64_t chunk) {
     const A a = static_cast<A>(own_error_weight(sample, 0, batch, data.dims, knobs, grad_scale));
     double sum = 0;
     for_blocks(chunk, data.dims, [&](int64_t first, int64_t n) {
@@ -31,7 +31,8 @@ std::vector<double> given_pass(
       });
     });
     partials[sample * per_sample + chunk] = sum;
-  });
+  };
+  for_shares(batch, data.dims, 0, each(data.dims, task), nothing);
   return sums_of(batch, partials);
 }
 

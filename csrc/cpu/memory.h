@@ -9,12 +9,12 @@
 
 namespace elbo_memory {
 
-constexpr std::size_t kSmallest = std::size_t{1} << 20;  // malloc keeps smaller blocks itself
-constexpr std::size_t kAlignment = 64;                   // bytes, of what is handed out: a vector's
+constexpr std::size_t kSmallest = std::size_t{128} << 10;  // malloc keeps smaller blocks itself
 
 struct Block {
   void* data;
   std::size_t capacity;
+  unsigned long long freed;  // when, counted in blocks
 };
 
 // Thread-safe, as the others are. The memory has no defined contents. Null where the pool is off, or the system has no

@@ -20,18 +20,35 @@ typedef float FloatV __attribute__((vector_size(64)));
 typedef double DoubleV __attribute__((vector_size(64)));
 typedef int32_t IntV __attribute__((vector_size(64)));
 
-// exp for float lanes to about 1 ulp: exp(x) = 2ⁿ exp(r), |r| ≤ ½ log 2, with a degree-6 polynomial for exp(r). libm's
-// scalar expf would cost some ten times as much.
+// exp for float lanes to about 1 ulp; libm's scalar expf would cost some ten times as much.
 template <>
 struct Lanes<FloatV> {
   using Scalar = float;
   static constexpr int64_t count = 16;
 
   static ELBO_INLINE FloatV exp(FloatV x) {
-    x = x > 89.0f ? FloatV{} + 89.0f : x;  // overflows to inf below; NaN fails both tests and passes
+    const Reduced e = reduced(x, IntV{});
+    return e.scale(1.0f + (e.r + e.rest));
+  }
+
+  // x = n log 2 + r, exp(x) = 2ⁿ (1 + r + rest).
+  struct Reduced {
+    FloatV r, rest;
+    IntV n;
+
+    ELBO_INLINE FloatV scale(FloatV x) const {
+      const IntV half = n >> 1;  // 2ⁿ in two factors: n reaches 128, and −150 for subnormal results
+      return x * power_of_two(half) * power_of_two(n - half);
+    }
+  };
+
+  // n = 0 and r = x where `near`, for |x| < ½; else |r| ≤ ½ log 2. A polynomial of degree 5 gives (exp(r) − 1 − r)/r²
+  // to 2.4e-8 over both ranges.
+  static ELBO_INLINE Reduced reduced(FloatV x, IntV near) {
+    x = x > 89.0f ? FloatV{} + 89.0f : x;  // overflows to inf later; NaN fails both tests
     x = x < -104.0f ? FloatV{} - 104.0f : x;
-    const float round_to_int = 12582912.0f;  // 1.5 · 2²³: adding it leaves no bits for a fraction
-    const FloatV shifted = x * 1.44269504f + round_to_int;
+    const FloatV round_to_int = FloatV{} + 12582912.0f;  // 1.5 · 2²³: adding it leaves no bits for a fraction
+    const FloatV shifted = near ? round_to_int : x * 1.44269504f + round_to_int;
     const FloatV n = shifted - round_to_int;
     const FloatV r = (x - n * 0.693359375f) - n * -2.12194440e-4f;  // log 2 in two parts, the first exact times n
     FloatV p = FloatV{} + 1.9875691500e-4f;
@@ -40,12 +57,9 @@ struct Lanes<FloatV> {
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    IntV exponent;
-    std::memcpy(&exponent, &shifted, sizeof exponent);
-    exponent = exponent - 0x4B400000;  // the integer that `shifted` carries in its last bits
-    const IntV half = exponent >> 1;   // 2ⁿ in two factors: n reaches 128, and −150 for subnormal results
-    return p * power_of_two(half) * power_of_two(exponent - half);
+    IntV bits;
+    std::memcpy(&bits, &shifted, sizeof bits);
+    return {r, p * r * r, bits - 0x4B400000};  // n is what `shifted` carries in its last bits
   }
 
  private:
@@ -56,6 +70,21 @@ struct Lanes<FloatV> {
     return f;
   }
 };
+
+// As the formulas in elbo_math.h, with one polynomial for the series and for exp.
+template <>
+ELBO_INLINE FloatV excess(FloatV t) {
+  const IntV near = is_small(t);
+  const auto e = Lanes<FloatV>::reduced(t, near);
+  return near ? e.rest : e.scale(1.0f + (e.r + e.rest)) - 1.0f - t;
+}
+
+template <>
+ELBO_INLINE FloatV expm1(FloatV t) {
+  const IntV near = is_small(t);
+  const auto e = Lanes<FloatV>::reduced(t, near);
+  return near ? e.r + e.rest : e.scale(1.0f + (e.r + e.rest)) - 1.0f;
+}
 
 // fp64 is for gradient checks, where libm's accuracy counts and its speed does not.
 template <>

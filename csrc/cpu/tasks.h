@@ -14,7 +14,8 @@ namespace elbo {
 // Elements of one partial sum. Cut by index, never by what a thread is given, so that sums do not depend on the number
 // of threads; a multiple of kBlock.
 constexpr int64_t kChunk = 16 * kBlock;
-constexpr int64_t kGrain = 32768;  // elements worth a thread of their own
+constexpr int64_t kGrain = 32768;   // elements of data worth a thread of their own
+constexpr int64_t kLatentCost = 4;  // elements of data that take as long as one latent, with its exp
 
 inline int64_t chunks(int64_t dims) {
   return (dims + kChunk - 1) / kChunk;
@@ -26,35 +27,41 @@ ELBO_INLINE void for_tasks(int64_t begin, int64_t end, int64_t per_sample, F f) 
   for (int64_t task = begin; task < end; ++task) f(task / per_sample, task % per_sample);
 }
 
-// Calls share(begin, end, per_sample) for the tasks of each thread, in parallel.
-template <class F>
-inline void for_shares(int64_t batch, int64_t dims, F share) {
-  const int64_t per_sample = chunks(dims);
-  if (per_sample == 0) return;
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::min(dims, kChunk));
-  torch::stable::parallel_for(
-      0, batch * per_sample, grain, [&](int64_t begin, int64_t end) { share(begin, end, per_sample); });
+// Calls of_data(begin, end) and of_latents(begin, end) for each thread's share of the data's tasks and of the latents',
+// in parallel: both in one region, since starting the threads takes as long as a small batch does.
+template <class D, class L>
+inline void for_shares(int64_t batch, int64_t data_dims, int64_t latent_dims, D of_data, L of_latents) {
+  const int64_t data_tasks = batch * chunks(data_dims), latent_tasks = batch * chunks(latent_dims);
+  const int64_t work = batch * (data_dims + kLatentCost * latent_dims);
+  const int64_t shares = std::clamp<int64_t>(work / kGrain, 1, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      of_data(data_tasks * k / shares, data_tasks * (k + 1) / shares);
+      of_latents(latent_tasks * k / shares, latent_tasks * (k + 1) / shares);
+    }
+  });
 }
 
-// Calls f(sample, chunk) for all of them, in parallel.
+// A share whose tasks are done one by one, as f(sample, chunk).
 template <class F>
-inline void for_chunks(int64_t batch, int64_t dims, F f) {
-  for_shares(
-      batch, dims, [&](int64_t begin, int64_t end, int64_t per_sample) { for_tasks(begin, end, per_sample, f); });
+inline auto each(int64_t dims, F f) {
+  return [f, dims](int64_t begin, int64_t end) { for_tasks(begin, end, chunks(dims), f); };
 }
 
 // The same for a second pass over the data: the end of a thread's share first, which the pass before has left in the
 // last-level cache. In pieces, each forwards, since memory is read ahead of a loop in one direction.
 template <class F>
-inline void for_chunks_again(int64_t batch, int64_t dims, F f) {
-  constexpr int64_t kPiece = 64;
-  for_shares(batch, dims, [&](int64_t begin, int64_t end, int64_t per_sample) {
+inline auto each_again(int64_t dims, F f) {
+  return [f, dims](int64_t begin, int64_t end) {
+    constexpr int64_t kPiece = 64;
     for (int64_t stop = end, start; stop > begin; stop = start) {
       start = std::max(begin, stop - kPiece);
-      for_tasks(start, stop, per_sample, f);
+      for_tasks(start, stop, chunks(dims), f);
     }
-  });
+  };
 }
+
+inline void nothing(int64_t, int64_t) {}
 
 // Sums each sample's partial sums, in the order of its chunks.
 inline std::vector<double> sums_of(int64_t batch, const std::vector<double>& partials) {

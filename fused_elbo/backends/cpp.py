@@ -58,10 +58,10 @@ def _pool_limit() -> int:
 def empty_cache() -> None:
     """Give the memory that the C++ backend keeps for large gradients back to the system.
 
-    On a CPU, fresh memory for a large gradient costs more time than computing it. So the memory of a gradient of 1 MiB
-    and more that nobody uses any longer is kept for the next one, up to 256 MiB in all, or what the environment
-    variable FUSED_ELBO_POOL_MIB says when the backend is loaded; 0 keeps none. Gradients in use are not touched; nor is
-    what PyTorch's allocators keep, such as `torch.cuda.empty_cache()` frees. May be called at any time, by any thread.
+    On a CPU, fresh memory for a large gradient costs more time than computing it. So memory of gradients of 128 KiB and
+    more that nobody uses any longer is kept for the next ones, up to 256 MiB in all, or what the environment variable
+    FUSED_ELBO_POOL_MIB says when the backend is loaded; 0 keeps none, and leaves gradients to PyTorch's allocator.
+    Gradients in use are not touched; nor is what PyTorch's allocators keep. May be called at any time, by any thread.
 
     >>> fused_elbo.empty_cache()
     """
