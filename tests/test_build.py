@@ -93,6 +93,7 @@ def test_operators_against_the_stable_abi(shop: Workshop, monkeypatch: pytest.Mo
         #include <torch/csrc/stable/ops.h>
         #include <torch/csrc/stable/tensor.h>
         torch::stable::Tensor same(torch::stable::Tensor x) { return torch::stable::empty_like(x); }
+        extern "C" __attribute__((visibility("default"))) void fused_elbo_cpu_pool_limit(long long) {}
         STABLE_TORCH_LIBRARY_FRAGMENT(fused_elbo_test_build, m) { m.def("same(Tensor x) -> Tensor"); }
         STABLE_TORCH_LIBRARY_IMPL(fused_elbo_test_build, CPU, m) { m.impl("same", TORCH_BOX(&same)); }
         """,
