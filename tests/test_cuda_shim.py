@@ -46,7 +46,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "no_elements_after_the_last_vector": (DEVICE, "walk_groups<Turns>(n - between,", "walk_groups<Turns>(head,"),
     "an_element_too_many": (DEVICE, "walk_groups<Turns>(n - between,", "walk_groups<Turns>(n - between + 1,"),
     "the_head_is_taken_for_the_tail": (DEVICE, "return g < head ? g : g + between;", "return g + between;"),
-    "a_vector_too_few": (DEVICE, "if (group < groups) use", "if (group < groups - 1) use"),
+    "a_vector_too_few": (DEVICE, "; first < groups; first +=", "; first < groups - 1; first +="),
     "vectors_off_their_place": (DEVICE, "return head + g * N;", "return g * N;"),
     "one_turn_of_two": (DEVICE, "first += Turns * kWarpSize", "first += 2 * Turns * kWarpSize"),
     # pieces and partial sums

@@ -149,21 +149,21 @@ __device__ inline int head_of(int n, const R* first, const Others*... others) {
 
 // One warp over `groups` groups of N elements, Turns loads of each tensor asked for before the first is used. `at(g)`
 // is where group g begins, `load(i, count)` fetches elements i, …, i + N − 1, `use(i, fetched, count)` takes them.
+// Groups that fill no round of turns have a loop of their own: behind a condition, what a load leaves unset would keep
+// its registers through all of the kernel, the latents too. Unrolled further, the loops would take more of them.
 template <int Turns, int N, class At, class Load, class Use>
 __device__ inline void walk_groups(int groups, Count<N> count, At at, Load load, Use use) {
-  for (int first = lane(); first < groups; first += Turns * kWarpSize) {
+  int first = lane();
+#pragma unroll 1
+  for (; first + (Turns - 1) * kWarpSize < groups; first += Turns * kWarpSize) {
     decltype(load(0, count)) fetched[Turns];
 #pragma unroll
-    for (int k = 0; k < Turns; ++k) {
-      const int group = first + k * kWarpSize;
-      if (group < groups) fetched[k] = load(at(group), count);
-    }
+    for (int k = 0; k < Turns; ++k) fetched[k] = load(at(first + k * kWarpSize), count);
 #pragma unroll
-    for (int k = 0; k < Turns; ++k) {
-      const int group = first + k * kWarpSize;
-      if (group < groups) use(at(group), fetched[k], count);
-    }
+    for (int k = 0; k < Turns; ++k) use(at(first + k * kWarpSize), fetched[k], count);
   }
+#pragma unroll 1
+  for (; first < groups; first += kWarpSize) use(at(first), load(at(first), count), count);
 }
 
 // One warp over the elements [0, n): N at a time from `head` on, one by one before it and after the last full vector.
