@@ -193,6 +193,21 @@ def test_one_pass_moves_three_times_its_data(name: str, kernels: dict[str, Any])
     assert step.width["step"] >= 0.9 * WIDEST
 
 
+@pytest.mark.parametrize("name", DTYPES)
+def test_latents_are_moved_128_bits_at_a_time(name: str, kernels: dict[str, Any]) -> None:
+    """With few data beside them. A half dtype 64 bits at a time would come to half of the width."""
+    step = Step(name, batch=4, dims=64, latents=4096)
+    step.in_two_passes(kernels)
+    step.check()
+    step.in_one_pass(kernels, data_blocks=1)
+    step.check()
+    for kind, kernel in ((Kind.GIVEN, ("given",)), (Kind.IMAGE, ("image", 1))):
+        step.of_each(kernels, *kernel)
+        step.check(kind)
+    print(f"bytes of an access {step.width}")
+    assert min(step.width[kernel] for kernel in ("stats", "grads", "step", "given", "image")) >= 0.9 * WIDEST
+
+
 def copy_of_csrc(folder: Path, name: str, *replacements: tuple[str, str]) -> Path:
     csrc = folder / "csrc"
     shutil.copytree(CSRC, csrc, ignore=shutil.ignore_patterns("__pycache__"))
