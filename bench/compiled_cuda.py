@@ -10,6 +10,7 @@ are those of bench/compiled.py, and so is the reading of machine code, with thes
 - global_accesses, wide_accesses: a kernel reads elements one by one too, where vectors do not fit, and latents of any
   dtype, chosen at run time. So the code has narrow accesses that large aligned tensors never come to; how wide those
   are that they do come to is counted in tests/test_cuda_ptx.py, where the code runs.
+- bytes_in_flight_per_sm: between two branches, so of the data; each access of a latent is behind a branch of its own.
 - instructions_per_element is blank: no pass through the code covers a fixed number of elements.
 
 nvcc's own folder may lack the tools that read machine code; Triton's wheel has them.
@@ -24,7 +25,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -69,7 +70,13 @@ def compiled(kernel: str, dtype: str, target: str) -> tuple[Code, int]:
         tool = triton.knobs.nvidia.cuobjdump.path
         sass = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
     shared = re.search(r"(\d+) bytes smem", done.stderr)
-    return read_sass(as_triton_prints(sass), done.stderr), int(shared[1]) if shared else 0
+    return read_code(sass, done.stderr), int(shared[1]) if shared else 0
+
+
+def read_code(sass: str, log: str) -> Code:
+    whole, branch = as_triton_prints(sass), r"^.*\b(?:BRA|BRX|CALL|RET|EXIT|BSYNC)\b.*$"
+    parts = [read_sass(part, log).in_flight or 0 for part in re.split(branch, whole, flags=re.MULTILINE)]
+    return replace(read_sass(whole, log), in_flight=max(parts))
 
 
 def as_triton_prints(sass: str) -> str:

@@ -72,6 +72,10 @@ def step_cases() -> dict[str, Callable[[], StepCase]]:
         "in shared memory, fp16": (Call(batch=3, data=large, **half), 1),
         "two dtypes": (Call(**small, **half, target_dtype=torch.float32), 1),
         "latents like data": (Call(batch=3, data=(80,), latent=(80,)), 1),
+        "latents in words, fp16": (Call(latent=(6,), **small, **half), 1),
+        "latents in 64 bits, fp16": (Call(latent=(12,), **small, **half), 1),
+        "latents in 128 bits, fp16": (Call(batch=3, data=(3, 8, 24), latent=(264,), **half), 1),
+        "latents of two dtypes": (Call("prior", latent=(12,), **small, **half), 1),
         "no whole number of vectors": (Call(batch=3, data=(75,)), 3),
         "too large": (Call(batch=3, data=too_large), 3),
         "fp64": (Call(**small, dtype=torch.float64), 3),
@@ -94,9 +98,16 @@ def step_cases() -> dict[str, Callable[[], StepCase]]:
     return cases
 
 
+def one_for_all(call: Call) -> Call:
+    """With the latents of one sample, whose gradients then lie at other addresses than they do."""
+    call.tensors[2:] = [t.detach()[:1].expand(t.shape) for t in call.tensors[2:]]
+    return call
+
+
 def stage_cases() -> dict[str, Case]:
     """Beside those of kernel_check.py."""
     calls = {
+        "latents of one sample for all": one_for_all(Call(batch=3, latent=(12,), dtype=torch.float16)),
         "more samples than finalize has threads": Call(
             "softclip", "none", batch=1100, data=(2,), latent=(1,), dtype=torch.float64
         ),

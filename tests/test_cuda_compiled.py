@@ -28,17 +28,23 @@ pytestmark = pytest.mark.skipif(bench.nvcc() is None, reason="no nvcc on this ma
 ROWS = [(k, d, t) for k in bench.KERNELS for t in bench.TARGETS for d in bench.dtypes_of(k)]
 DATA_PATH = [row for row in ROWS if row[0] != "elbo_finalize"]
 
-# 128-bit loads of the tensors that are as large as recon, in a turn of the loop over them: two turns of recon and
-# target, one of them with log σ where elements are of 16 bits; the step has every row that registers hold, twice, since
-# it has a copy of the loop for batches that are cut off in the middle of a row.
+# 128-bit accesses. Of the latents, whatever their dtype: elbo_stats reads four tensors, elbo_grads writes four too, and
+# a step does both. Of the data: recon and target in a loop of two turns and in one for what is left, and as many
+# gradients; where σ varies inside a sample and elements are of 16 bits, both loops have one turn. elbo_step has every
+# row that registers hold, twice, since it has a copy of the loop for batches that are cut off in the middle of a row.
 HELD = 56  # floats of a thread, as in csrc/cuda/step_plan.h
+OF_LATENTS = {"elbo_stats": 4, "elbo_grads": 8, "elbo_step_each": 12, "elbo_step": 12}
 
 
 def wide_at_least(kernel: str, dtype: str) -> int:
     vector = 4 if dtype == "fp32" else 8
-    if kernel == "elbo_step":
-        return 2 * 2 * HELD // vector
-    return {"elbo_stats": 4, "elbo_grads": 6, "elbo_step_each": 6}[kernel.partition("[")[0]]
+    stem, _, case = kernel.partition("[")
+    of_data = 4 if case == "pixel]" and dtype != "fp32" else 6
+    if stem == "elbo_step":
+        of_data = 2 * 2 * HELD // vector
+    elif stem != "elbo_stats":
+        of_data *= 2
+    return of_data + OF_LATENTS[stem]
 
 
 @pytest.mark.parametrize(("kernel", "dtype", "target"), ROWS)

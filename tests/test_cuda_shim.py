@@ -46,9 +46,16 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "no_elements_after_the_last_vector": (DEVICE, "walk_groups<Turns>(n - between,", "walk_groups<Turns>(head,"),
     "an_element_too_many": (DEVICE, "walk_groups<Turns>(n - between,", "walk_groups<Turns>(n - between + 1,"),
     "the_head_is_taken_for_the_tail": (DEVICE, "return g < head ? g : g + between;", "return g + between;"),
-    "a_vector_too_few": (DEVICE, "if (group < groups) use", "if (group < groups - 1) use"),
+    "a_vector_too_few": (DEVICE, "; first < groups; first +=", "; first < groups - 1; first +="),
     "vectors_off_their_place": (DEVICE, "return head + g * N;", "return g * N;"),
     "one_turn_of_two": (DEVICE, "first += Turns * kWarpSize", "first += 2 * Turns * kWarpSize"),
+    # latents
+    "vectors_of_latents_at_any_address": (ELEMENTS, "(reinterpret_cast<uintptr_t>(at)) | 16", "(0) | 16"),
+    "vectors_of_gradients_at_any_address": (GRADS, "min(mu.vector(), logvar.vector())", "16"),
+    "no_latents_after_the_last_vector": (ELEMENTS, "i = groups * vector + lane(); i < n", "i = lane(); i < 0"),
+    "the_first_turn_again": (DEVICE, "words.value[k - n] = words.value[k]", "words.value[k] = words.value[k]"),
+    "the_halves_of_64_bits_swapped": (DEVICE, "{words.value[2], words.value[3]}", "{words.value[3], words.value[2]}"),
+    "one_of_the_vectors_alone": (ELEMENTS, "g < groups; g += kWarpSize", "g < groups; g += groups"),
     # pieces and partial sums
     "a_dropped_partial": (FINALIZE, "p < pieces; p += width", "p < pieces - 1; p += width"),
     "one_round_of_the_grid": (DEVICE, "i < all; i += warps", "i < all; i += all"),
@@ -133,7 +140,12 @@ def test_a_mutant_is_noticed(name: str, workshop: Path) -> None:
     fault = fault_of(cuda_shim.build(folder, copy(folder / "csrc", *SMALL, MUTANTS[name])))
     assert fault is not None, "nothing was noticed"
     # A copy that does not even run would pass for a noticed one; a launch that fails says why.
-    assert "AssertionError" in fault or "threads wait at a barrier" in fault or "more shared memory" in fault
+    assert (
+        "AssertionError" in fault
+        or "threads wait at a barrier" in fault
+        or "more shared memory" in fault
+        or "not aligned" in fault
+    )
 
 
 @pytest.fixture

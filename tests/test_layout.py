@@ -10,7 +10,7 @@ from cases import Call
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from fused_elbo import decoupled_elbo
+from fused_elbo import ELBO, decoupled_elbo, decoupled_elbo_backward
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda t: t.contiguous(),
@@ -74,6 +74,38 @@ def test_chunks_of_a_packed_tensor(latent: tuple[int, ...]) -> None:
     g_recon, g_packed = torch.autograd.grad(elbo[:3], [recon, packed], [w.double() for w in weights])
     torch.testing.assert_close(g_recon, expected[0])
     torch.testing.assert_close(g_packed, torch.cat(expected[2:4], 1))
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("offset", [0, 1, 4])
+@pytest.mark.parametrize("latent", [5, 6, 12, 72])
+def test_half_latents_at_any_address(latent: int, offset: int, dtype: torch.dtype) -> None:
+    """As chunks of one tensor, where vectors of 8, 4, 2 elements or none begin, which do not all divide the size."""
+    batch, chunks = 3, 4
+    memory = torch.randn(offset + batch * chunks * latent).mul(0.5).to(dtype)
+    latents = memory[offset:].view(batch, chunks * latent).chunk(chunks, 1)
+    recon, target, *_ = Call(batch=batch, dtype=dtype).tensors
+
+    def leaves(wide: bool) -> list[Tensor]:
+        return [(t.double() if wide else t).detach().requires_grad_() for t in (recon, target, *latents)]
+
+    def gradients(function: Callable[..., ELBO], wide: bool = False) -> list[Tensor | None]:
+        r, t, mu, logvar, *prior = every = leaves(wide)
+        loss = function(r, t, mu, logvar, prior=tuple(prior)).loss
+        losses.append(loss.item())
+        if loss.requires_grad:
+            loss.backward()
+        return [leaf.grad for leaf in every]
+
+    losses: list[float] = []
+    expected = gradients(decoupled_elbo, wide=True)
+    rounding = torch.finfo(dtype).eps
+    for function in (decoupled_elbo, decoupled_elbo_backward):
+        for got, true in zip(gradients(function), expected, strict=True):
+            assert got is not None
+            torch.testing.assert_close(got.double(), true, rtol=rounding, atol=1e-6)
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
 
 
 def copies(call: Call) -> int:

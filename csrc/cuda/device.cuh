@@ -128,6 +128,66 @@ __device__ inline void store_any(const Span& span, char* at, int i, Count<N> cou
   });
 }
 
+// The neighbours of such a tensor that one access moves, 4, 8 or 16 bytes, as they lie in memory. They have their turns
+// two by two, and what comes of them, of the same dtype, takes their place: eight of a half dtype of each of four
+// tensors, and of their gradients, would be too many for the registers as floats. For that the turns must be a loop
+// that is not unrolled.
+struct Packed {
+  Few<uint32_t, 4> words;  // the next turn's in front, what came of the last one at the back
+
+  __device__ void read(const char* at, int64_t bytes) {
+    if (bytes == 16) {
+      words = load(reinterpret_cast<const uint32_t*>(at), Count<4>{});
+    } else if (bytes == 8) {
+      const auto two = load(reinterpret_cast<const uint32_t*>(at), Count<2>{});
+      words.value[0] = two.value[0];
+      words.value[1] = two.value[1];
+    } else {
+      words.value[0] = *reinterpret_cast<const uint32_t*>(at);
+    }
+  }
+
+  __device__ void write(char* at, int64_t bytes) const {
+    if (bytes == 16) {
+      store(reinterpret_cast<uint32_t*>(at), words);
+    } else if (bytes == 8) {
+      store(reinterpret_cast<uint32_t*>(at), Few<uint32_t, 2>{words.value[2], words.value[3]});
+    } else {
+      *reinterpret_cast<uint32_t*>(at) = words.value[3];
+    }
+  }
+
+  template <class A>
+  __device__ Values<A, 2> take(ScalarType dtype) {
+    Values<A, 2> out;
+    with_type(dtype, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      constexpr int n = sizeof(T) / 2;  // words of two elements
+      Few<T, 2> few;
+#pragma unroll
+      for (int k = 0; k < n; ++k) reinterpret_cast<uint32_t*>(&few)[k] = words.value[k];
+#pragma unroll
+      for (int k = n; k < 4; ++k) words.value[k - n] = words.value[k];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) out.value[j] = static_cast<A>(few.value[j]);
+    });
+    return out;
+  }
+
+  template <class F>
+  __device__ void put(ScalarType dtype, F f) {
+    with_type(dtype, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      constexpr int n = sizeof(T) / 2;
+      Few<T, 2> few;
+#pragma unroll
+      for (int j = 0; j < 2; ++j) few.value[j] = static_cast<T>(f(j));
+#pragma unroll
+      for (int k = 0; k < n; ++k) words.value[4 - n + k] = reinterpret_cast<const uint32_t*>(&few)[k];
+    });
+  }
+};
+
 __device__ inline double at(const Number& number, int64_t i) {
   return number.tensor.base ? load_any<double>(number.tensor, number.tensor.at(i, 0), 0, Count<1>{}).value[0]
                             : number.value;
@@ -149,21 +209,21 @@ __device__ inline int head_of(int n, const R* first, const Others*... others) {
 
 // One warp over `groups` groups of N elements, Turns loads of each tensor asked for before the first is used. `at(g)`
 // is where group g begins, `load(i, count)` fetches elements i, …, i + N − 1, `use(i, fetched, count)` takes them.
+// Groups that fill no round of turns have a loop of their own: behind a condition, what a load leaves unset would keep
+// its registers through all of the kernel, the latents too. Unrolled further, the loops would take more of them.
 template <int Turns, int N, class At, class Load, class Use>
 __device__ inline void walk_groups(int groups, Count<N> count, At at, Load load, Use use) {
-  for (int first = lane(); first < groups; first += Turns * kWarpSize) {
+  int first = lane();
+#pragma unroll 1
+  for (; first + (Turns - 1) * kWarpSize < groups; first += Turns * kWarpSize) {
     decltype(load(0, count)) fetched[Turns];
 #pragma unroll
-    for (int k = 0; k < Turns; ++k) {
-      const int group = first + k * kWarpSize;
-      if (group < groups) fetched[k] = load(at(group), count);
-    }
+    for (int k = 0; k < Turns; ++k) fetched[k] = load(at(first + k * kWarpSize), count);
 #pragma unroll
-    for (int k = 0; k < Turns; ++k) {
-      const int group = first + k * kWarpSize;
-      if (group < groups) use(at(group), fetched[k], count);
-    }
+    for (int k = 0; k < Turns; ++k) use(at(first + k * kWarpSize), fetched[k], count);
   }
+#pragma unroll 1
+  for (; first < groups; first += kWarpSize) use(at(first), load(at(first), count), count);
 }
 
 // One warp over the elements [0, n): N at a time from `head` on, one by one before it and after the last full vector.

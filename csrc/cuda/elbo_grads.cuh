@@ -126,30 +126,35 @@ __device__ void data_gradient(const Data& data, const Gradients& out, A a, const
 template <class A>
 __device__ void latent_gradient(
     const Latents& latents, const Gradients& out, A through_loss, A through_rate, const Piece& p) {
-  using Elements = LatentPiece<A>;
-  const Elements elements(latents, p.sample, p.first);
-  char *g_mu = begin_of<char>(out.mu, p), *g_logvar = begin_of<char>(out.logvar, p);
-  char *g_prior_mu = begin_of<char>(out.prior_mu, p), *g_prior_logvar = begin_of<char>(out.prior_logvar, p);
-  const bool wide = Elements::vectors(out.mu, g_mu) && Elements::vectors(out.logvar, g_logvar) &&
-                    Elements::vectors(out.prior_mu, g_prior_mu) && Elements::vectors(out.prior_logvar, g_prior_logvar);
+  const LatentPiece<A> elements(latents, p);
+  const LatentPart mu(out.mu, p), logvar(out.logvar, p);
+  const LatentPart prior_mu(out.prior_mu, p), prior_logvar(out.prior_logvar, p);
+  const int vector =
+      min(min(elements.vector(), min(mu.vector(), logvar.vector())), min(prior_mu.vector(), prior_logvar.vector()));
   const A free_bits = static_cast<A>(latents.free_bits);
-  walk<1, Elements::V>(
-      p.n, wide ? elements.head(p.n) : p.n, [&](int i, auto count) { return elements.load(i, count); },
-      [&](int i, const auto& fetched, auto count) {
+  elements.walk(
+      p.n, vector,
+      [&](auto& held, int i, auto count) {
+        const auto values = elements.take(held, i, count);
         KlGrad<A> g[count.n];
 #pragma unroll
         for (int j = 0; j < count.n; ++j) {
           A b = through_loss + through_rate;
-          if (free_bits > 0) b = through_rate + (elements.nats(fetched, j) >= free_bits ? through_loss : A(0));
-          const A m = fetched.mu.value[j], l = fetched.logvar.value[j];
-          g[j] = latents.has_prior ? kl_grad<A>(b, m, l, fetched.prior_mu.value[j], fetched.prior_logvar.value[j])
+          if (free_bits > 0) b = through_rate + (elements.nats(values, j) >= free_bits ? through_loss : A(0));
+          const A m = values.mu.value[j], l = values.logvar.value[j];
+          g[j] = latents.has_prior ? kl_grad<A>(b, m, l, values.prior_mu.value[j], values.prior_logvar.value[j])
                                    : kl_grad<A>(b, m, l);
         }
-        if (g_mu) store_any(out.mu, g_mu, i, count, [&](int j) { return g[j].mu; });
-        if (g_logvar) store_any(out.logvar, g_logvar, i, count, [&](int j) { return g[j].logvar; });
-        if (g_prior_mu) store_any(out.prior_mu, g_prior_mu, i, count, [&](int j) { return g[j].prior_mu; });
-        if (g_prior_logvar)
-          store_any(out.prior_logvar, g_prior_logvar, i, count, [&](int j) { return g[j].prior_logvar; });
+        mu.put(held.mu, i, count, [&](int j) { return g[j].mu; });
+        logvar.put(held.logvar, i, count, [&](int j) { return g[j].logvar; });
+        prior_mu.put(held.prior_mu, i, count, [&](int j) { return g[j].prior_mu; });
+        prior_logvar.put(held.prior_logvar, i, count, [&](int j) { return g[j].prior_logvar; });
+      },
+      [&](const auto& held, int i) {
+        mu.write(held.mu, i, vector);
+        logvar.write(held.logvar, i, vector);
+        prior_mu.write(held.prior_mu, i, vector);
+        prior_logvar.write(held.prior_logvar, i, vector);
       });
 }
 

@@ -35,19 +35,21 @@ __device__ A squared_error(const Data& data, const Piece& p) {
 
 template <class A>
 __device__ void rates(const Latents& latents, const Piece& p, A& rate, A& clamped) {
-  const LatentPiece<A> elements(latents, p.sample, p.first);
+  const LatentPiece<A> elements(latents, p);
   const A free_bits = static_cast<A>(latents.free_bits);
   A sum = 0, sum_clamped = 0;
-  walk<1, LatentPiece<A>::V>(
-      p.n, elements.head(p.n), [&](int i, auto count) { return elements.load(i, count); },
-      [&](int, const auto& fetched, auto count) {
+  elements.walk(
+      p.n, elements.vector(),
+      [&](auto& held, int i, auto count) {
+        const auto values = elements.take(held, i, count);
 #pragma unroll
         for (int j = 0; j < count.n; ++j) {
-          const A nats = elements.nats(fetched, j);
+          const A nats = elements.nats(values, j);
           sum += nats;
           sum_clamped += nats < free_bits ? free_bits : nats;  // NaN passes
         }
-      });
+      },
+      [](const auto&, int) {});
   rate = warp_sum(sum);
   clamped = warp_sum(sum_clamped);
 }

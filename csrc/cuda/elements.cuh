@@ -5,8 +5,6 @@
 
 namespace elbo {
 
-constexpr int kLatentVector = 4;  // elements: 128 bits of float, 64 of a half dtype
-
 __device__ inline int64_t offset_of(const Inside& inside, uint32_t element) {
   int64_t offset = 0;
 #pragma unroll 1
@@ -73,51 +71,111 @@ struct DataPiece {
   }
 };
 
+// One tensor of the latents', or a gradient of one, from the beginning of a piece.
+struct LatentPart {
+  const Span& span;
+  char* at;  // null: there is no such tensor
+
+  __device__ LatentPart(const Span& span, const Piece& p)
+      : span(span), at(span.base ? span.at(p.sample, p.first) : nullptr) {}
+
+  // Elements that one access can move, a power of two: 128 bits, or fewer where the address allows no more.
+  __device__ int vector() const {
+    const unsigned address = static_cast<unsigned>(reinterpret_cast<uintptr_t>(at)) | 16;
+    const int bytes = static_cast<int>(address & (0u - address));
+    return at == nullptr ? 16 : span.itemsize == 2 ? bytes / 2 : span.itemsize == 4 ? bytes / 4 : bytes / 8;
+  }
+
+  __device__ void read(Packed& held, int i, int vector) const {
+    if (at) held.read(at + i * span.itemsize, vector * span.itemsize);
+  }
+
+  __device__ void write(const Packed& held, int i, int vector) const {
+    if (at) held.write(at + i * span.itemsize, vector * span.itemsize);
+  }
+
+  template <class A, int N>
+  __device__ Values<A, N> take(Packed& held, int i, Count<N> count) const {
+    if constexpr (N == 1) {
+      return load_any<A>(span, at, i, count);
+    } else {
+      return held.take<A>(span.dtype);
+    }
+  }
+
+  template <int N, class F>
+  __device__ void put(Packed& held, int i, Count<N> count, F f) const {
+    if (at == nullptr) return;
+    if constexpr (N == 1) {
+      store_any(span, at, i, count, f);
+    } else {
+      held.put(span.dtype, f);
+    }
+  }
+};
+
 template <class A>
 struct LatentPiece {
-  static constexpr int V = kLatentVector;
   const Latents& latents;
-  const char *mu, *logvar, *prior_mu, *prior_logvar;
+  const LatentPart mu, logvar, prior_mu, prior_logvar;
 
-  __device__ LatentPiece(const Latents& latents, int64_t sample, int64_t first)
-      : latents(latents), mu(latents.mu.at(sample, first)), logvar(latents.logvar.at(sample, first)) {
-    prior_mu = latents.has_prior ? latents.prior_mu.at(sample, first) : nullptr;
-    prior_logvar = latents.has_prior ? latents.prior_logvar.at(sample, first) : nullptr;
+  __device__ LatentPiece(const Latents& latents, const Piece& p)
+      : latents(latents),
+        mu(latents.mu, p),
+        logvar(latents.logvar, p),
+        prior_mu(latents.prior_mu, p),
+        prior_logvar(latents.prior_logvar, p) {}
+
+  // 128 bits of the widest dtype, or fewer where an address allows no more.
+  __device__ int vector() const {
+    return min(min(mu.vector(), logvar.vector()), min(prior_mu.vector(), prior_logvar.vector()));
   }
 
-  // Vectors from the start or not at all: latents are small.
-  __device__ int head(int n) const {
-    const Latents& l = latents;
-    const bool wide = vectors(l.mu, mu) && vectors(l.logvar, logvar) && vectors(l.prior_mu, prior_mu) &&
-                      vectors(l.prior_logvar, prior_logvar);
-    return wide ? 0 : n;
-  }
+  struct Held {
+    Packed mu, logvar, prior_mu, prior_logvar;
+  };
 
-  static __device__ bool vectors(const Span& span, const char* p) {
-    return aligned(p, V * span.itemsize < 16 ? V * span.itemsize : 16);
+  // One warp over the n elements, `vector` at a time, of which two have a turn, and what is left one by one: turn(held,
+  // i, count), and done(held, i) after the turns of those from the i-th on.
+  template <class Turn, class Done>
+  __device__ void walk(int n, int vector, Turn turn, Done done) const {
+    const int groups = vector > 1 ? n / vector : 0;
+    for (int g = lane(); g < groups; g += kWarpSize) {
+      const int i = g * vector;
+      Held held;
+      mu.read(held.mu, i, vector);
+      logvar.read(held.logvar, i, vector);
+      prior_mu.read(held.prior_mu, i, vector);
+      prior_logvar.read(held.prior_logvar, i, vector);
+#pragma unroll 1
+      for (int k = 0; k < vector; k += 2) turn(held, i + k, Count<2>{});
+      done(held, i);
+    }
+    Held nothing;
+    for (int i = groups * vector + lane(); i < n; i += kWarpSize) turn(nothing, i, Count<1>{});
   }
 
   template <int N>
-  struct Fetched {
+  struct Taken {
     Values<A, N> mu, logvar, prior_mu, prior_logvar;
   };
 
   template <int N>
-  __device__ Fetched<N> load(int i, Count<N> count) const {
-    Fetched<N> f;
-    f.mu = load_any<A>(latents.mu, mu, i, count);
-    f.logvar = load_any<A>(latents.logvar, logvar, i, count);
+  __device__ Taken<N> take(Held& held, int i, Count<N> count) const {
+    Taken<N> t;
+    t.mu = mu.take<A>(held.mu, i, count);
+    t.logvar = logvar.take<A>(held.logvar, i, count);
     if (latents.has_prior) {
-      f.prior_mu = load_any<A>(latents.prior_mu, prior_mu, i, count);
-      f.prior_logvar = load_any<A>(latents.prior_logvar, prior_logvar, i, count);
+      t.prior_mu = prior_mu.take<A>(held.prior_mu, i, count);
+      t.prior_logvar = prior_logvar.take<A>(held.prior_logvar, i, count);
     }
-    return f;
+    return t;
   }
 
   template <int N>
-  __device__ A nats(const Fetched<N>& f, int j) const {
-    const A m = f.mu.value[j], l = f.logvar.value[j];
-    return latents.has_prior ? kl<A>(m, l, f.prior_mu.value[j], f.prior_logvar.value[j]) : kl<A>(m, l);
+  __device__ A nats(const Taken<N>& t, int j) const {
+    const A m = t.mu.value[j], l = t.logvar.value[j];
+    return latents.has_prior ? kl<A>(m, l, t.prior_mu.value[j], t.prior_logvar.value[j]) : kl<A>(m, l);
   }
 };
 

@@ -3,7 +3,8 @@
 //
 // A fiber runs until it meets the others, in __syncthreads, a shuffle or a barrier of the grid; then the schedule says
 // who is next. What a kernel gets wrong by forgetting to meet shows in its numbers. A barrier that not all threads
-// reach ends the launch with an error. Memory is sequentially consistent: a missing fence is not seen.
+// reach ends the launch with an error, and so does a vector that is not aligned. Memory is sequentially consistent: a
+// missing fence is not seen.
 #pragma once
 
 #include <algorithm>
@@ -26,13 +27,27 @@ struct dim3 : uint3 {
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : uint3{x, y, z} {}
 };
 
-struct alignas(8) uint2 {
-  uint32_t x, y;
+namespace shim {
+
+void check_aligned(const void* p, size_t bytes);
+
+// Words that one access moves.
+template <int N>
+struct alignas(N * sizeof(uint32_t)) Vector {
+  uint32_t word[N];
+
+  Vector& operator=(const Vector& other) {
+    check_aligned(this, sizeof *this);
+    check_aligned(&other, sizeof other);
+    std::memcpy(word, other.word, sizeof word);
+    return *this;
+  }
 };
 
-struct alignas(16) uint4 {
-  uint32_t x, y, z, w;
-};
+}  // namespace shim
+
+using uint2 = shim::Vector<2>;
+using uint4 = shim::Vector<4>;
 
 inline thread_local uint3 threadIdx, blockIdx, blockDim, gridDim;
 

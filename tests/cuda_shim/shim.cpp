@@ -114,6 +114,10 @@ char* exchange() {
   return block.warps[threadIdx.x / kWarpSize].places[block.current->shuffles++ % 2];
 }
 
+void check_aligned(const void* p, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes != 0) failure = "a vector is not aligned";
+}
+
 cudaError_t launch(
     dim3 grid, dim3 size, void (*body)(const void*), const void* argument, size_t shared, bool cooperative) {
   failure.clear();
