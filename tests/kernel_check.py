@@ -83,7 +83,8 @@ def arguments(call: Call) -> Arguments:
     """What `decoupled_elbo` hands to `ops.forward`, guarded."""
     with mock.patch.object(autograd, "elbo", return_value=(None,) * 5) as operator:
         call(decoupled_elbo)
-    return tuple(guarded(a.detach()) if isinstance(a, Tensor) else a for a in operator.call_args.args)
+    *tensors, values = operator.call_args.args
+    return (*[None if t is None else guarded(t.detach()) for t in tensors], *values)
 
 
 def with_nan(call: Call, *which: int) -> Call:

@@ -140,7 +140,8 @@ def test_a_mutant_is_noticed(name: str, copy: Callable[..., str], monkeypatch: p
     call = Call("optimal", batch=6, data=(3300,), latent=(300,))  # five programs, nearly full
     with mock.patch.object(autograd, "elbo", return_value=(None,) * 5) as operator:
         call(decoupled_elbo)
-    args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in operator.call_args.args)
+    *tensors, values = operator.call_args.args
+    args = (*[None if t is None else t.detach() for t in tensors], *values)
     mask = sum(1 << i for i in range(8) if args[i] is not None)
     args = (*args[:9], torch.tensor(2.5), *args[9:], 1.0, mask)
     expected = ops.ByReference.step(*args)
