@@ -1,181 +1,36 @@
-"""What is measured of a case, and when a ratio may be printed.
+"""What is measured of a case: a record for each provider.
 
-Times: all providers of a case take turns in every round, in random order, on the same tensors in one process, so that a
-noisy machine slows all alike. A round's time is the mean over as many steps as take a millisecond. Forward is the loss,
-backward is from there to the gradients of all leaves and includes giving their memory back. The first call, which
-compiles what is compiled at first use, is told apart. A GPU is waited for at the end of each.
-
-Ratios are medians of the rounds' ratios, so that what slows a whole round cancels. One is shown only if the rounds
-agree on it, and if the machine had time for them (`Ratio.hidden`).
-
-Memory: `saved_bytes` are of the tensors that autograd is given to keep for backward, in storages that are not the
-inputs'. Operators are those that PyTorch dispatches below autograd in one step; code under torch.compile has `kernels`
-in their place, those that it generated (on a GPU: those launched).
+- first_call_s: compiles what is compiled at first use, and is told apart from all other times (timing.py).
+- forward_s, backward_s, step_s: medians and quartiles over the rounds; GB/s are of the bytes that the loss has to move,
+  whatever a provider does move, so that all compare.
+- own_to_limit, best_to_own, own_to_ours: ratios of step times, to the limit, of the fastest baseline, to fused_elbo.
+- waited, repeated: see timing.py.
+- saved_bytes: of the tensors that autograd is given to keep for backward, in storages that are not the inputs'.
+- operators: those that PyTorch dispatches below autograd in one step; code under torch.compile has `kernels` in their
+  place, those that it generated. On a GPU `kernels` are those launched.
 """
 
 from __future__ import annotations
 
 import contextlib
-import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from providers import Disagrees, Provider, Step, check
+from timing import Ratio, Spread, Timing, interleaved, synchronise
 from torch import Tensor
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.utils._python_dispatch import TorchDispatchMode
 from workloads import Case, backward_bytes, forward_bytes, step_bytes
-
-WARM_UP = 3  # rounds
-SAMPLE = 1e-3  # seconds that a round gives a provider at least, in whole steps
-MOST_STEPS = 50
-WIDE = 0.30  # of a ratio: no more may lie between its quartiles
-NARROW = 0.05  # of a ratio: quartiles this close say "equal", where 1 lies between them
-BUSY = 0.10  # of the threads' time: no more may pass in waiting for a processor
-TASKS = Path("/proc/self/task")
-
-
-# ------------------------------------------------------------------------------------------------------- spread, ratios
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Of one number over the rounds."""
-
-    median: float
-    q1: float
-    q3: float
-
-    @classmethod
-    def of(cls, values: list[float]) -> Spread:
-        if len(values) < 2:
-            return cls(values[0], values[0], values[0])
-        q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
-        return cls(median, q1, q3)
-
-    @property
-    def width(self) -> float:
-        """Between the quartiles, over the median."""
-        return (self.q3 - self.q1) / self.median
-
-
-@dataclass(frozen=True)
-class Ratio:
-    of: Spread
-    waited: float | None = None  # see `waiting`; the larger of both sides'
-
-    @classmethod
-    def of_rounds(cls, own: Timing, other: Timing) -> Ratio:
-        waits = [t.waited for t in (own, other) if t.waited is not None]
-        return cls(Spread.of([a / b for a, b in zip(own.steps, other.steps, strict=True)]), max(waits, default=None))
-
-    @property
-    def hidden(self) -> str | None:
-        """Why this ratio must not be printed, or None.
-
-        Half of the rounds lie between the quartiles. If those are further apart than 30% of the median, the run was too
-        noisy for any number; if 1 lies between them, it does not even say which is faster, unless they are within 5%,
-        which says that both are equal. And if the threads of either side waited for a processor in more than 10% of
-        their time, other processes had it, and what was measured is the scheduler, however steady it looks.
-        """
-        q1, q3, width = self.of.q1, self.of.q3, self.of.width
-        if self.waited is not None and self.waited > BUSY:
-            return f"the threads waited for a processor {self.waited:.0%} of the time"
-        if not width <= WIDE:
-            return f"quartiles {q1:.2f} to {q3:.2f} are {width:.0%} of the median apart"
-        if q1 < 1 < q3 and width > NARROW:
-            return f"1 lies between the quartiles, {q1:.2f} and {q3:.2f}"
-        return None
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self.of) | {"hidden": self.hidden}
 
 
 def gb_per_s(count: int, seconds: float) -> float:
     """Of the bytes that have to be moved, whatever a provider does move: so that all compare."""
     return count / seconds / 1e9
-
-
-# ----------------------------------------------------------------------------------------------------------------- time
-
-
-def synchronise(case: Case) -> None:
-    if case.device == "cuda":
-        torch.cuda.synchronize()
-
-
-@dataclass
-class Timing:
-    """Of one provider: seconds of each round, and how much of them its threads waited."""
-
-    forward: list[float] = field(default_factory=list)
-    backward: list[float] = field(default_factory=list)
-    waits: list[float] = field(default_factory=list)  # of all threads; empty where the system does not tell
-
-    @property
-    def steps(self) -> list[float]:
-        return [f + b for f, b in zip(self.forward, self.backward, strict=True)]
-
-    @property
-    def waited(self) -> float | None:
-        """Of the time of all threads that PyTorch uses, what passed in waiting for a processor."""
-        if not self.waits:
-            return None
-        return sum(self.waits) / (sum(self.steps) * torch.get_num_threads())
-
-
-def waiting() -> float | None:
-    """Seconds that this process's threads have been ready to run, but not running (Linux)."""
-    try:
-        return sum(int((task / "schedstat").read_text().split()[1]) for task in TASKS.iterdir()) * 1e-9
-    except OSError:  # no Linux, or a thread that ends meanwhile
-        return None
-
-
-def steps_in_a_sample(step: Step, case: Case) -> int:
-    started = time.perf_counter()
-    step()
-    synchronise(case)
-    return max(1, min(MOST_STEPS, int(SAMPLE / (time.perf_counter() - started)) + 1))
-
-
-def sample(step: Step, case: Case, steps: int, timing: Timing) -> None:
-    """One round's."""
-    forward = backward = 0.0
-    waited = waiting()
-    for _ in range(steps):
-        started = time.perf_counter()
-        kept = step.forward()
-        synchronise(case)
-        between = time.perf_counter()
-        gradients = step.backward(kept)
-        del gradients, kept
-        synchronise(case)
-        backward += time.perf_counter() - between
-        forward += between - started
-    after = waiting()
-    timing.forward.append(forward / steps)
-    timing.backward.append(backward / steps)
-    if waited is not None and after is not None:
-        timing.waits.append((after - waited) / steps)
-
-
-def interleaved(steps: dict[str, Step], case: Case, rounds: int) -> dict[str, Timing]:
-    for step in steps.values():
-        for _ in range(WARM_UP):
-            step()
-    counts = {name: steps_in_a_sample(step, case) for name, step in steps.items()}
-    times = {name: Timing() for name in steps}
-    order, shuffled = list(steps), random.Random(0)
-    for _ in range(rounds):
-        shuffled.shuffle(order)  # no provider always follows the same one, and finds its leavings in the caches
-        for name in order:
-            sample(steps[name], case, counts[name], times[name])
-    return times
 
 
 # ------------------------------------------------------------------------------------------------- memory and operators
@@ -195,7 +50,7 @@ def saved_bytes(step: Step) -> int:
     return sum(count for address, count in saved.items() if address not in inputs)
 
 
-class Counter(TorchDispatchMode):
+class Dispatched(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
@@ -206,9 +61,9 @@ class Counter(TorchDispatchMode):
 
 
 def operators(step: Step) -> int:
-    with Counter() as counter:
+    with Dispatched() as seen:
         step()
-    return counter.count
+    return seen.count
 
 
 def launched_kernels(run: Callable[[], object]) -> list[str]:
@@ -217,7 +72,7 @@ def launched_kernels(run: Callable[[], object]) -> list[str]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize()
-    on_device = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    on_device = [e.name for e in profile.events() or () if e.device_type == DeviceType.CUDA]
     return [name for name in on_device if not name.startswith(("Memcpy", "Memset"))]
 
 
@@ -269,6 +124,7 @@ def _measure(case: Case, providers: list[Provider], rounds: int) -> tuple[list[d
             "case": case.name,
             "provider": provider.name,
             "kind": provider.kind,
+            "one_call": provider.calls_backward,  # has no forward and backward of its own
             "first_call_s": seconds,
             **of_a_step(step, case, kernels),
         }
@@ -295,11 +151,14 @@ def add_times(records: dict[str, dict[str, Any]], times: dict[str, Timing], tens
         return min(names, key=key, default=None)
 
     def ratio(one: str | None, other: str | None) -> dict[str, Any] | None:
-        return Ratio.of_rounds(times[one], times[other]).as_dict() if one and other else None
+        if not one or not other:
+            return None
+        found = Ratio.of_rounds(times[one], times[other]).as_dict()
+        return found | {"hidden": None} if one == other else found  # 1, in any noise
 
     limit, best, ours = first("limit"), first("baseline", fastest=True), first("ours")
     for name, record in records.items():
-        time_, split = times[name], name != "single_pass"
+        time_, split = times[name], not record["one_call"]
         forward, backward, step = (Spread.of(part) for part in (time_.forward, time_.backward, time_.steps))
         record |= {
             "forward_s": asdict(forward) if split else None,
@@ -309,6 +168,8 @@ def add_times(records: dict[str, dict[str, Any]], times: dict[str, Timing], tens
             "backward_gb_s": gb_per_s(backward_bytes(tensors), backward.median) if split else None,
             "step_gb_s": gb_per_s(step_bytes(tensors), step.median),
             "waited": time_.waited,
+            "rounds": len(time_.forward),
+            "repeated": time_.repeated,
             "best_baseline": best,
             "own_to_limit": ratio(name, limit),
             "best_to_own": ratio(best, name),

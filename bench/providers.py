@@ -135,9 +135,11 @@ def chosen(names: Iterable[str] | None, case: Case, known: Iterable[Provider] = 
 class Step:
     """forward() gives what backward(…) takes, which gives the gradients; both are fit to be timed."""
 
+    forward: Callable[[], Any]
+    backward: Callable[[Any], list[Any]]
+
     def __init__(self, provider: Provider, case: Case, tensors: list[Tensor]) -> None:
         self.provider, self.tensors, self.leaves = provider, tensors, leaves(tensors)
-        self.whole = provider.calls_backward  # forward is all of it
         if provider.loss is None:
             limit = Limit(tensors, case.sigma)
             self.forward, self.backward = limit.forward, limit.backward
@@ -147,14 +149,13 @@ class Step:
             loss = torch.compile(loss, dynamic=False)
         if provider.backend not in (None, backends.dispatched[case.device]):  # a dispatched one needs no context
             loss = forced(provider.backend, loss)
-        self.loss = loss
+        self.forward = functools.partial(loss, *tensors)
+        self.backward = self.take_gradients if provider.calls_backward else self.differentiate
 
-    def forward(self) -> Any:
-        return self.loss(*self.tensors)
+    def differentiate(self, loss: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(loss, self.leaves))
 
-    def backward(self, loss: Tensor) -> list[Any]:
-        if not self.whole:
-            return list(torch.autograd.grad(loss, self.leaves))
+    def take_gradients(self, loss: Tensor) -> list[Tensor | None]:
         gradients = [t.grad for t in self.leaves]
         for t in self.leaves:
             t.grad = None

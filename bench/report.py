@@ -156,7 +156,7 @@ def write_csv(report: Record, path: Path) -> None:
 
 def shown(record: Record) -> Record:
     """The record without ratios that must not be printed."""
-    hidden = {"median": None, "q1": None, "q3": None}
+    hidden = {"median": None, "low": None, "high": None}
     return {
         name: value | hidden if isinstance(value, dict) and value.get("hidden") else value
         for name, value in record.items()

@@ -7,8 +7,8 @@
 
 A step is forward and backward of the loss alone, to the gradients of recon, mu and logvar. Every provider's loss and
 gradients are compared with fp64 before it is timed; one that differs is not, and the exit status is 1. measure.py says
-what the numbers mean, and when a ratio is refused ("?"). Writes results.json, results.csv and the plots into --out;
-bench/results.py makes pages of them.
+what the numbers mean, timing.py when a ratio is refused ("?"). Writes results.json, results.csv and the plots into
+--out; bench/results.py makes pages of them.
 """
 
 from __future__ import annotations
@@ -79,6 +79,8 @@ def add_peaks(case: workloads.Case, records: list[report.Record]) -> None:
     if case.device == "cpu" and not peak.available():
         return
     for record in records:
+        if record["kind"] == "limit":  # whose gradients are there before
+            continue
         record["peak_bytes"] = peak.in_a_process(case, record["provider"], torch.get_num_threads())
 
 
@@ -114,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.train_step:
         import train_step  # which the examples' requirements come with
 
-        result["train_step"] = train_step.share(args.rounds)
+        result["train_step"] = train_step.measure(args.rounds)
         print("\n".join(train_step.console(result["train_step"])))
         write(result, args.out)
     plots.draw(result, args.out)
