@@ -4,7 +4,7 @@
 - forward_s, backward_s, step_s: medians and quartiles over the rounds; GB/s are of the bytes that the loss has to move,
   whatever a provider does move, so that all compare.
 - own_to_limit, best_to_own, own_to_ours: ratios of step times, to the limit, of the fastest baseline, to fused_elbo.
-- waited, repeated: see timing.py.
+- busy: times mean nothing, since others had the processors in most of the rounds; calm_rounds, repeated_s: timing.py.
 - saved_bytes: of the tensors that autograd is given to keep for backward, in storages that are not the inputs'.
 - operators: those that PyTorch dispatches below autograd in one step; code under torch.compile has `kernels` in their
   place, those that it generated. On a GPU `kernels` are those launched.
@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import contextlib
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 from providers import Disagrees, Provider, Step, check
-from timing import Ratio, Spread, Timing, interleaved, synchronise
+from timing import CALM, Ratio, Timing, interleaved, synchronise
 from torch import Tensor
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -147,7 +146,7 @@ def of_a_step(step: Step, case: Case, kernels: int) -> dict[str, int | None]:
 def add_times(records: dict[str, dict[str, Any]], times: dict[str, Timing], tensors: list[Tensor]) -> None:
     def first(kind: str, fastest: bool = False) -> str | None:
         names = [name for name, record in records.items() if record["kind"] == kind]
-        key = (lambda name: statistics.median(times[name].steps)) if fastest else names.index
+        key = (lambda name: times[name].spread(times[name].steps).median) if fastest else names.index
         return min(names, key=key, default=None)
 
     def ratio(one: str | None, other: str | None) -> dict[str, Any] | None:
@@ -159,7 +158,7 @@ def add_times(records: dict[str, dict[str, Any]], times: dict[str, Timing], tens
     limit, best, ours = first("limit"), first("baseline", fastest=True), first("ours")
     for name, record in records.items():
         time_, split = times[name], not record["one_call"]
-        forward, backward, step = (Spread.of(part) for part in (time_.forward, time_.backward, time_.steps))
+        forward, backward, step = (time_.spread(part) for part in (time_.forward, time_.backward, time_.steps))
         record |= {
             "forward_s": asdict(forward) if split else None,
             "backward_s": asdict(backward) if split else None,
@@ -167,9 +166,10 @@ def add_times(records: dict[str, dict[str, Any]], times: dict[str, Timing], tens
             "forward_gb_s": gb_per_s(forward_bytes(tensors), forward.median) if split else None,
             "backward_gb_s": gb_per_s(backward_bytes(tensors), backward.median) if split else None,
             "step_gb_s": gb_per_s(step_bytes(tensors), step.median),
-            "waited": time_.waited,
+            "busy": time_.calm_share < CALM,
+            "calm_rounds": time_.calm_share,
             "rounds": len(time_.forward),
-            "repeated": time_.repeated,
+            "repeated_s": time_.repeated,
             "best_baseline": best,
             "own_to_limit": ratio(name, limit),
             "best_to_own": ratio(best, name),

@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import workloads
 from matplotlib.axes import Axes
-from matplotlib.ticker import NullFormatter, NullLocator, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 Record = dict[str, Any]
 LABELS = {
@@ -35,6 +35,7 @@ COLOURS = {
     "stock_compiled": "#95b5d0",
     "limit": "black",
 }
+PLAIN = FuncFormatter(lambda value, _: f"{value:g}")  # not 10⁻¹
 LINES = ("stock", "one_liner", "one_liner_compiled", "cpp", "triton", "limit")  # of a sweep
 STYLE = {
     "font.size": 14,
@@ -68,12 +69,12 @@ def label(name: str) -> str:
 
 
 def by_provider(report: Record, cases: list[str]) -> dict[str, dict[str, Record]]:
-    """provider -> case -> record, in the order of COLOURS."""
+    """provider -> case -> record, in the order of COLOURS; without times that others' processes made."""
     found: dict[str, dict[str, Record]] = {}
     for name in COLOURS:
-        of = {r["case"]: r for r in report["results"] if r["provider"] == name and r["case"] in cases}
-        if of:
-            found[name] = {case: of[case] for case in cases if case in of}
+        of = {r["case"]: r for r in report["results"] if r["provider"] == name and not r["busy"]}
+        if own := {case: of[case] for case in cases if case in of}:
+            found[name] = own
     return found
 
 
@@ -93,6 +94,7 @@ def lines(ax: Axes, report: Record, cases: list[str], at: Callable[[Record], flo
         ax.plot(xs, median, "--" if name == "limit" else "o-", color=COLOURS[name], label=label(name))
         ax.fill_between(xs, q1, q3, color=COLOURS[name], alpha=0.15, lw=0)
     ax.set(xscale="log", yscale="log", ylabel="ms for a step of the loss")
+    ax.yaxis.set_major_formatter(PLAIN)
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
@@ -115,25 +117,26 @@ def threads(report: Record) -> Any:
     counts = [report["cases"][case]["threads"] for case in cases]
     ax.set(xlabel="threads", title=workloads.THREADED.name)
     ax.set_xticks(counts)
-    ax.xaxis.set_major_formatter(ScalarFormatter())
+    ax.xaxis.set_major_formatter(PLAIN)
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_minor_formatter(NullFormatter())
     return figure
 
 
-def grouped(ax: Axes, found: dict[str, dict[str, Record]], cases: list[str], value: Callable[[Record], float]) -> None:
-    """Horizontal bars: a group for each case, the first on top."""
-    height = 0.85 / len(found)
-    for i, (name, records) in enumerate(found.items()):
-        ys = [cases.index(case) + (i - (len(found) - 1) / 2) * height for case in records]
-        ax.barh(
-            ys, [value(r) for r in records.values()], height, color=COLOURS[name], label=label(name),
-            hatch="//" if name == "limit" else None, fill=name != "limit",
+def grouped(ax: Axes, groups: list[str], values: dict[str, dict[str, float]], shown: str = "{:.2g}") -> None:
+    """Horizontal bars of provider -> group -> value, with the values; the first group is on top."""
+    height = 0.85 / len(values)
+    for i, (name, own) in enumerate(values.items()):
+        ys = [groups.index(group) + (i - (len(values) - 1) / 2) * height for group in own]
+        limit = name == "limit"
+        drawn = ax.barh(
+            ys, list(own.values()), height, color=COLOURS[name], label=label(name),
+            fill=not limit, hatch="//" if limit else None,
         )  # fmt: skip
-    ax.set_yticks(range(len(cases)), cases)
+        ax.bar_label(drawn, [shown.format(value) for value in own.values()], padding=3, fontsize=11)
+    ax.set_yticks(range(len(groups)), groups)
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
-    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    ax.margins(x=0.12)
 
 
 def bars(report: Record) -> Any:
@@ -141,25 +144,30 @@ def bars(report: Record) -> Any:
     found = by_provider(report, cases)
     if not found:
         return None
-    figure, ax = plt.subplots(figsize=(7.5, 1.2 + 1.4 * len(cases)))
-    grouped(ax, found, cases, lambda r: 1e3 * r["step_s"]["median"])
-    ax.set(xscale="log", xlabel="ms for a step of the loss (median)", title="fp32, σ of the batch")
+    times = {name: {c: 1e3 * r["step_s"]["median"] for c, r in own.items()} for name, own in found.items()}
+    figure, ax = plt.subplots(figsize=(9, 1.5 + 1.7 * len(cases)))
+    ax.set(xscale="log", xlabel="ms for a step of the loss, median", title="fp32, σ of the batch")
+    grouped(ax, cases, times)
+    ax.xaxis.set_major_formatter(PLAIN)
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
 def memory(report: Record) -> Any:
-    """In multiples of recon: what is saved for backward, and where it was measured the peak."""
-    cases = present(report, workloads.SHAPES)[-2:]
-    found = by_provider(report, cases)
+    """In multiples of recon: what is kept for backward, and the peak of a step."""
+    cases = [name for name in present(report, workloads.SHAPES) if name in workloads.PEAKS]
+    found = by_provider(report, cases[:1])
     found.pop("limit", None)
     if not found:
         return None
-    figure, ax = plt.subplots(figsize=(7.5, 1.8 + 1.4 * len(cases)))
-
-    def saved(record: Record) -> float:
-        case = report["cases"][record["case"]]
-        return record["saved_bytes"] / (case["elements"] * 4)
-
-    grouped(ax, found, cases, saved)
-    ax.set(xlabel="memory kept for backward, in sizes of recon (fp32)")
+    recon = report["cases"][cases[0]]["elements"] * 4
+    kinds = {"kept for\nbackward": "saved_bytes", "peak of a step,\ngradients included": "peak_bytes"}
+    values = {
+        name: {kind: own[cases[0]][key] / recon for kind, key in kinds.items() if own[cases[0]].get(key) is not None}
+        for name, own in found.items()
+    }
+    figure, ax = plt.subplots(figsize=(9, 5))
+    ax.set(xlabel="memory, in sizes of recon", title=f"{cases[0]}, fp32")
+    grouped(ax, list(kinds), values, "{:.1f}")
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure

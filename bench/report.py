@@ -25,6 +25,7 @@ from fused_elbo import BackendUnavailable, build, build_spec
 FORMAT = 1
 REPO = Path(__file__).resolve().parent.parent
 ENVIRONMENT = ("OMP_", "GOMP_", "KMP_", "MALLOC_", "MKL_", "ATEN_", "TORCHINDUCTOR_")
+HIDDEN = "?"  # in the place of a number that the run cannot support
 PACKAGES = ("torch", "triton", "numpy")
 Record = dict[str, Any]
 
@@ -74,7 +75,7 @@ def machine(device: str) -> Record:
         "huge_pages": read("/sys/kernel/mm/transparent_hugepage/enabled"),
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "load_before": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
-        "system": f"{platform.system()} {platform.release()}",
+        "system": f"{platform.system()} {platform.release().partition('-')[0]}",
     }
 
 
@@ -181,21 +182,32 @@ def ratio(value: Record | None) -> str:
     """A ratio, or "?" where the spread hides it."""
     if value is None:
         return ""
-    return "?" if value["hidden"] else f"{value['median']:.2f}"
+    return HIDDEN if value["hidden"] else f"{value['median']:.2f}"
 
 
-def median(value: Record | None) -> str:
-    return "" if value is None else seconds(value["median"])
+def median(record: Record, part: str) -> str:
+    """Of "forward", "backward" or "step", or "?" where others had the processors."""
+    if record[f"{part}_s"] is None:
+        return ""
+    return HIDDEN if record["busy"] else seconds(record[f"{part}_s"]["median"])
+
+
+def quartiles(record: Record) -> str:
+    return HIDDEN if record["busy"] else f"{seconds(record['step_s']['q1'])} – {seconds(record['step_s']['q3'])}"
+
+
+def rate(record: Record) -> str:
+    return HIDDEN if record["busy"] else f"{record['step_gb_s']:.3g}"
 
 
 COLUMNS = {
     "provider": lambda r: r["provider"],
     "first call": lambda r: seconds(r["first_call_s"]),
-    "forward": lambda r: median(r["forward_s"]),
-    "backward": lambda r: median(r["backward_s"]),
-    "step": lambda r: median(r["step_s"]),
-    "quartiles": lambda r: f"{seconds(r['step_s']['q1'])} – {seconds(r['step_s']['q3'])}",
-    "GB/s": lambda r: f"{r['step_gb_s']:.1f}",
+    "forward": lambda r: median(r, "forward"),
+    "backward": lambda r: median(r, "backward"),
+    "step": lambda r: median(r, "step"),
+    "quartiles": quartiles,
+    "GB/s": rate,
     "/ limit": lambda r: ratio(r["own_to_limit"]),
     "best / it": lambda r: ratio(r["best_to_own"]),
     "saved": lambda r: count(r["saved_bytes"]),
@@ -224,11 +236,13 @@ def console(name: str, case: Record, records: list[Record]) -> list[str]:
 
 
 def refusals(records: Iterable[Record]) -> list[str]:
-    """Why there is a question mark."""
+    """Why there are question marks."""
     named = {"own_to_limit": "/ limit", "best_to_own": "best / it"}
     reasons: dict[str, list[str]] = {}
     for record in records:
+        if record["busy"]:
+            reasons.setdefault("others had the processors in most rounds", []).append(f"{record['provider']}'s times")
         for key, column in named.items():
             if record[key] and (reason := record[key]["hidden"]):
                 reasons.setdefault(reason, []).append(f"{record['provider']} {column}")
-    return [f"  ? {', '.join(who)}: {reason}" for reason, who in reasons.items()]
+    return [f"  {HIDDEN} {', '.join(who)}: {reason}" for reason, who in reasons.items()]
