@@ -26,7 +26,7 @@ from workloads import Case
 
 FLUSH_BYTES = 512 << 20  # the largest L2 today is 126 MB
 LARGE = Case((256, 3, 256, 256), (16, 32, 32))
-LAUNCHES = {  # of a step of ours, beside autograd's ones_like
+LAUNCHES = {  # of a step of ours with a σ of the batch, beside autograd's ones_like
     "triton": {3},
     "cuda": {3},
     "single_pass": {1, 3},  # one where the batch fits on the chip
@@ -44,7 +44,8 @@ def serving(case: Case) -> list[providers.Provider]:
     return [provider for provider in providers.chosen(None, case) if provider.kind in ("ours", "baseline")]
 
 
-def captured(run: Run) -> Run:
+def captured(run: Run) -> Run | None:
+    """A CUDA graph of it; None for what looks at values on the host, as F.gaussian_nll_loss does."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -52,8 +53,12 @@ def captured(run: Run) -> Run:
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
+    try:
+        with torch.cuda.graph(graph):
+            run()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
     return graph.replay
 
 
@@ -81,45 +86,65 @@ def step_time(run: Run) -> float:
     return (time.perf_counter() - start) * 1e6
 
 
-def measure(eager: dict[str, Run], graphs: dict[str, Run], rounds: int) -> dict[str, tuple[float, float]]:
-    """name -> medians, in µs, of the GPU's time and of the whole step's."""
+def measure(eager: dict[str, Run], graphs: dict[str, Run | None], rounds: int) -> dict[str, tuple[float | None, float]]:
+    """name -> medians, in µs, of the GPU's time (None without a graph) and of the whole step's."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
     gpu: dict[str, list[float]] = {name: [] for name in graphs}
     whole: dict[str, list[float]] = {name: [] for name in eager}
     for _ in range(rounds):
-        for name in eager:
-            gpu[name].append(gpu_time(graphs[name], flush))
-            whole[name].append(step_time(eager[name]))
-    return {name: (statistics.median(gpu[name]), statistics.median(whole[name])) for name in eager}
+        for name, run in eager.items():
+            if (graph := graphs[name]) is not None:
+                gpu[name].append(gpu_time(graph, flush))
+            whole[name].append(step_time(run))
+    return {
+        name: (statistics.median(gpu[name]) if gpu[name] else None, statistics.median(whole[name])) for name in eager
+    }
 
 
 def rows_of(case: Case, rounds: int) -> tuple[list[str], list[str]]:
-    """Rows of the table, and what is wrong: gradients, or the number of launches."""
+    """Rows of the table, and what is wrong: gradients, the number of launches, or ours that cannot be captured."""
     torch._dynamo.reset()  # else the cases before count towards the limit of recompilations
     tensors, faults = case.tensors(), []
-    steps = {provider.name: providers.Step(provider, case, tensors) for provider in serving(case)}
-    for name in list(steps):
+    runs: dict[str, Run] = {}
+    for provider in serving(case):
+        step = providers.Step(provider, case, tensors)
         try:
-            providers.check(steps[name], case)
+            providers.check(step, case)
+            runs[provider.name] = step
         except providers.Disagrees as fault:
             faults.append(str(fault))
-            del steps[name]
+    ours = [name for name in runs if name in LAUNCHES]
     count = workloads.step_bytes(tensors)
-    runs: dict[str, Run] = {**steps, "copy": copy_of(count)}
+    runs["copy"] = copy_of(count)
     graphs = {name: captured(run) for name, run in runs.items()}
+    faults += [f"{name} at {case.name}: no CUDA graph of it can be made" for name in ours if graphs[name] is None]
     times = measure(runs, graphs, rounds)
-    ours = next(iter(steps))  # the first in the registry that serves
     rows = []
     for name, (gpu, whole) in times.items():
         kernels = launched_kernels(runs[name])
         own = sum("elbo_" in kernel for kernel in kernels)
-        if name in LAUNCHES and own not in LAUNCHES[name]:
+        if name in ours and case.sigma == "batch" and own not in LAUNCHES[name]:
             faults.append(f"{name} at {case.name}: a step launches {own} kernels of ours: {kernels}")
-        rows.append(
-            f"| {case.name} | {name} | {gpu:.1f} | {whole:.1f} | {count / gpu / 1e3:.0f} "
-            f"| {times['copy'][0] / gpu:.0%} | {gpu / times[ours][0]:.2f} | {len(kernels)} |"
-        )
+        rows.append(row(case, name, gpu, whole, count, times["copy"][0], times[ours[0]][0] if ours else None, kernels))
     return rows, faults
+
+
+def row(
+    case: Case,
+    name: str,
+    gpu: float | None,
+    whole: float,
+    count: int,
+    copy: float | None,
+    ours: float | None,
+    kernels: list[str],
+) -> str:
+    """What needs a graph is left blank where there is none."""
+    rate = f"{count / gpu / 1e3:.0f}" if gpu else ""
+    of_a_copy = f"{copy / gpu:.0%}" if gpu and copy else ""
+    against_ours = f"{gpu / ours:.2f}" if gpu and ours else ""
+    time_ = f"{gpu:.1f}" if gpu else ""
+    return f"| {case.name} | {name} | {time_} | {whole:.1f} | {rate} | {of_a_copy} | {against_ours} | {len(kernels)} |"
 
 
 def table(rounds: int) -> tuple[list[str], list[str]]:

@@ -172,6 +172,6 @@ def add_times(records: dict[str, dict[str, Any]], times: dict[str, Timing], tens
             "repeated_s": time_.repeated,
             "best_baseline": best,
             "own_to_limit": ratio(name, limit),
-            "best_to_own": ratio(best, name),
+            "best_to_own": ratio(best, name) if name != limit else None,
             "own_to_ours": ratio(name, ours),
         }

@@ -4,7 +4,8 @@
 
 On a CPU it is the resident set, which has all allocators in it, in this process of its own: Linux's VmHWM, set back
 before the steps, less VmRSS then. Steps before that have compiled and loaded what is needed; what they left in
-allocators is given back first. On a GPU it is what PyTorch's allocator had given out.
+allocators is given back first, and glibc is told to give back whatever is freed, so that what it would keep is not in
+the number. On a GPU it is what PyTorch's allocator had given out.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import ctypes
 import gc
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +28,7 @@ import fused_elbo
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # proc(5)
 STEPS = 3
+GLIBC = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # bytes; by default it grows to the largest block that was ever freed
 
 
 def available() -> bool:
@@ -66,7 +69,7 @@ def peak_bytes(step: providers.Step, device: str) -> int:
 
 def in_a_process(case: workloads.Case, provider: str, threads: int) -> int:
     command = [sys.executable, __file__, case.name, provider, "--threads", str(threads), "--device", case.device]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | GLIBC, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])

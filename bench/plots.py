@@ -122,7 +122,13 @@ def threads(report: Record) -> Any:
     return figure
 
 
-def grouped(ax: Axes, groups: list[str], values: dict[str, dict[str, float]], shown: str = "{:.2g}") -> None:
+def short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.2g}"
+
+
+def grouped(
+    ax: Axes, groups: list[str], values: dict[str, dict[str, float]], shown: Callable[[float], str] = short
+) -> None:
     """Horizontal bars of provider -> group -> value, with the values; the first group is on top."""
     height = 0.85 / len(values)
     for i, (name, own) in enumerate(values.items()):
@@ -132,7 +138,7 @@ def grouped(ax: Axes, groups: list[str], values: dict[str, dict[str, float]], sh
             ys, list(own.values()), height, color=COLOURS[name], label=label(name),
             fill=not limit, hatch="//" if limit else None,
         )  # fmt: skip
-        ax.bar_label(drawn, [shown.format(value) for value in own.values()], padding=3, fontsize=11)
+        ax.bar_label(drawn, [shown(value) for value in own.values()], padding=3, fontsize=11)
     ax.set_yticks(range(len(groups)), groups)
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
@@ -168,6 +174,6 @@ def memory(report: Record) -> Any:
     }
     figure, ax = plt.subplots(figsize=(9, 5))
     ax.set(xlabel="memory, in sizes of recon", title=f"{cases[0]}, fp32")
-    grouped(ax, list(kinds), values, "{:.1f}")
+    grouped(ax, list(kinds), values, lambda value: f"{value:.1f}")
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
