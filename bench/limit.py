@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fused_elbo import BackendUnavailable
 from fused_elbo.build import build
 from fused_elbo.build_spec import INSTRUCTION_SETS, BuildSpec, Part, cpu_spec, instruction_set
 
@@ -54,6 +55,14 @@ def library() -> Callable[..., int]:
     move = getattr(ctypes.CDLL(str(build(spec()).library)), SYMBOL)
     move.argtypes, move.restype = [ctypes.POINTER(Move), ctypes.c_int64], ctypes.c_int64
     return move
+
+
+def available() -> bool:
+    try:
+        library()
+    except BackendUnavailable:
+        return False
+    return True
 
 
 def streams(tensors: list[Tensor]) -> list[list[Tensor]]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from providers import Disagrees, Provider, Step, check
-from timing import CALM, Ratio, Timing, interleaved, synchronise
+from timing import CALM, PATIENCE, Ratio, Timing, interleaved, synchronise
 from torch import Tensor
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -99,13 +99,17 @@ def first_call(step: Step, case: Case) -> tuple[float, int]:
     return time.perf_counter() - started, metrics.generated_kernel_count
 
 
-def measure(case: Case, providers: list[Provider], rounds: int) -> tuple[list[dict[str, Any]], list[str]]:
+def measure(
+    case: Case, providers: list[Provider], rounds: int, patience: float = PATIENCE
+) -> tuple[list[dict[str, Any]], list[str]]:
     """A record of each provider, and the faults of those that do not compute the loss."""
     with threads(case.threads):
-        return _measure(case, providers, rounds)
+        return _measure(case, providers, rounds, patience)
 
 
-def _measure(case: Case, providers: list[Provider], rounds: int) -> tuple[list[dict[str, Any]], list[str]]:
+def _measure(
+    case: Case, providers: list[Provider], rounds: int, patience: float
+) -> tuple[list[dict[str, Any]], list[str]]:
     torch._dynamo.reset()  # else the cases before count towards the limit of recompilations
     tensors, faults = case.tensors(), []
     steps: dict[str, Step] = {}
@@ -128,7 +132,7 @@ def _measure(case: Case, providers: list[Provider], rounds: int) -> tuple[list[d
             **of_a_step(step, case, kernels),
         }
     if steps:
-        add_times(records, interleaved(steps, case, rounds), tensors)
+        add_times(records, interleaved(steps, case, rounds, patience), tensors)
     return list(records.values()), faults
 
 

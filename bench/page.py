@@ -106,7 +106,7 @@ def results_page(report: Record, images: list[str]) -> str:
         ("Time against threads", picture("threads", images)),
         ("bf16 and fp16", halves(results)),
         ("Other σ", each_case(results, workloads.OTHER_SIGMAS)),
-        ("A hierarchy of latents", texts.LEVELS + each_case(results, ["levels"])),
+        ("A hierarchy of latents", hierarchy(results)),
         ("Memory", picture("memory", images) + memory(results)),
         ("Overhead of a call", overhead(results)),
         ("First calls", first_calls(results)),
@@ -197,6 +197,11 @@ def each_case(results: Results, sigmas: Iterable[str]) -> str:
             rows = [[cell(r) for cell in COLUMNS.values()] for r in results.of(name)]
             parts.append(f"{name}: {workloads.SIGMAS[case['sigma']]}.\n\n{table(list(COLUMNS), rows)}")
     return "\n\n".join(parts)
+
+
+def hierarchy(results: Results) -> str:
+    found = each_case(results, ["levels"])
+    return f"{texts.LEVELS}\n\n{found}" if found else ""
 
 
 def memory(results: Results) -> str:

@@ -69,13 +69,20 @@ def label(name: str) -> str:
 
 
 def by_provider(report: Record, cases: list[str]) -> dict[str, dict[str, Record]]:
-    """provider -> case -> record, in the order of COLOURS; without times that others' processes made."""
+    """provider -> case -> record, in the order of COLOURS."""
     found: dict[str, dict[str, Record]] = {}
     for name in COLOURS:
-        of = {r["case"]: r for r in report["results"] if r["provider"] == name and not r["busy"]}
+        of = {r["case"]: r for r in report["results"] if r["provider"] == name}
         if own := {case: of[case] for case in cases if case in of}:
             found[name] = own
     return found
+
+
+def timed(report: Record, cases: list[str]) -> dict[str, dict[str, Record]]:
+    """The same, without times that others' processes made."""
+    found = by_provider(report, cases)
+    calm = {name: {case: r for case, r in own.items() if not r["busy"]} for name, own in found.items()}
+    return {name: own for name, own in calm.items() if own}
 
 
 def present(report: Record, cases: tuple[workloads.Case, ...]) -> list[str]:
@@ -84,7 +91,7 @@ def present(report: Record, cases: tuple[workloads.Case, ...]) -> list[str]:
 
 def lines(ax: Axes, report: Record, cases: list[str], at: Callable[[Record], float]) -> None:
     """Median step times with their quartiles."""
-    found = by_provider(report, cases)
+    found = timed(report, cases)
     for name in LINES:
         records = found.get(name, {})
         if not records:
@@ -147,7 +154,7 @@ def grouped(
 
 def bars(report: Record) -> Any:
     cases = present(report, (workloads.TINY, *workloads.SHAPES))
-    found = by_provider(report, cases)
+    found = timed(report, cases)
     if not found:
         return None
     times = {name: {c: 1e3 * r["step_s"]["median"] for c, r in own.items()} for name, own in found.items()}

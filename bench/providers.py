@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import limit
 import losses
 import torch
-from limit import Limit
 from torch import Tensor
 from workloads import LEVELS, SIGMAS, Case, leaves
 
@@ -49,7 +49,7 @@ class Provider:
 
     def serves(self, case: Case) -> bool:
         if self.kind == "limit":
-            return case.limit and case.device == "cpu"
+            return case.limit and case.device == "cpu" and limit.available()
         return case.sigma in self.sigmas and (self.backend is None or self.backend in available(case.device))
 
 
@@ -141,8 +141,8 @@ class Step:
     def __init__(self, provider: Provider, case: Case, tensors: list[Tensor]) -> None:
         self.provider, self.tensors, self.leaves = provider, tensors, leaves(tensors)
         if provider.loss is None:
-            limit = Limit(tensors, case.sigma)
-            self.forward, self.backward = limit.forward, limit.backward
+            moved = limit.Limit(tensors, case.sigma)
+            self.forward, self.backward = moved.forward, moved.backward
             return
         loss = functools.partial(provider.loss, case.sigma) if provider.by_sigma else provider.loss
         if provider.compiled:

@@ -25,6 +25,7 @@ import peak
 import plots
 import providers
 import report
+import timing
 import torch
 import workloads
 
@@ -114,7 +115,8 @@ def measured(args: argparse.Namespace) -> list[str]:
     }
     faults: list[str] = []
     for case in args.cases:
-        records, wrong = measure.measure(case, serving(case, args), args.rounds)
+        patience = timing.PATIENCE / 10 if args.quick else timing.PATIENCE
+        records, wrong = measure.measure(case, serving(case, args), args.rounds, patience)
         if case.name in workloads.PEAKS:
             add_peaks(case, records)
         faults += wrong

@@ -177,10 +177,10 @@ def sample(step: Step, case: Case, steps: int) -> tuple[float, float, float]:
     return forward / steps, backward / steps, longest * 1e-9 / (forward + backward)
 
 
-def take_turn(step: Step, case: Case, steps: int, timing: Timing) -> None:
-    """A round's sample, taken again while others have the processors and there is PATIENCE."""
+def take_turn(step: Step, case: Case, steps: int, timing: Timing, patience: float = PATIENCE) -> None:
+    """A round's sample, taken again while others have the processors and there is patience."""
     forward, backward, waited = sample(step, case, steps)
-    while waited > BUSY and timing.repeated < PATIENCE:
+    while waited > BUSY and timing.repeated < patience:
         timing.repeated += (forward + backward) * steps
         forward, backward, waited = sample(step, case, steps)
     timing.forward.append(forward)
@@ -188,7 +188,7 @@ def take_turn(step: Step, case: Case, steps: int, timing: Timing) -> None:
     timing.waits.append(waited)
 
 
-def interleaved(steps: dict[str, Step], case: Case, rounds: int) -> dict[str, Timing]:
+def interleaved(steps: dict[str, Step], case: Case, rounds: int, patience: float) -> dict[str, Timing]:
     for step in steps.values():
         for _ in range(WARM_UP):
             step()
@@ -202,5 +202,5 @@ def interleaved(steps: dict[str, Step], case: Case, rounds: int) -> dict[str, Ti
     for _ in range(rounds):
         shuffled.shuffle(order)  # no provider always follows the same one, and finds its leavings in the caches
         for name in order:
-            take_turn(steps[name], case, counts[name], times[name])
+            take_turn(steps[name], case, counts[name], times[name], patience)
     return times

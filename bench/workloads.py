@@ -48,6 +48,9 @@ class Case:
         words += [f"{self.threads}threads"] if self.threads else []
         return "-".join(words)
 
+    def __str__(self) -> str:
+        return self.name
+
     @property
     def batch(self) -> int:
         return self.shape[0]

@@ -9,6 +9,7 @@ import csv
 import dataclasses
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -149,6 +150,11 @@ def test_the_limit_reads_and_writes_every_word() -> None:
         assert moved.forward() == sum(int(part) for part in read) % 2**32
     bytes_of = sum(t.numel() * t.element_size() for group in moved.groups for t in group)
     assert bytes_of == workloads.forward_bytes(tensors)
+
+
+def test_without_a_compiler_there_is_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limit, "available", lambda: False)
+    assert "limit" not in [p.name for p in providers.chosen(None, SMALL[0])]
 
 
 # -------------------------------------------------------------------------------------------------------------- spread
@@ -298,8 +304,6 @@ def test_the_pages_are_what_the_kept_results_make() -> None:
 
 
 def test_what_the_results_page_links_to_is_there() -> None:
-    import re
-
     for link in re.findall(r"\]\(([^)#]+)\)", results.PAGE.read_text(encoding="utf-8")):
         assert (BENCH / link).exists(), link
 
