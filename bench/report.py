@@ -105,7 +105,11 @@ def flags() -> Record:
     return {
         "instruction_set": build_spec.instruction_set(),
         "cflags": " ".join([*spec.cflags, *spec.parts[-1].cflags]),
-        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(ENVIRONMENT)},
+        "environment": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(ENVIRONMENT) and name != "TORCHINDUCTOR_CACHE_DIR"  # a folder, whatever is in it
+        },
     }
 
 

@@ -19,9 +19,11 @@ The KL of the 43 stochastic layers of VDVAE's decoder for CIFAR-10 (16 channels 
 for 8 images: `gaussian_kl` for every level, beside the formula as VDVAE has it."""
 
 MEMORY = """\
-Kept for backward: tensors that autograd is given to save, beyond the inputs themselves. Peak of a step: how far the
-resident set of a process of its own rises in a step, gradients included (on a GPU: what PyTorch's allocator gave
-out)."""
+Kept for backward: the storage of tensors that autograd is given to save, beyond the inputs themselves; it comes on top
+of what the network keeps. Peak of a step: how far the resident set of a process of its own rises in a step of the loss
+alone, gradients included (on a GPU: what PyTorch's allocator gave out). That can be less than both together, where what
+was kept is given back before the gradients are made: `F.mse_loss` keeps a tensor as large as recon behind its one
+number, until the backward of the logarithm has had it."""
 
 OVERHEAD = """\
 One sample of one element with one latent: nothing but the cost of calling. Operators are those that PyTorch dispatches
