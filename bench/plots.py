@@ -155,7 +155,8 @@ def grouped(
 def bars(report: Record) -> Any:
     cases = present(report, (workloads.TINY, *workloads.SHAPES))
     found = timed(report, cases)
-    if not found:
+    cases = [case for case in cases if any(case in own for own in found.values())]
+    if not cases:
         return None
     times = {name: {c: 1e3 * r["step_s"]["median"] for c, r in own.items()} for name, own in found.items()}
     figure, ax = plt.subplots(figsize=(9, 1.5 + 1.7 * len(cases)))

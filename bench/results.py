@@ -1,7 +1,7 @@
 """The results as pages: bench/RESULTS.md, and the table in README.md between its markers, both from one results.json.
 
     python bench/results.py                      # from the results that are kept, bench/results/results.json
-    python bench/results.py --from runs/bench    # keep a new run's results and plots first
+    python bench/results.py --from runs/bench    # keep a new run's results first, and draw its plots
 
 `make bench-docs` is the same. tests/test_bench.py checks that the pages are what this makes of the kept results; how
 old those are it does not ask.
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
 from pathlib import Path
 
 import page
@@ -46,8 +45,8 @@ def keep(folder: Path) -> None:
     KEPT.mkdir(exist_ok=True)
     for image in KEPT.glob("*.png"):
         image.unlink()
-    shutil.copy(folder / "results.json", KEPT)
-    shutil.copy(folder / "results.csv", KEPT)
+    report.write_json(results, KEPT / "results.json")
+    report.write_csv(results, KEPT / "results.csv")
     plots.draw(results, KEPT)
 
 

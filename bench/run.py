@@ -14,10 +14,11 @@ what the numbers mean, timing.py when a ratio is refused ("?"). Writes results.j
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import measure
@@ -30,6 +31,7 @@ import torch
 import workloads
 
 ROUNDS, QUICK_ROUNDS = 30, 5
+INDUCTOR_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -37,13 +39,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--cases", nargs="+", metavar="NAME", help="names or globs (default: all)")
     add("--providers", nargs="+", metavar="NAME", help="names (default: all that serve a case)")
-    add(
-        "--out",
-        type=Path,
-        default=Path("runs/bench"),
-        metavar="DIR",
-        help="folder of the results (default: runs/bench)",
-    )
+    add("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="folder of the results (runs/bench)")
     add("--quick", action="store_true", help=f"{', '.join(workloads.QUICK)}; nothing compiled, {QUICK_ROUNDS} rounds")
     add("--threads", type=int, metavar="N", help="threads for PyTorch (default: its own choice)")
     add("--rounds", type=int, metavar="N", help=f"timed rounds (default: {ROUNDS})")
@@ -87,6 +83,21 @@ def add_peaks(case: workloads.Case, records: list[report.Record]) -> None:
         record["peak_bytes"] = peak.in_a_process(case, record["provider"], torch.get_num_threads())
 
 
+@contextlib.contextmanager
+def cold_compiler() -> Iterator[None]:
+    """torch.compile finds nothing from before, or a second run would not tell what a first call takes; unless the user
+    has chosen the folder of its cache."""
+    if INDUCTOR_CACHE in os.environ:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="fused_elbo_bench_", ignore_cleanup_errors=True) as folder:
+        os.environ[INDUCTOR_CACHE] = folder
+        try:
+            yield
+        finally:
+            del os.environ[INDUCTOR_CACHE]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     if args.list:
@@ -94,8 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if args.threads:
         torch.set_num_threads(args.threads)
-    with tempfile.TemporaryDirectory(prefix="fused_elbo_bench_") as cold:
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cold)  # else a second run would not tell what compiling takes
+    with cold_compiler():
         faults = measured(args)
     for fault in faults:
         print(f"NOT TIMED: {fault}", file=sys.stderr)
