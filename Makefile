@@ -8,9 +8,9 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install
 PINS := $(VENV)/constraints.txt
 CPU_INDEX := https://download.pytorch.org/whl/cpu
-CPP = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+CPP = $(shell find csrc bench -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help demo test test-triton test-cuda gpu-check wheel lint format clean
+.PHONY: help demo test test-triton test-cuda gpu-check bench bench-docs wheel lint format clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # pip does not share an environment with another pip
@@ -38,6 +38,13 @@ test-cuda: $(VENV)/.dev ## run the CUDA kernels' tests, as CPU code and, where n
 gpu-check: $(VENV)/.dev ## on a machine with a GPU: tests, CUDA graphs, benchmark, one report; ARGS go to bench/gpu_check.py
 	@echo "== Checking on the GPU: bench/gpu_check.py $(ARGS)"
 	@$(PY) bench/gpu_check.py $(ARGS)
+
+bench: $(VENV)/.dev ## time the loss beside what it replaces; ARGS go to bench/run.py, e.g. ARGS=--quick
+	@echo "== Benchmark: bench/run.py $(ARGS)"
+	@$(PY) bench/run.py $(ARGS)
+
+bench-docs: $(VENV)/.dev ## render the results pages; ARGS=--from=runs/bench takes a new run's results
+	@$(PY) bench/results.py $(ARGS)
 
 wheel: $(VENV)/.dev ## a wheel with the compiled libraries inside, in dist/; ARGS go to .ci/make_wheel.py
 	@echo "== Building the wheel: .ci/make_wheel.py $(ARGS)"

@@ -1,104 +1,158 @@
-"""How long a training step of the loss takes, beside the code it replaces.
+"""How long a training step of the loss takes, and what memory, beside the code that it replaces and beside the limit.
 
-    python bench/run.py [--rounds 30] [--threads 2] [--compiled]
+    python bench/run.py                                     # everything, into runs/bench
+    python bench/run.py --cases '128x3x64x64*' 1x1 --providers cpp one_liner limit
+    python bench/run.py --quick                             # three small cases, a minute
+    python bench/run.py --list
 
-A step is forward and backward of the loss alone, to the gradients of recon, mu and logvar. All providers take turns in
-every round, on the same tensors in one process, so that a noisy machine slows all alike; reported are medians, and the
-median over the rounds of each provider's time divided by fused_elbo's. Every provider's gradients are compared with
-fp64 before it is timed.
+A step is forward and backward of the loss alone, to the gradients of recon, mu and logvar. Every provider's loss and
+gradients are compared with fp64 before it is timed; one that differs is not, and the exit status is 1. measure.py says
+what the numbers mean, timing.py when a ratio is refused ("?"). Writes results.json, results.csv and the plots into
+--out; bench/results.py makes pages of them.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-import baselines
+import measure
+import peak
+import plots
+import providers
+import report
+import timing
 import torch
-from torch import Tensor
+import workloads
 
-Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor | None]  # None: backward has been called already
-CASES = [(1, 1), (64, 1, 28, 28), (128, 3, 64, 64), (16, 3, 256, 256)]
-LATENTS = 128
-OURS = (baselines.fused, baselines.single_pass, baselines.reference)
+ROUNDS, QUICK_ROUNDS = 30, 5
+INDUCTOR_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
-def make(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    target = torch.rand(shape, generator=generator)
-    recon = target + 0.1 * torch.randn(shape, generator=generator)
-    latents = torch.randn(2, shape[0], LATENTS, generator=generator)
-    tensors = [recon, target, *latents.unbind(0)]
-    return [t.to(dtype).requires_grad_(i != 1) for i, t in enumerate(tensors)]
-
-
-def step(loss: Loss, tensors: list[Tensor]) -> list[Tensor]:
-    recon, _, mu, logvar = tensors
-    wanted, total = [recon, mu, logvar], loss(*tensors)
-    if total is not None:
-        return list(torch.autograd.grad(total, wanted))
-    gradients = [t.grad for t in wanted]
-    for t in wanted:
-        t.grad = None
-    return gradients
-
-
-def check(name: str, loss: Loss, shape: tuple[int, ...]) -> None:
-    """Against fp64: ours against the one-liner, which is the same loss; a baseline against itself."""
-    exact = baselines.one_liner if loss in OURS else loss
-    truth = step(exact, make(shape, torch.float64))
-    for got, true in zip(step(loss, make(shape)), truth, strict=True):
-        worst = ((got.double() - true).abs().max() / true.abs().max()).item()
-        if not worst < 1e-4:
-            raise SystemExit(f"{name} at {shape}: gradients differ from fp64 by {worst:.1e}, so its time means nothing")
-
-
-def measure(providers: dict[str, Loss], shape: tuple[int, ...], rounds: int) -> dict[str, list[float]]:
-    tensors = make(shape)
-    times: dict[str, list[float]] = {name: [] for name in providers}
-    for round_ in range(rounds + 3):  # the first three warm up
-        for name, loss in providers.items():
-            start = time.perf_counter()
-            step(loss, tensors)
-            if round_ >= 3:
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
-def main() -> None:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=30, help="timed rounds (default 30)")
-    parser.add_argument("--threads", type=int, help="threads for PyTorch (default: its own)")
-    parser.add_argument("--compiled", action="store_true", help="time the baselines under torch.compile too")
-    args = parser.parse_args()
+    add = parser.add_argument
+    add("--cases", nargs="+", metavar="NAME", help="names or globs (default: all)")
+    add("--providers", nargs="+", metavar="NAME", help="names (default: all that serve a case)")
+    add("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="folder of the results (runs/bench)")
+    add("--quick", action="store_true", help=f"{', '.join(workloads.QUICK)}; nothing compiled, {QUICK_ROUNDS} rounds")
+    add("--threads", type=int, metavar="N", help="threads for PyTorch (default: its own choice)")
+    add("--rounds", type=int, metavar="N", help=f"timed rounds (default: {ROUNDS})")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--train-step", action="store_true", help="also what share of a training step of examples/train_vae.py it is")
+    add("--list", action="store_true", help="print the cases and providers, and stop")
+    args = parser.parse_args(arguments)
+    known = {provider.name for provider in providers.ALL}
+    if unknown := set(args.providers or ()) - known:
+        parser.error(f"--providers: {', '.join(sorted(unknown))}: unknown; there are {', '.join(sorted(known))}")
+    for name in ("threads", "rounds"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name}: at least 1")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: PyTorch sees no GPU here")
+    args.rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
+    args.cases = args.cases or (workloads.QUICK if args.quick else ("*",))
+    try:
+        args.cases = workloads.chosen(args.cases, args.device)
+    except ValueError as error:
+        parser.error(f"--cases: {error}")
+    return args
+
+
+def serving(case: workloads.Case, args: argparse.Namespace) -> list[providers.Provider]:
+    found = providers.chosen(args.providers, case)
+    return [p for p in found if not (args.quick and p.compiled)]
+
+
+def listing(args: argparse.Namespace) -> list[str]:
+    width = max(len(case.name) for case in args.cases)
+    return [f"{case.name:{width}}  {' '.join(p.name for p in serving(case, args))}" for case in args.cases]
+
+
+def add_peaks(case: workloads.Case, records: list[report.Record]) -> None:
+    if case.device == "cpu" and not peak.available():
+        return
+    for record in records:
+        if record["kind"] == "limit":  # whose gradients are there before
+            continue
+        record["peak_bytes"] = peak.in_a_process(case, record["provider"], torch.get_num_threads())
+
+
+@contextlib.contextmanager
+def cold_compiler() -> Iterator[None]:
+    """torch.compile finds nothing from before, or a second run would not tell what a first call takes; unless the user
+    has chosen the folder of its cache."""
+    if INDUCTOR_CACHE in os.environ:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="fused_elbo_bench_", ignore_cleanup_errors=True) as folder:
+        os.environ[INDUCTOR_CACHE] = folder
+        try:
+            yield
+        finally:
+            del os.environ[INDUCTOR_CACHE]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse(arguments)
+    if args.list:
+        print("\n".join(listing(args)))
+        return 0
     if args.threads:
         torch.set_num_threads(args.threads)
+    with cold_compiler():
+        faults = measured(args)
+    for fault in faults:
+        print(f"NOT TIMED: {fault}", file=sys.stderr)
+    return 1 if faults else 0
 
-    providers: dict[str, Loss] = {
-        "fused": baselines.fused,
-        "single_pass": baselines.single_pass,
-        "one_liner": baselines.one_liner,
-        "elementwise": baselines.elementwise,
-        "reference": baselines.reference,
+
+def measured(args: argparse.Namespace) -> list[str]:
+    """Everything that was asked for, written to --out; what is returned are the faults of providers."""
+    result: report.Record = {
+        "format": report.FORMAT,
+        "machine": report.machine(args.device),
+        "versions": report.versions(),
+        "flags": report.flags(),
+        "settings": {"threads": torch.get_num_threads(), "rounds": args.rounds, "quick": args.quick},
+        "cases": {},
+        "results": [],
     }
-    if args.compiled:
-        providers |= {f"{n}_compiled": torch.compile(providers[n]) for n in ("one_liner", "elementwise")}
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, fp32, {args.rounds} rounds")
-    for shape in CASES:
-        for name, loss in providers.items():
-            check(name, loss, shape)
-        times = measure(providers, shape, args.rounds)
-        print(f"\n{'x'.join(map(str, shape))}, {LATENTS} latents")
-        for name, own in times.items():
-            ratio = statistics.median(a / b for a, b in zip(own, times["fused"], strict=True))
-            spread = statistics.quantiles(own, n=4)
-            print(
-                f"  {name:22} {statistics.median(own) * 1e3:9.3f} ms   "
-                f"quartiles {spread[0] * 1e3:.3f} to {spread[2] * 1e3:.3f}   {ratio:6.2f} x fused"
-            )
+    faults: list[str] = []
+    for case in args.cases:
+        patience = timing.PATIENCE / 10 if args.quick else timing.PATIENCE
+        records, wrong = measure.measure(case, serving(case, args), args.rounds, patience)
+        if case.name in workloads.PEAKS:
+            add_peaks(case, records)
+        faults += wrong
+        result["cases"][case.name] = report.described(case)
+        result["results"] += records
+        print("\n".join(report.console(case.name, result["cases"][case.name], records)), flush=True)
+        for fault in wrong:
+            print(f"  NOT TIMED: {fault}", flush=True)
+        print()
+        write(result, args.out)  # after every case, so that an interrupted run leaves something
+    if args.train_step:
+        import train_step  # which the examples' requirements come with
+
+        result["train_step"] = train_step.measure(args.rounds)
+        print("\n".join(train_step.console(result["train_step"])))
+        write(result, args.out)
+    plots.draw(result, args.out)
+    print(f"results.json, results.csv and plots are in {args.out}")
+    return faults
+
+
+def write(result: report.Record, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    report.write_json(result, out / "results.json")
+    report.write_csv(result, out / "results.csv")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -17,6 +17,7 @@ sys.path.insert(0, str(REPO / "bench"))
 
 import gpu_check  # noqa: E402
 import gpu_timing  # noqa: E402
+import providers  # noqa: E402
 
 
 def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path) -> None:
@@ -86,5 +87,9 @@ def test_the_steps_under_compute_sanitizer_are_steps() -> None:
     gpu_check.steps("cpu")
 
 
-def test_bytes_of_a_step() -> None:
-    assert gpu_timing.step_bytes((2, 3), 4) == 4 * (5 * 6 + 6 * 2 * gpu_timing.LATENTS)
+def test_the_benchmark_has_a_row_for_the_single_pass() -> None:
+    names = {provider.name for provider in providers.ALL}
+    assert set(gpu_timing.LAUNCHES) <= names
+    cases = gpu_timing.cases()
+    assert {case.device for case in cases} == {"cuda"}
+    assert len({case.name for case in cases}) == len(cases)

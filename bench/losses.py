@@ -1,0 +1,125 @@
+"""The losses that are timed, and the same in fp64 that each is checked against. All return sums, over tensors that
+come in the order of `Case.tensors`.
+
+Half-precision inputs of the eager code are cast to fp32 first, as autocast does: a sum over an image is beyond fp16.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_elbo import decoupled_elbo, decoupled_elbo_backward, gaussian_kl
+
+SOFTCLIP = -6.0  # where the calibrated-decoder code bends log σ
+LOG_2PI = math.log(2 * math.pi)
+
+
+def wide(*tensors: Tensor) -> list[Tensor]:
+    return [t.float() if t.element_size() == 2 else t for t in tensors]
+
+
+def kl(mu: Tensor, logvar: Tensor) -> Tensor:
+    """As in most VAE code."""
+    return -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
+
+
+def stock(*tensors: Tensor) -> Tensor:
+    """Optimal σ as in orybkin/sigma-vae-pytorch: the NLL of every element, with softclip, then the sum."""
+    recon, target, mu, logvar = wide(*tensors)
+    log_sigma = (target - recon).pow(2).mean().sqrt().log()
+    log_sigma = SOFTCLIP + F.softplus(log_sigma - SOFTCLIP)
+    nll = 0.5 * torch.pow((target - recon) / log_sigma.exp(), 2) + log_sigma + 0.5 * LOG_2PI
+    return nll.sum() + kl(mu, logvar)
+
+
+def one_liner(*tensors: Tensor) -> Tensor:
+    """The best eager code that we know: N/2 log MSE, which is the same loss up to a constant."""
+    recon, target, mu, logvar = wide(*tensors)
+    return recon.numel() / 2 * torch.log(F.mse_loss(recon, target)) + kl(mu, logvar)
+
+
+def one_liner_per_image(*tensors: Tensor) -> Tensor:
+    recon, target, mu, logvar = wide(*tensors)
+    mse = F.mse_loss(recon, target, reduction="none").flatten(1).mean(1)
+    return recon[0].numel() / 2 * torch.log(mse).sum() + kl(mu, logvar)
+
+
+def gaussian_nll(*tensors: Tensor) -> Tensor:
+    """PyTorch's own, which takes a variance."""
+    recon, target, mu, logvar, log_sigma = wide(*tensors)
+    return F.gaussian_nll_loss(recon, target, (2 * log_sigma).exp(), reduction="sum") + kl(mu, logvar)
+
+
+def latent_diffusion(*tensors: Tensor) -> Tensor:
+    """As in CompVis/latent-diffusion's LPIPSWithDiscriminator: rec / exp(logvar) + logvar, summed, over the batch; with
+    the squared error in the place of its absolute one, and a KL weight of 2, which make it twice our loss."""
+    recon, target, mu, logvar, log_sigma = wide(*tensors)
+    logvar_x = 2 * log_sigma
+    nll = (target - recon).pow(2) / torch.exp(logvar_x) + logvar_x
+    nll = torch.sum(nll) / nll.shape[0]
+    logvar = torch.clamp(logvar, -30.0, 20.0)
+    rate = 0.5 * torch.sum(torch.pow(mu, 2) + torch.exp(logvar) - 1.0 - logvar, dim=list(range(1, mu.dim())))
+    return nll + 2.0 * torch.sum(rate) / rate.shape[0]
+
+
+def eager_levels(*tensors: Tensor) -> Tensor:
+    """As in VDVAE: the KL of two Gaussians for each level."""
+    total = torch.zeros((), device=tensors[0].device)
+    for m, l, m_p, l_p in levels_of(tensors):
+        total = total + (0.5 * (l_p - l - 1 + ((m - m_p) ** 2 + l.exp()) / l_p.exp())).sum()
+    return total
+
+
+def levels_of(tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    return [tensors[i : i + 4] for i in range(0, len(tensors), 4)]
+
+
+# ----------------------------------------------------------------------------------------------------------- fused_elbo
+
+
+def options(sigma: str, tensors: tuple[Tensor, ...]) -> dict[str, object]:
+    if sigma == "image":
+        return {"sigma": "optimal-per-image"}
+    return {"log_sigma": tensors[4]} if sigma in ("learned", "pixel") else {}
+
+
+def fused(sigma: str, *tensors: Tensor) -> Tensor:
+    if sigma == "levels":
+        total = torch.zeros((), device=tensors[0].device)
+        for mu, logvar, *prior in levels_of(tensors):
+            total = total + gaussian_kl(mu, logvar, prior=(prior[0], prior[1]), reduction="sum")
+        return total
+    return decoupled_elbo(*tensors[:4], **options(sigma, tensors), reduction="sum").loss  # type: ignore[arg-type]
+
+
+def single_pass(sigma: str, *tensors: Tensor) -> Tensor:
+    """Leaves the gradients in .grad."""
+    return decoupled_elbo_backward(*tensors[:4], **options(sigma, tensors), reduction="sum").loss  # type: ignore[arg-type]
+
+
+# ----------------------------------------------------------------------------------------------------------------- fp64
+
+
+def exact(sigma: str, softclip: bool, *tensors: Tensor) -> Tensor:
+    """−log p(x|z) + KL, summed, as the formulas are written; for fp64 tensors, and without a thought for speed."""
+    if sigma == "levels":
+        gaussians = [(m, l, m_p, l_p) for m, l, m_p, l_p in levels_of(tensors)]
+        return torch.stack(
+            [0.5 * ((m - m_p) ** 2 / l_p.exp() + (l - l_p).exp() - 1 - (l - l_p)).sum() for m, l, m_p, l_p in gaussians]
+        ).sum()
+    recon, target, mu, logvar = tensors[:4]
+    squared = (recon - target) ** 2
+    if sigma == "batch":
+        log_sigma = 0.5 * squared.mean().log()
+    elif sigma == "image":
+        log_sigma = 0.5 * squared.mean(dim=tuple(range(1, recon.dim())), keepdim=True).log()
+    else:
+        log_sigma = tensors[4]
+    if softclip:
+        log_sigma = SOFTCLIP + F.softplus(log_sigma - SOFTCLIP)
+    distortion = squared / (2 * (2 * log_sigma).exp()) + log_sigma + 0.5 * LOG_2PI
+    return distortion.sum() + 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum()
