@@ -23,6 +23,7 @@ def packaged(shop: Workshop, monkeypatch: pytest.MonkeyPatch, unloaded: None) ->
     monkeypatch.setattr(library, "PACKAGED", folder)
     monkeypatch.setattr(builder, "cpu_spec", lambda: shop.spec)
     monkeypatch.setattr(cpp.library, "chosen", lambda path: "told")
+    monkeypatch.setattr(cpp.library, "probe", lambda: None)  # the tiny ones have no pool
     (folder / "fused_elbo_cpu.txt").write_text("baseline\n")
     return folder / "fused_elbo_cpu.so"
 
