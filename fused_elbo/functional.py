@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from . import arguments, autograd, checks
+from . import arguments, autograd, checks, distributed
 from .sigma import Constant, Kind, Optimal
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class ELBO(NamedTuple):
@@ -33,6 +36,7 @@ def decoupled_elbo(
     free_bits: float = 0.0,
     capacity: float | Tensor | None = None,
     reduction: str = "batchmean",
+    process_group: ProcessGroup | None = None,
 ) -> ELBO:
     """The negative ELBO of a Gaussian VAE, with the decoder's σ and the weight β apart.
 
@@ -99,7 +103,10 @@ def decoupled_elbo(
         free_bits=free_bits,
         capacity=capacity,
         reduction=reduction,
+        may_be_empty=process_group is not None,
     )
+    if process_group is not None:
+        return _elbo(args, distributed.elbo(*args, process_group=process_group))
     return _elbo(args, autograd.elbo(*args))
 
 
@@ -117,6 +124,7 @@ def decoupled_elbo_backward(
     free_bits: float = 0.0,
     capacity: float | Tensor | None = None,
     reduction: str = "batchmean",
+    process_group: ProcessGroup | None = None,
     grad_scale: float | Tensor | None = None,
     retain_graph: bool = False,
 ) -> ELBO:
@@ -166,8 +174,12 @@ def decoupled_elbo_backward(
         free_bits=free_bits,
         capacity=capacity,
         reduction=reduction,
+        may_be_empty=process_group is not None,
     )
     scale = arguments.of_grad_scale(grad_scale, recon)
+    if process_group is not None:
+        options = {"process_group": process_group, "grad_scale": scale, "retain_graph": retain_graph}
+        return _elbo(args, distributed.elbo_backward(*args, **options))
     return _elbo(args, autograd.elbo_backward(*args, grad_scale=scale, retain_graph=retain_graph))
 
 
@@ -179,6 +191,7 @@ def gaussian_nll(
     log_sigma: Tensor | None = None,
     min_log_sigma: float = -7.0,
     reduction: str = "batchmean",
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """The distortion alone: Σ_d [e²/(2σ²) + ½ log(2πσ²)], −log N(target | recon, σ²) in nats.
 
@@ -190,9 +203,11 @@ def gaussian_nll(
     >>> torch.allclose(nll, -torch.distributions.Normal(x + 1.0, 1.0).log_prob(x).sum() / 4)
     True
     """
-    checks.pair("recon", recon, "target", target)
+    checks.pair("recon", recon, "target", target, process_group is not None)
     mode = arguments.of_sigma((recon, target), sigma, log_sigma, min_log_sigma)
     args = arguments.of_forward((recon, target, None, None, None, None), sigma=mode, reduction=reduction)
+    if process_group is not None:
+        return distributed.elbo(*args, process_group=process_group)[1]
     return autograd.elbo(*args)[1]
 
 
@@ -203,6 +218,7 @@ def gaussian_kl(
     prior: tuple[Tensor, Tensor] | None = None,
     free_bits: float = 0.0,
     reduction: str = "batchmean",
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """The rate alone: KL(N(μ, exp l) ‖ N(μ_p, exp l_p)) in nats, against N(0, I) if no prior is given.
 
@@ -214,9 +230,11 @@ def gaussian_kl(
     >>> gaussian_kl(mu, logvar), gaussian_kl(mu, logvar, prior=(mu, logvar))
     (tensor(2.), tensor(0.))
     """
-    checks.pair("mu", mu, "logvar", logvar)
+    checks.pair("mu", mu, "logvar", logvar, process_group is not None)
     tensors = (None, None, *arguments.latents(mu, logvar, prior))
     args = arguments.of_forward(tensors, free_bits=free_bits, reduction=reduction)
+    if process_group is not None:
+        return distributed.elbo(*args, process_group=process_group)[0]
     return autograd.elbo(*args)[0]
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from . import checks
+from . import checks, distributed
 from . import sigma as modes
 from .functional import ELBO, decoupled_elbo, decoupled_elbo_backward
 from .sigma import Constant, Optimal
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class _Criterion(nn.Module):
@@ -79,10 +82,11 @@ class DecoupledELBO(_Criterion):
         free_bits: float = 0.0,
         capacity: float | Tensor | None = None,
         reduction: str = "batchmean",
+        process_group: ProcessGroup | None = None,
         momentum: float | None = None,
     ) -> None:
         super().__init__()
-        checks.reduction(reduction)
+        checks.criterion(reduction, process_group)
         checks.configuration(beta, free_bits, capacity, min_log_sigma)
         mode = modes.resolve(sigma)
         if momentum is not None:
@@ -99,6 +103,7 @@ class DecoupledELBO(_Criterion):
         self.free_bits = free_bits
         self.capacity = capacity
         self.reduction = reduction
+        self.process_group = process_group
         self.momentum = momentum
 
     def _options(self) -> dict[str, Any]:
@@ -111,6 +116,7 @@ class DecoupledELBO(_Criterion):
             "free_bits": self.free_bits,
             "capacity": self.capacity,
             "reduction": self.reduction,
+            "process_group": self.process_group,
         }
 
     def _seen(self, elbo: ELBO) -> ELBO:
@@ -121,7 +127,10 @@ class DecoupledELBO(_Criterion):
     @torch.no_grad()
     def _update(self, sigma: Tensor) -> None:
         assert self.momentum is not None
-        var = sigma.square().mean().to(self.running_var.dtype)
+        var = sigma.square()
+        if self.process_group is not None and var.dim():  # per image: each rank has those of its own
+            var = distributed.mean(var, self.process_group)
+        var = var.mean().to(self.running_var.dtype)
         kept = torch.where(self.batches_seen == 0, 0.0, 1.0 - self.momentum)  # the first batch replaces the initial 1
         # A batch that overflowed, as happens under loss scaling, is left out, or it would stay in the average for ever.
         usable = torch.isfinite(var)
@@ -163,10 +172,11 @@ class LearnedSigmaELBO(_Criterion):
         free_bits: float = 0.0,
         capacity: float | Tensor | None = None,
         reduction: str = "batchmean",
+        process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         checks.number("init", init)
-        checks.reduction(reduction)
+        checks.criterion(reduction, process_group)
         checks.configuration(beta, free_bits, capacity)
         if channels is not None and (isinstance(channels, bool) or not isinstance(channels, int) or channels < 1):
             raise ValueError(f"channels: expected None or a positive integer, got {channels!r}")
@@ -175,6 +185,7 @@ class LearnedSigmaELBO(_Criterion):
         self.free_bits = free_bits
         self.capacity = capacity
         self.reduction = reduction
+        self.process_group = process_group
         self._warned = False
 
     def _options(self) -> dict[str, Any]:
@@ -188,6 +199,7 @@ class LearnedSigmaELBO(_Criterion):
             "free_bits": self.free_bits,
             "capacity": self.capacity,
             "reduction": self.reduction,
+            "process_group": self.process_group,
         }
 
     def extra_repr(self) -> str:
