@@ -39,6 +39,18 @@ SHARDS = {2: (5, 2), 3: (4, 3, 0)}  # of the ranks
 IMAGE = (1, 3, 4)
 SCALAR = [r for r in REDUCTIONS if r != "none"]
 
+# This C lies above one shard's mean KL and below the batch's, but above what that is before free_bits.
+BETWEEN = {"capacity": 4.2, "free_bits": 0.3, "beta": 2.0}
+ALL_MODES = [*MODES, "capacity-between"]
+
+
+def of_mode(mode: str, reduction: str = "batchmean", dtype: torch.dtype = torch.float32) -> Call:
+    if mode in MODES:
+        return Call(mode, reduction, batch=BATCH, dtype=dtype)
+    call = Call("capacity", reduction, batch=BATCH, dtype=dtype)
+    call.kw = dict(BETWEEN)
+    return call
+
 
 # ------------------------------------------------------------------------------------------------- in each process
 
@@ -99,10 +111,10 @@ def whole_against_shards(rank: Rank, call: Call, name: str) -> None:
 
 
 def every_mode(rank: Rank) -> None:
-    for mode in MODES:
+    for mode in ALL_MODES:
         for reduction in SCALAR:
             for dtype in (torch.float64, torch.float32) if reduction == "batchmean" else (torch.float64,):
-                call = Call(mode, reduction, batch=BATCH, dtype=dtype)
+                call = of_mode(mode, reduction, dtype)
                 whole_against_shards(rank, call, f"{mode}, {reduction}, {dtype}")
 
 
@@ -293,6 +305,33 @@ def test_group_of_one_is_no_group(mode: str, reduction: str, group: dist.Process
         torch.testing.assert_close(a, b)
     for a, b in zip(call.gradients(got), call.gradients(expected), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("mode", ALL_MODES)
+def test_two_shards_in_one_process(mode: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On backends that the spawned processes do not have: what either shard sends is recorded, then added to the
+    other's in place of the all-reduce."""
+    dist.init_process_group("fake", rank=0, world_size=2)
+    call, shards, sent = of_mode(mode), [Rank(rank, SHARDS[2]) for rank in (0, 1)], []
+
+    def outputs(shard: Rank) -> Any:
+        tensors, kw = map(shard.shard, call.tensors), {k: shard.shard(v) for k, v in call.kw.items()}
+        return decoupled_elbo(*tensors, **kw, process_group=dist.group.WORLD)
+
+    monkeypatch.setattr(dist, "all_reduce", lambda sums, group: sent.append(sums.clone()))
+    for shard in shards:
+        outputs(shard)
+    got = []
+    for shard, other in zip(shards, reversed(sent[:]), strict=True):
+        monkeypatch.setattr(dist, "all_reduce", lambda sums, group, other=other: sums.add_(other))
+        got.append(outputs(shard))
+    dist.destroy_process_group()
+    whole = call(decoupled_elbo)
+    for a, b, expected in zip(got[0][:3], got[1][:3], whole[:3], strict=True):
+        torch.testing.assert_close((a + b) / 2, expected)
+    gradients = zip(call.gradients(got[0]), call.gradients(got[1]), call.gradients(whole), strict=True)
+    for a, b, expected in gradients:
+        torch.testing.assert_close((a + b) / 2, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
