@@ -65,6 +65,8 @@ def decoupled_elbo(
             make of it. A number or a 0-d tensor (without gradient). Needs a scalar reduction and a scalar β.
         reduction: "batchmean" (nats per sample), "sum", "mean" (nats per data dimension: all three are divided by D)
             or "none" ((B,) tensors).
+        process_group: the ProcessGroup (torch.distributed.group.WORLD, or any other that this process is in) whose
+            ranks each have a shard of the batch. See below.
 
     Returns:
         ELBO(loss, distortion, rate, sigma). fp32, or fp64 if any of the four inputs or the prior is fp64; sums are
@@ -74,6 +76,19 @@ def decoupled_elbo(
     Raises:
         TypeError, ValueError: before any work, naming the argument and showing what was passed. Values inside tensors
             are not looked at: NaN goes in, NaN comes out.
+        RuntimeError: for a process_group where torch.distributed is missing or not initialised, inside torch.func's
+            transforms, and when its loss is differentiated twice.
+
+    With a process_group an optimal σ and capacity's mean are those of the batch of all R ranks, and a sample weighs R/B
+    (B samples on all ranks; for "mean" R/N, N elements; for "sum" R). So the mean over the ranks of loss, distortion
+    and rate is what one process with the whole batch returns, and the mean of the gradients, as
+    DistributedDataParallel and FSDP form it, is that process's gradient, whatever the sizes of the shards; an optimal σ
+    is the same on all ranks. What it takes: every rank makes the same calls, in evaluation too, with the same options;
+    a rank without data passes tensors of batch size 0 (a batch that is empty on all ranks has NaN for σ and means); the
+    grad_outputs are the same on all ranks, as with loss.backward(), for no rank learns another's. A learned log_sigma
+    and a tensor β need the average of their gradients as well: let the wrapped module hold them. It costs one
+    all-reduce of four numbers in forward, none in backward; torch.compile breaks its graph there. reduction="none" and
+    second derivatives are refused.
 
     A second derivative goes through plain PyTorch and is not available inside torch.compile; there is no forward-mode
     derivative. "optimal" looks at the target: for test-time likelihoods use a σ from training
@@ -151,7 +166,7 @@ def decoupled_elbo_backward(
 
     It calls backward, so it ends the graph as `loss.backward()` does. If another loss goes back through the same
     decoder, add it to `decoupled_elbo(…).loss` instead: one backward is cheaper than two. torch.compile breaks its
-    graph here, as it does at `loss.backward()`.
+    graph here, as it does at `loss.backward()`. With a process_group it saves nothing: it takes the two passes.
 
     >>> x, weight = torch.rand(2, 8), torch.ones(8, requires_grad=True)
     >>> mu, logvar = torch.ones(2, 4, requires_grad=True), torch.zeros(2, 4)
@@ -195,8 +210,8 @@ def gaussian_nll(
 ) -> Tensor:
     """The distortion alone: Σ_d [e²/(2σ²) + ½ log(2πσ²)], −log N(target | recon, σ²) in nats.
 
-    Arguments, dtypes and errors as in `decoupled_elbo`; "mean" divides by D. With a scalar reduction the result is a
-    0-d tensor, with "none" it is (B,).
+    Arguments (process_group too), dtypes and errors as in `decoupled_elbo`; "mean" divides by D. With a scalar reduction
+    the result is a 0-d tensor, with "none" it is (B,).
 
     >>> x = torch.zeros(4, 10)
     >>> nll = gaussian_nll(x + 1.0, x, sigma=1.0)
@@ -222,9 +237,9 @@ def gaussian_kl(
 ) -> Tensor:
     """The rate alone: KL(N(μ, exp l) ‖ N(μ_p, exp l_p)) in nats, against N(0, I) if no prior is given.
 
-    ½ Σ_k [ (μ − μ_p)²/exp(l_p) + exp(l − l_p) − 1 − (l − l_p) ], with free_bits Σ_k max(KL_ik, free_bits). Arguments,
-    dtypes and errors as in `decoupled_elbo`, except that "mean" divides by the number of latents, there being no data.
-    For a hierarchical VAE, sum it over the levels, each with its own prior.
+    ½ Σ_k [ (μ − μ_p)²/exp(l_p) + exp(l − l_p) − 1 − (l − l_p) ], with free_bits Σ_k max(KL_ik, free_bits). Arguments
+    (process_group, for its weights, too), dtypes and errors as in `decoupled_elbo`, except that "mean" divides by the
+    number of latents, there being no data. For a hierarchical VAE, sum it over the levels, each with its own prior.
 
     >>> mu, logvar = torch.ones(2, 4), torch.zeros(2, 4)
     >>> gaussian_kl(mu, logvar), gaussian_kl(mu, logvar, prior=(mu, logvar))

@@ -50,16 +50,17 @@ class _Criterion(nn.Module):
 class DecoupledELBO(_Criterion):
     """`decoupled_elbo` with its configuration kept: `DecoupledELBO(beta=4.0)(recon, x, mu, logvar)`.
 
-    beta, sigma, min_log_sigma, free_bits, capacity, reduction: as in `fused_elbo.decoupled_elbo`. `beta` and `capacity`
-    are plain attributes: set them to follow a schedule. A tensor there stays on its device when the module moves.
-    `forward(..., prior=…)` passes a prior on, and `backward(…, prior=…, grad_scale=…)` stands for
-    `criterion(…).loss.backward()`, in one pass.
+    beta, sigma, min_log_sigma, free_bits, capacity, reduction, process_group: as in `fused_elbo.decoupled_elbo`. `beta`
+    and `capacity` are plain attributes: set them to follow a schedule. A tensor there stays on its device when the
+    module moves. `forward(..., prior=…)` passes a prior on, and `backward(…, prior=…, grad_scale=…)` stands for
+    `criterion(…).loss.backward()`, in one pass. Make a module with a process_group after `dist.init_process_group`:
+    before it, dist.group.WORLD is None. It cannot be deep-copied, as SyncBatchNorm with a group of its own cannot.
 
     momentum: with a number (0.1, say) and an optimal σ, training keeps a running average of σ² in the buffer
         `running_var` (the first batch sets it, batches that are not finite are left out), and eval mode uses it as one
-        constant σ. The optimal σ is computed from
-        the target, so a likelihood reported on test data must not use it: σ has to come from training. None (the
-        default) uses the optimal σ in both modes. Before any training step `running_var` is 1, as in BatchNorm.
+        constant σ. The optimal σ is computed from the target, so a likelihood reported on test data must not use it: σ
+        has to come from training. None (the default) uses the optimal σ in both modes. With a process_group the average
+        is the same on all ranks. Before any training step `running_var` is 1, as in BatchNorm.
 
     Raises as `decoupled_elbo` does; ValueError for a momentum outside (0, 1] or beside a constant σ.
 
@@ -151,7 +152,9 @@ class LearnedSigmaELBO(_Criterion):
     channels: None for one shared σ, parameter shape (); an integer C for one per channel, shape (C, 1, 1), which
         broadcasts against images (B, C, H, W) from the right.
     init: the initial log σ. 0 (σ = 1) is the slow, safe start; near ½ log MSE is the fast one.
-    beta, free_bits, capacity, reduction: as in `fused_elbo.decoupled_elbo`.
+    beta, free_bits, capacity, reduction, process_group: as in `fused_elbo.decoupled_elbo`. The gradient of log_sigma is
+        averaged over the ranks if the module lies inside the one that is wrapped. FSDP2 refuses scalar parameters:
+        give it channels.
 
     Give the optimiser `criterion.parameters()` beside the model's. A frozen parameter (requires_grad=False) is warned
     about once, since σ then stays where it is.
