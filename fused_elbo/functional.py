@@ -210,8 +210,8 @@ def gaussian_nll(
 ) -> Tensor:
     """The distortion alone: Σ_d [e²/(2σ²) + ½ log(2πσ²)], −log N(target | recon, σ²) in nats.
 
-    Arguments (process_group too), dtypes and errors as in `decoupled_elbo`; "mean" divides by D. With a scalar reduction
-    the result is a 0-d tensor, with "none" it is (B,).
+    Arguments (process_group too), dtypes and errors as in `decoupled_elbo`; "mean" divides by D. With a scalar
+    reduction the result is a 0-d tensor, with "none" it is (B,).
 
     >>> x = torch.zeros(4, 10)
     >>> nll = gaussian_nll(x + 1.0, x, sigma=1.0)
