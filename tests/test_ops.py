@@ -20,7 +20,8 @@ def arguments(call: Call, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
     with monkeypatch.context() as patch:
         patch.setattr(autograd, "elbo", lambda *args: seen.append(args) or (None,) * 5)
         call(decoupled_elbo)
-    return tuple(a.detach() if isinstance(a, Tensor) else a for a in seen[0])
+    *tensors, values = seen[0]
+    return (*(None if t is None else t.detach() for t in tensors), *values)
 
 
 def grads_arguments(args: tuple[Any, ...], outputs: tuple[Tensor, ...], mask: int) -> tuple[Any, ...]:
