@@ -5,6 +5,7 @@
     python examples/train_vae.py --data digits --beta 2 --epochs 100
     python examples/train_vae.py --sigma learned --beta 1         # the plain ELBO, sigma trained like a weight
     python examples/train_vae.py --data photos/ --image-size 64   # a folder of images
+    torchrun --nproc-per-node 2 examples/train_vae.py --device cpu # the same batches, shared by two processes
 
 Ctrl-C keeps the run; the same command with --resume continues it. In --out afterwards:
 
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import cli
+from common import cli, ranks
 from common.checkpoint import CheckpointError, check_same_settings, load_checkpoint
 from common.data import DataError, Images, load
 from common.objective import ANALYTIC, VAEObjective, bits_per_dim, make_objective
@@ -68,6 +69,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--min-log-sigma has no effect with --sigma {args.sigma}")
     if args.sigma == "per-pixel" and args.min_log_sigma is not None and args.min_log_sigma >= 0:
         parser.error("--min-log-sigma must be below 0, the upper bound, with --sigma per-pixel")
+    if ranks.count() > 1 and args.device.type != "cpu":
+        parser.error(f"under torchrun this script is for CPUs, not {args.device}: add --device cpu")
     return args
 
 
@@ -79,10 +82,18 @@ def build_trainer(args: argparse.Namespace, images: Images) -> Trainer:
         images.shape, args.sigma, args.beta, latent_dim=args.latent_dim, width=args.width,
         min_log_sigma=args.min_log_sigma, init_log_sigma=images.log_std,
     )  # fmt: skip
+    if ranks.count() > 1:
+        settings["processes"] = ranks.count()
+        torch.manual_seed(args.seed + 1_000_003 * ranks.number())  # each its own noise, the weights being the same
     return Trainer(
         objective, images, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, seed=args.seed,
         device=args.device, checkpoint=args.out / CHECKPOINT, settings=settings, compile=args.compile,
     )  # fmt: skip
+
+
+def say(text: str) -> None:
+    if ranks.is_first():
+        print(text)
 
 
 def start(trainer: Trainer, *, resume: bool) -> None:
@@ -91,12 +102,13 @@ def start(trainer: Trainer, *, resume: bool) -> None:
         checkpoint = load_checkpoint(trainer.checkpoint)
         check_same_settings(checkpoint["settings"], trainer.settings)
         trainer.load_state_dict(checkpoint["trainer"])
-        print(f"resuming in epoch {trainer.epoch + 1} of {trainer.epochs}, step {trainer.step + 1}")
-    elif trainer.checkpoint.exists():
+        say(f"resuming in epoch {trainer.epoch + 1} of {trainer.epochs}, step {trainer.step + 1}")
+    elif ranks.is_first() and trainer.checkpoint.exists():
         previous = trainer.checkpoint.with_name("checkpoint.previous.pt")
         os.replace(trainer.checkpoint, previous)
-        print(f"starting anew; the checkpoint of the run before is kept as {previous}")
-    write_json(trainer.checkpoint.with_name("settings.json"), trainer.settings)
+        say(f"starting anew; the checkpoint of the run before is kept as {previous}")
+    if ranks.is_first():
+        write_json(trainer.checkpoint.with_name("settings.json"), trainer.settings)
 
 
 def test_metrics(trainer: Trainer) -> dict[str, Any]:
@@ -160,6 +172,8 @@ def run(args: argparse.Namespace) -> None:
     start(trainer, resume=args.resume)
     trainer.fit()
     metrics = test_metrics(trainer)
+    if not ranks.is_first():
+        return
     write_json(args.out / "metrics.json", metrics)
     draw(trainer, args.out, metrics)
     print(
@@ -177,14 +191,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"train_vae.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        if not ranks.is_first():
+            return 130
         print("\ninterrupted", file=sys.stderr)
         if (args.out / CHECKPOINT).exists():
             words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
-            command = shlex.join([sys.executable, "examples/train_vae.py", *words, "--resume"])
+            many = ["torchrun", "--nproc-per-node", str(ranks.count())]
+            starter = [sys.executable] if ranks.count() == 1 else many
+            command = shlex.join([*starter, "examples/train_vae.py", *words, "--resume"])
             print(f"the run is kept in {args.out}; continue it with:\n    {command}", file=sys.stderr)
         return 130
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ranks.join()
+    ranks.leave(main())

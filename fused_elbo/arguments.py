@@ -31,10 +31,11 @@ def of_elbo(
     free_bits: float,
     capacity: float | Tensor | None,
     reduction: str,
+    may_be_empty: bool,
 ) -> tuple[Any, ...]:
     """What `of_forward` returns, for a call of `decoupled_elbo`."""
-    checks.pair("recon", recon, "target", target)
-    checks.pair("mu", mu, "logvar", logvar)
+    checks.pair("recon", recon, "target", target, may_be_empty)
+    checks.pair("mu", mu, "logvar", logvar, may_be_empty)
     checks.same_batch(recon, mu)
     checks.weight(beta, mu.shape[0], recon)
     if capacity is not None:
@@ -64,7 +65,8 @@ def of_sigma(
         batch = recon.shape[0]
         if log_sigma.numel() == 1:
             return log_sigma.reshape(()), Kind.GIVEN, False, 0.0, min_log_sigma
-        per_image = log_sigma.shape[0] == log_sigma.numel() == batch and log_sigma.dim() in (1, recon.dim())
+        of_one = log_sigma.shape[1:].numel() == 1
+        per_image = of_one and log_sigma.shape[0] == batch and log_sigma.dim() in (1, recon.dim())
         if per_image:
             return log_sigma.reshape(batch), Kind.GIVEN, False, 0.0, min_log_sigma
         shape = (1,) * (recon.dim() - log_sigma.dim()) + tuple(log_sigma.shape)

@@ -30,7 +30,7 @@ def elbo_backward(
     *args: Any, grad_scale: tuple[Tensor | None, float], retain_graph: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, distortion, rate, sigma), detached, after the backward of grad_scale · loss."""
-    _refuse_backward(args[: _BETA + 1])
+    refuse_backward(args)
     scale, number = grad_scale
     outputs = cast(Any, _Step).apply(*args[:-1], scale, (*args[-1], number), backends.forced)
     loss = outputs[0].detach()
@@ -39,16 +39,16 @@ def elbo_backward(
     return (loss, *outputs[1:])
 
 
-def _refuse_backward(inputs: tuple[Tensor | None, ...]) -> None:
+def refuse_backward(args: tuple[Any, ...]) -> None:
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError("decoupled_elbo_backward calls backward, which torch.func forbids: use decoupled_elbo there")
     if not torch.is_grad_enabled():
         raise RuntimeError("decoupled_elbo_backward: gradients are off here (torch.no_grad or inference_mode)")
-    if not any(t is not None and t.requires_grad for t in inputs):
+    if not any(t is not None and t.requires_grad for t in args[: _BETA + 1]):
         raise RuntimeError("decoupled_elbo_backward: none of the tensors requires a gradient")
 
 
-def _implementation(backend: str | None, tensors: Sequence[Tensor | None]) -> Any:
+def implementation(backend: str | None, tensors: Sequence[Tensor | None]) -> Any:
     """Whose forward and grads to call: the operators, or those of a forced backend that is not behind them."""
     if backend is None:
         return ops
@@ -66,14 +66,14 @@ def _mask(needs: tuple[bool, ...]) -> int:
     return a | b << 1 | c << 2 | d << 3 | e << 4 | f << 5 | g << 6 | h << 7
 
 
-class _Shared(torch.autograd.Function):
+class Shared(torch.autograd.Function):
     @staticmethod
     def _forward(args: tuple[Any, ...]) -> tuple[Tensor, ...]:
         *tensors, values, backend = args
-        return _implementation(backend, tensors).forward(*tensors, *values)
+        return implementation(backend, tensors).forward(*tensors, *values)
 
     @staticmethod
-    def _save(ctx: Any, args: tuple[Any, ...], stats: Tensor) -> None:
+    def save(ctx: Any, args: tuple[Any, ...], stats: Tensor) -> None:
         ctx.save_for_backward(*args[:_TENSORS], stats)
         ctx.values, ctx.backend = args[_TENSORS:]
         ctx.set_materialize_grads(False)  # or each output without a gradient would cost a launch of zeros
@@ -88,30 +88,30 @@ class _Shared(torch.autograd.Function):
             of_stats: tuple[Any, ...] = (*inputs[:4], element, *inputs[5:7], values[4])
             stats, grads = reference.stats(*of_stats), ops.grads_by_reference
         else:
-            grads = _implementation(ctx.backend, inputs).grads
+            grads = implementation(ctx.backend, inputs).grads
         gradients = grads(*grad_outputs[:3], *inputs, stats, *values, _mask(needs))
         return (*[g if needed else None for g, needed in zip(gradients, needs, strict=False)], None, None, None)
 
 
-class _Elbo(_Shared):
+class _Elbo(Shared):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        loss, distortion, rate, sigma, stats = _Shared._forward(args)
-        _Shared._save(ctx, args, stats)
+        loss, distortion, rate, sigma, stats = Shared._forward(args)
+        Shared.save(ctx, args, stats)
         ctx.mark_non_differentiable(sigma)
         return loss, distortion, rate, sigma
 
 
-class _FunctorchElbo(_Shared):
+class _FunctorchElbo(Shared):
     generate_vmap_rule = True
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return _Shared._forward(args)
+        return Shared._forward(args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _Shared._save(ctx, inputs, output[4])
+        Shared.save(ctx, inputs, output[4])
         ctx.mark_non_differentiable(*output[3:])
 
 
@@ -126,7 +126,7 @@ class _Step(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         *tensors, values, backend = args
         ctx.needs = ctx.needs_input_grad
-        outputs = _implementation(backend, tensors).step(*tensors, *values, _mask(ctx.needs))
+        outputs = implementation(backend, tensors).step(*tensors, *values, _mask(ctx.needs))
         ctx.gradients = outputs[4:]
         ctx.mark_non_differentiable(*outputs[1:4])
         ctx.set_materialize_grads(False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numbers
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import backends
@@ -38,16 +39,16 @@ def tensor(name: str, value: object, like: Tensor | None = None, called: str = "
         raise ValueError(f"{name}: on {value.device}, but {called} is on {like.device}")
 
 
-def pair(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
-    """Two tensors of one shape (B, …), with B and everything after it at least 1."""
+def pair(name_a: str, a: Tensor, name_b: str, b: Tensor, may_be_empty: bool = False) -> None:
+    """Two tensors of one shape (B, …), with everything after B at least 1, and B too unless it may be empty."""
     tensor(name_a, a)
     tensor(name_b, b, like=a, called=name_a)
     if a.shape != b.shape:
         raise ValueError(f"{name_a} and {name_b} must have the same shape, got {shape(a)} and {shape(b)}")
     if a.dim() == 0:
         raise ValueError(f"{name_a}: expected a batch dimension, got a 0-d tensor; use {name_a}.unsqueeze(0)")
-    if a.numel() == 0:
-        what = "an empty batch" if a.shape[0] == 0 else "no elements in a sample"
+    if a.numel() == 0 and not (may_be_empty and a.shape[1:].numel()):
+        what = "an empty batch" if a.shape[0] == 0 and not may_be_empty else "no elements in a sample"
         raise ValueError(f"{name_a}: {what}, shape {shape(a)}")
 
 
@@ -124,6 +125,34 @@ def reduction(value: object) -> int:
     if value not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(map(repr, REDUCTIONS))}, got {value!r}")
     return REDUCTIONS.index(value)  # type: ignore[arg-type]
+
+
+def process_group(value: object, reduction: int) -> None:
+    if not dist.is_available():
+        raise RuntimeError("process_group: this PyTorch is built without torch.distributed")
+    if value == dist.GroupMember.NON_GROUP_MEMBER:  # what dist.new_group returns to those that are not in it
+        raise ValueError("process_group: this process is not a member of the group; its members alone may call")
+    if not isinstance(value, dist.ProcessGroup):
+        hint = ": pass mesh.get_group()" if type(value).__name__ == "DeviceMesh" else ""
+        raise TypeError(f"process_group: expected a ProcessGroup, as dist.group.WORLD, got {_kind(value)}{hint}")
+    if not dist.is_initialized():
+        raise RuntimeError("process_group: torch.distributed is not initialised; call dist.init_process_group first")
+    try:
+        dist.get_rank(value)
+    except ValueError as error:
+        raise ValueError(f"process_group: this process has no such group (any more): {error}") from None
+    if REDUCTIONS[reduction] == "none":
+        raise ValueError(
+            'process_group: excludes reduction="none", whose samples get their weights in backward, where ranks tell '
+            "each other nothing; for values of each sample pass log_sigma=elbo.sigma.log() of a call with the group"
+        )
+
+
+def criterion(reduced: object, group: object) -> None:
+    """What a module keeps of both."""
+    index = reduction(reduced)
+    if group is not None:
+        process_group(group, index)
 
 
 def log_sigma(value: object, recon: Tensor) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from . import arguments, autograd, checks
+from . import arguments, autograd, checks, distributed
 from .sigma import Constant, Kind, Optimal
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class ELBO(NamedTuple):
@@ -33,6 +36,7 @@ def decoupled_elbo(
     free_bits: float = 0.0,
     capacity: float | Tensor | None = None,
     reduction: str = "batchmean",
+    process_group: ProcessGroup | None = None,
 ) -> ELBO:
     """The negative ELBO of a Gaussian VAE, with the decoder's σ and the weight β apart.
 
@@ -61,6 +65,8 @@ def decoupled_elbo(
             make of it. A number or a 0-d tensor (without gradient). Needs a scalar reduction and a scalar β.
         reduction: "batchmean" (nats per sample), "sum", "mean" (nats per data dimension: all three are divided by D)
             or "none" ((B,) tensors).
+        process_group: the ProcessGroup (torch.distributed.group.WORLD, or any other that this process is in) whose
+            ranks each have a shard of the batch. See below.
 
     Returns:
         ELBO(loss, distortion, rate, sigma). fp32, or fp64 if any of the four inputs or the prior is fp64; sums are
@@ -70,6 +76,19 @@ def decoupled_elbo(
     Raises:
         TypeError, ValueError: before any work, naming the argument and showing what was passed. Values inside tensors
             are not looked at: NaN goes in, NaN comes out.
+        RuntimeError: for a process_group where torch.distributed is missing or not initialised, inside torch.func's
+            transforms, and when its loss is differentiated twice.
+
+    With a process_group an optimal σ and capacity's mean are those of the batch of all R ranks, and a sample weighs R/B
+    (B samples on all ranks; for "mean" R/N, N elements; for "sum" R). So the mean over the ranks of loss, distortion
+    and rate is what one process with the whole batch returns, and the mean of the gradients, as
+    DistributedDataParallel and FSDP form it, is that process's gradient, whatever the sizes of the shards; an optimal σ
+    is the same on all ranks. What it takes: every rank makes the same calls, in evaluation too, with the same options;
+    a rank without data passes tensors of batch size 0 (a batch that is empty on all ranks has NaN for σ and means); the
+    grad_outputs are the same on all ranks, as with loss.backward(), for no rank learns another's. A learned log_sigma
+    and a tensor β need the average of their gradients as well: let the wrapped module hold them. It costs one
+    all-reduce of four numbers in forward, none in backward; torch.compile breaks its graph there. reduction="none" and
+    second derivatives are refused.
 
     A second derivative goes through plain PyTorch and is not available inside torch.compile; there is no forward-mode
     derivative. "optimal" looks at the target: for test-time likelihoods use a σ from training
@@ -99,7 +118,10 @@ def decoupled_elbo(
         free_bits=free_bits,
         capacity=capacity,
         reduction=reduction,
+        may_be_empty=process_group is not None,
     )
+    if process_group is not None:
+        return _elbo(args, distributed.elbo(*args, process_group=process_group))
     return _elbo(args, autograd.elbo(*args))
 
 
@@ -117,6 +139,7 @@ def decoupled_elbo_backward(
     free_bits: float = 0.0,
     capacity: float | Tensor | None = None,
     reduction: str = "batchmean",
+    process_group: ProcessGroup | None = None,
     grad_scale: float | Tensor | None = None,
     retain_graph: bool = False,
 ) -> ELBO:
@@ -143,7 +166,7 @@ def decoupled_elbo_backward(
 
     It calls backward, so it ends the graph as `loss.backward()` does. If another loss goes back through the same
     decoder, add it to `decoupled_elbo(…).loss` instead: one backward is cheaper than two. torch.compile breaks its
-    graph here, as it does at `loss.backward()`.
+    graph here, as it does at `loss.backward()`. With a process_group it saves nothing: it takes the two passes.
 
     >>> x, weight = torch.rand(2, 8), torch.ones(8, requires_grad=True)
     >>> mu, logvar = torch.ones(2, 4, requires_grad=True), torch.zeros(2, 4)
@@ -166,8 +189,12 @@ def decoupled_elbo_backward(
         free_bits=free_bits,
         capacity=capacity,
         reduction=reduction,
+        may_be_empty=process_group is not None,
     )
     scale = arguments.of_grad_scale(grad_scale, recon)
+    if process_group is not None:
+        options = {"process_group": process_group, "grad_scale": scale, "retain_graph": retain_graph}
+        return _elbo(args, distributed.elbo_backward(*args, **options))
     return _elbo(args, autograd.elbo_backward(*args, grad_scale=scale, retain_graph=retain_graph))
 
 
@@ -179,20 +206,23 @@ def gaussian_nll(
     log_sigma: Tensor | None = None,
     min_log_sigma: float = -7.0,
     reduction: str = "batchmean",
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """The distortion alone: Σ_d [e²/(2σ²) + ½ log(2πσ²)], −log N(target | recon, σ²) in nats.
 
-    Arguments, dtypes and errors as in `decoupled_elbo`; "mean" divides by D. With a scalar reduction the result is a
-    0-d tensor, with "none" it is (B,).
+    Arguments (process_group too), dtypes and errors as in `decoupled_elbo`; "mean" divides by D. With a scalar
+    reduction the result is a 0-d tensor, with "none" it is (B,).
 
     >>> x = torch.zeros(4, 10)
     >>> nll = gaussian_nll(x + 1.0, x, sigma=1.0)
     >>> torch.allclose(nll, -torch.distributions.Normal(x + 1.0, 1.0).log_prob(x).sum() / 4)
     True
     """
-    checks.pair("recon", recon, "target", target)
+    checks.pair("recon", recon, "target", target, process_group is not None)
     mode = arguments.of_sigma((recon, target), sigma, log_sigma, min_log_sigma)
     args = arguments.of_forward((recon, target, None, None, None, None), sigma=mode, reduction=reduction)
+    if process_group is not None:
+        return distributed.elbo(*args, process_group=process_group)[1]
     return autograd.elbo(*args)[1]
 
 
@@ -203,20 +233,23 @@ def gaussian_kl(
     prior: tuple[Tensor, Tensor] | None = None,
     free_bits: float = 0.0,
     reduction: str = "batchmean",
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """The rate alone: KL(N(μ, exp l) ‖ N(μ_p, exp l_p)) in nats, against N(0, I) if no prior is given.
 
-    ½ Σ_k [ (μ − μ_p)²/exp(l_p) + exp(l − l_p) − 1 − (l − l_p) ], with free_bits Σ_k max(KL_ik, free_bits). Arguments,
-    dtypes and errors as in `decoupled_elbo`, except that "mean" divides by the number of latents, there being no data.
-    For a hierarchical VAE, sum it over the levels, each with its own prior.
+    ½ Σ_k [ (μ − μ_p)²/exp(l_p) + exp(l − l_p) − 1 − (l − l_p) ], with free_bits Σ_k max(KL_ik, free_bits). Arguments
+    (process_group, for its weights, too), dtypes and errors as in `decoupled_elbo`, except that "mean" divides by the
+    number of latents, there being no data. For a hierarchical VAE, sum it over the levels, each with its own prior.
 
     >>> mu, logvar = torch.ones(2, 4), torch.zeros(2, 4)
     >>> gaussian_kl(mu, logvar), gaussian_kl(mu, logvar, prior=(mu, logvar))
     (tensor(2.), tensor(0.))
     """
-    checks.pair("mu", mu, "logvar", logvar)
+    checks.pair("mu", mu, "logvar", logvar, process_group is not None)
     tensors = (None, None, *arguments.latents(mu, logvar, prior))
     args = arguments.of_forward(tensors, free_bits=free_bits, reduction=reduction)
+    if process_group is not None:
+        return distributed.elbo(*args, process_group=process_group)[0]
     return autograd.elbo(*args)[0]
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from . import checks
+from . import checks, distributed
 from . import sigma as modes
 from .functional import ELBO, decoupled_elbo, decoupled_elbo_backward
 from .sigma import Constant, Optimal
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class _Criterion(nn.Module):
@@ -47,16 +50,17 @@ class _Criterion(nn.Module):
 class DecoupledELBO(_Criterion):
     """`decoupled_elbo` with its configuration kept: `DecoupledELBO(beta=4.0)(recon, x, mu, logvar)`.
 
-    beta, sigma, min_log_sigma, free_bits, capacity, reduction: as in `fused_elbo.decoupled_elbo`. `beta` and `capacity`
-    are plain attributes: set them to follow a schedule. A tensor there stays on its device when the module moves.
-    `forward(..., prior=…)` passes a prior on, and `backward(…, prior=…, grad_scale=…)` stands for
-    `criterion(…).loss.backward()`, in one pass.
+    beta, sigma, min_log_sigma, free_bits, capacity, reduction, process_group: as in `fused_elbo.decoupled_elbo`. `beta`
+    and `capacity` are plain attributes: set them to follow a schedule. A tensor there stays on its device when the
+    module moves. `forward(..., prior=…)` passes a prior on, and `backward(…, prior=…, grad_scale=…)` stands for
+    `criterion(…).loss.backward()`, in one pass. Make a module with a process_group after `dist.init_process_group`:
+    before it, dist.group.WORLD is None. It cannot be deep-copied, as SyncBatchNorm with a group of its own cannot.
 
     momentum: with a number (0.1, say) and an optimal σ, training keeps a running average of σ² in the buffer
         `running_var` (the first batch sets it, batches that are not finite are left out), and eval mode uses it as one
-        constant σ. The optimal σ is computed from
-        the target, so a likelihood reported on test data must not use it: σ has to come from training. None (the
-        default) uses the optimal σ in both modes. Before any training step `running_var` is 1, as in BatchNorm.
+        constant σ. The optimal σ is computed from the target, so a likelihood reported on test data must not use it: σ
+        has to come from training. None (the default) uses the optimal σ in both modes. With a process_group the average
+        is the same on all ranks. Before any training step `running_var` is 1, as in BatchNorm.
 
     Raises as `decoupled_elbo` does; ValueError for a momentum outside (0, 1] or beside a constant σ.
 
@@ -79,10 +83,11 @@ class DecoupledELBO(_Criterion):
         free_bits: float = 0.0,
         capacity: float | Tensor | None = None,
         reduction: str = "batchmean",
+        process_group: ProcessGroup | None = None,
         momentum: float | None = None,
     ) -> None:
         super().__init__()
-        checks.reduction(reduction)
+        checks.criterion(reduction, process_group)
         checks.configuration(beta, free_bits, capacity, min_log_sigma)
         mode = modes.resolve(sigma)
         if momentum is not None:
@@ -99,6 +104,7 @@ class DecoupledELBO(_Criterion):
         self.free_bits = free_bits
         self.capacity = capacity
         self.reduction = reduction
+        self.process_group = process_group
         self.momentum = momentum
 
     def _options(self) -> dict[str, Any]:
@@ -111,6 +117,7 @@ class DecoupledELBO(_Criterion):
             "free_bits": self.free_bits,
             "capacity": self.capacity,
             "reduction": self.reduction,
+            "process_group": self.process_group,
         }
 
     def _seen(self, elbo: ELBO) -> ELBO:
@@ -121,7 +128,10 @@ class DecoupledELBO(_Criterion):
     @torch.no_grad()
     def _update(self, sigma: Tensor) -> None:
         assert self.momentum is not None
-        var = sigma.square().mean().to(self.running_var.dtype)
+        var = sigma.square()
+        if self.process_group is not None and var.dim():  # per image: each rank has those of its own
+            var = distributed.mean(var, self.process_group)
+        var = var.mean().to(self.running_var.dtype)
         kept = torch.where(self.batches_seen == 0, 0.0, 1.0 - self.momentum)  # the first batch replaces the initial 1
         # A batch that overflowed, as happens under loss scaling, is left out, or it would stay in the average for ever.
         usable = torch.isfinite(var)
@@ -142,7 +152,9 @@ class LearnedSigmaELBO(_Criterion):
     channels: None for one shared σ, parameter shape (); an integer C for one per channel, shape (C, 1, 1), which
         broadcasts against images (B, C, H, W) from the right.
     init: the initial log σ. 0 (σ = 1) is the slow, safe start; near ½ log MSE is the fast one.
-    beta, free_bits, capacity, reduction: as in `fused_elbo.decoupled_elbo`.
+    beta, free_bits, capacity, reduction, process_group: as in `fused_elbo.decoupled_elbo`. The gradient of log_sigma is
+        averaged over the ranks if the module lies inside the one that is wrapped. FSDP2 refuses scalar parameters:
+        give it channels.
 
     Give the optimiser `criterion.parameters()` beside the model's. A frozen parameter (requires_grad=False) is warned
     about once, since σ then stays where it is.
@@ -163,10 +175,11 @@ class LearnedSigmaELBO(_Criterion):
         free_bits: float = 0.0,
         capacity: float | Tensor | None = None,
         reduction: str = "batchmean",
+        process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         checks.number("init", init)
-        checks.reduction(reduction)
+        checks.criterion(reduction, process_group)
         checks.configuration(beta, free_bits, capacity)
         if channels is not None and (isinstance(channels, bool) or not isinstance(channels, int) or channels < 1):
             raise ValueError(f"channels: expected None or a positive integer, got {channels!r}")
@@ -175,6 +188,7 @@ class LearnedSigmaELBO(_Criterion):
         self.free_bits = free_bits
         self.capacity = capacity
         self.reduction = reduction
+        self.process_group = process_group
         self._warned = False
 
     def _options(self) -> dict[str, Any]:
@@ -188,6 +202,7 @@ class LearnedSigmaELBO(_Criterion):
             "free_bits": self.free_bits,
             "capacity": self.capacity,
             "reduction": self.reduction,
+            "process_group": self.process_group,
         }
 
     def extra_repr(self) -> str:

@@ -23,7 +23,7 @@ from .sigma import Kind
 
 LOG_2PI = math.log(2 * math.pi)
 REDUCTIONS = ("batchmean", "sum", "mean", "none")  # an operator's `reduction` is the index
-_BATCHMEAN, _SUM, _MEAN, _NONE = range(4)
+BATCHMEAN, SUM, MEAN, NONE = range(4)
 
 
 class Gradients(NamedTuple):
@@ -99,7 +99,7 @@ def stats(
 # ---------------------------------------------------------------------------------------------------------- stage two
 
 
-def optimal_log_sigma(total: Tensor, n: float, min_log_sigma: float, softclip: bool) -> Tensor:
+def optimal_log_sigma(total: Tensor, n: float | Tensor, min_log_sigma: float, softclip: bool) -> Tensor:
     """½ log(total/n), bounded from below. S is clamped, not its logarithm, so that the gradient at 0 is 0, not NaN;
     `clamp` lets NaN through, so that a diverged model shows."""
     if softclip:
@@ -107,21 +107,21 @@ def optimal_log_sigma(total: Tensor, n: float, min_log_sigma: float, softclip: b
     return 0.5 * (total / n).clamp(min=math.exp(2 * min_log_sigma)).log()
 
 
-def reduction_weight(reduction: int, batch: int, dims: int) -> float:
+def reduction_weight(reduction: int, batch: int | Tensor, dims: int | Tensor) -> float | Tensor:
     """What a sample's distortion and rate are multiplied by before they are summed."""
-    return {_BATCHMEAN: 1 / batch, _SUM: 1.0, _MEAN: 1 / (batch * dims), _NONE: 1.0}[reduction]
+    return {BATCHMEAN: 1 / batch, SUM: 1.0, MEAN: 1 / (batch * dims), NONE: 1.0}[reduction]
 
 
 def knob(tensor: Tensor | None, number: float | None, like: Tensor) -> Tensor:
     """The tensor, or the number where there is none."""
-    return torch.full_like(like[0], number or 0.0) if tensor is None else tensor.to(like.dtype)
+    return like.new_full((), number or 0.0) if tensor is None else tensor.to(like.dtype)
 
 
 def dims_of(recon: Tensor | None, mu: Tensor | None) -> int:
     """D, by which "mean" divides; the latents' own number where there are no data (gaussian_kl)."""
     x = recon if recon is not None else mu
     assert x is not None
-    return x.numel() // x.shape[0]
+    return x.shape[1:].numel()
 
 
 def forward(
@@ -146,16 +146,43 @@ def forward(
     """(loss, distortion, rate, sigma, stats)."""
     element = log_sigma if sigma_mode == Kind.ELEMENT else None
     st = stats(recon, target, mu, logvar, element, prior_mu, prior_logvar, free_bits)
-    s, kl, kl_clamped = st[:, :-1].unbind(0)
+    s, _, kl_clamped = st[:, :-1].unbind(0)
     batch, dims = s.shape[0], dims_of(recon, mu)
     d = dims if recon is not None else 0
+    r = reduction_weight(reduction, batch, dims)
+    outputs = finalize(
+        st, s.sum(), batch * d, kl_clamped.mean(), d, r, log_sigma, beta, capacity,
+        sigma_mode, softclip, log_sigma_value, min_log_sigma, beta_value, capacity_value, reduction,
+    )  # fmt: skip
+    return (*outputs, st)
 
+
+def finalize(
+    stats: Tensor,
+    total: Tensor,  # ΣS of the batch that shares σ: these samples, or with them those of other processes
+    n: float | Tensor,  # its number of elements
+    mean_rate: Tensor,  # its mean rate, after free_bits: what capacity is held against
+    d: int,
+    r: float | Tensor,  # the weight of a sample
+    log_sigma: Tensor | None,
+    beta: Tensor | None,
+    capacity: Tensor | None,
+    sigma_mode: int,
+    softclip: bool,
+    log_sigma_value: float,
+    min_log_sigma: float,
+    beta_value: float,
+    capacity_value: float | None,
+    reduction: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, distortion, rate, sigma)."""
+    s, kl, kl_clamped = stats[:, :-1].unbind(0)
     if sigma_mode == Kind.ELEMENT:
         distortion = 0.5 * s + 0.5 * d * LOG_2PI
         sigma = s.new_empty(0)
     else:
         if sigma_mode == Kind.BATCH:
-            ls = optimal_log_sigma(s.sum(), batch * d, min_log_sigma, softclip)
+            ls = optimal_log_sigma(total, n, min_log_sigma, softclip)
         elif sigma_mode == Kind.IMAGE:
             ls = optimal_log_sigma(s, d, min_log_sigma, softclip)
         else:
@@ -164,16 +191,15 @@ def forward(
         sigma = ls.detach().exp()
 
     b = knob(beta, beta_value, s)
-    r = reduction_weight(reduction, batch, dims)
-    if reduction == _NONE:
-        return distortion + b * kl_clamped, distortion, kl.clone(), sigma, st
+    if reduction == NONE:
+        return distortion + b * kl_clamped, distortion, kl.clone(), sigma
     distortion = r * distortion.sum()
     if capacity is None and capacity_value is None:
         loss = distortion + r * (b * kl_clamped).sum()
     else:
-        gap = kl_clamped.mean() - knob(capacity, capacity_value, s)
-        loss = distortion + r * batch * b * gap.abs()
-    return loss, distortion, r * kl.sum(), sigma, st
+        gap = mean_rate - knob(capacity, capacity_value, s)
+        loss = distortion + r * s.shape[0] * b * gap.abs()
+    return loss, distortion, r * kl.sum(), sigma
 
 
 # -------------------------------------------------------------------------------------------------------- stage three

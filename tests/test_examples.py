@@ -143,6 +143,31 @@ def test_resume_refuses_what_is_not_this_run(tmp_path: Path, capsys: pytest.Capt
     assert "not a readable checkpoint" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
+def test_two_processes_by_torchrun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As one process, but for the latents' noise; a resumed run finds each process's random state."""
+    two, options = tmp_path / "two", [*TINY, "--device", "cpu", "--epochs", "2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    found = []
+    for resume in ([], ["--resume"]):  # the second has nothing left to train
+        command = [*torchrun, str(ROOT / "examples" / "train_vae.py"), *options, "--out", str(two), *resume]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.count("test: loss") == 1
+        found.append(json.loads((two / "metrics.json").read_text()))
+    assert sorted(p.name for p in two.iterdir()) == sorted(OUTPUTS)
+    one = train(tmp_path / "one", "--device", "cpu", "--epochs", "2")
+    for name, tolerance in (("sigma", 0.02), ("distortion", 0.05), ("rate", 0.1)):
+        assert found[0][name] == found[1][name] == pytest.approx(one[name], rel=tolerance)
+    for a, b in zip(found[0]["history"], one["history"], strict=True):
+        assert a["train"]["sigma"] == pytest.approx(b["train"]["sigma"], rel=0.02)
+        assert a["train"]["distortion"] == pytest.approx(b["train"]["distortion"], rel=0.1)
+
+    train(two, "--epochs", "2", "--resume", code=2)
+    assert "--processes (was 2, now None)" in capsys.readouterr().err
+
+
 def test_starting_anew_keeps_the_previous_checkpoint(tmp_path: Path) -> None:
     train(tmp_path, "--epochs", "1")
     train(tmp_path, "--epochs", "1")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fused_elbo import ELBO, DecoupledELBO, LearnedSigmaELBO, decoupled_elbo, sigma
 
 from .models import ConvVAE
+from .ranks import group
 
 SIGMA_MODES = {
     "optimal": "the closed form sigma² = MSE of the batch",
@@ -35,24 +36,24 @@ class PerPixelELBO(nn.Module):
         self.beta = beta
 
     def forward(self, recon: Tensor, target: Tensor, mu: Tensor, logvar: Tensor, log_sigma: Tensor) -> ELBO:
-        return decoupled_elbo(recon, target, mu, logvar, beta=self.beta, log_sigma=log_sigma)
+        return decoupled_elbo(recon, target, mu, logvar, beta=self.beta, log_sigma=log_sigma, process_group=group())
 
 
 def make_criterion(
     sigma_mode: str, beta: float, *, channels: int, min_log_sigma: float | None = None, init_log_sigma: float = 0.0
 ) -> nn.Module:
-    """The loss module for one of SIGMA_MODES or for a number, which is a constant sigma."""
+    """The loss module for one of SIGMA_MODES or for a number, which is a constant sigma; over all ranks."""
     floor = default_min_log_sigma(sigma_mode) if min_log_sigma is None else min_log_sigma
     if sigma_mode in ANALYTIC:
         mode = sigma.Optimal(softclip=True) if sigma_mode == "optimal-softclip" else sigma_mode
-        return DecoupledELBO(beta=beta, sigma=mode, min_log_sigma=floor, momentum=MOMENTUM)
+        return DecoupledELBO(beta=beta, sigma=mode, min_log_sigma=floor, momentum=MOMENTUM, process_group=group())
     if sigma_mode == "learned":
-        return LearnedSigmaELBO(init=init_log_sigma, beta=beta)
+        return LearnedSigmaELBO(init=init_log_sigma, beta=beta, process_group=group())
     if sigma_mode == "learned-per-channel":
-        return LearnedSigmaELBO(channels=channels, init=init_log_sigma, beta=beta)
+        return LearnedSigmaELBO(channels=channels, init=init_log_sigma, beta=beta, process_group=group())
     if sigma_mode == "per-pixel":
         return PerPixelELBO(beta)
-    return DecoupledELBO(beta=beta, sigma=float(sigma_mode))
+    return DecoupledELBO(beta=beta, sigma=float(sigma_mode), process_group=group())
 
 
 class VAEObjective(nn.Module):

@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from fused_elbo import ELBO
 
+from . import ranks
 from .checkpoint import save_checkpoint
 from .data import Images, to_unit
 
@@ -67,6 +69,8 @@ class Trainer:
 
     All state of a run is in `state_dict()`: the order of an epoch's batches is a function of (seed, epoch), so the
     position inside the epoch, the weights and the random generators' states determine the rest of the run.
+
+    Under torchrun each process takes its part of every batch; all evaluate, and the first one writes.
     """
 
     def __init__(
@@ -84,7 +88,9 @@ class Trainer:
         compile: bool = False,
     ) -> None:
         self.objective = objective.to(device)
-        self.forward = torch.compile(self.objective) if compile else self.objective
+        self.forward: Any = torch.compile(self.objective) if compile else self.objective
+        if ranks.group() is not None:
+            self.forward = DistributedDataParallel(self.forward)
         self.images, self.device, self.seed = images, device, seed
         self.epochs, self.batch_size = epochs, min(batch_size, len(images.train))
         self.checkpoint, self.settings = checkpoint, settings
@@ -109,7 +115,8 @@ class Trainer:
         self.save()
         # Where the bar is not redrawn in place (a log file) it is printed seldom.
         interval = 0.2 if sys.stderr.isatty() else 15.0
-        with deferred_interrupt() as stop, tqdm(total=total, initial=done, unit="step", mininterval=interval) as bar:
+        bar = tqdm(total=total, initial=done, unit="step", mininterval=interval, disable=not ranks.is_first())
+        with deferred_interrupt() as stop, bar:
             while self.epoch < self.epochs:
                 order = self.epoch_order()
                 while self.step < self.steps_per_epoch:
@@ -120,11 +127,11 @@ class Trainer:
                     bar.update()
                     if self.step % 10 == 0:  # reading the numbers waits for the device
                         bar.set_postfix(self.progress(elbo), refresh=False)
-                    if stop.is_set():
+                    if ranks.agree(stop.is_set()):
                         self.save()
                         raise KeyboardInterrupt
                 self.end_epoch()
-            if stop.is_set():
+            if ranks.agree(stop.is_set()):
                 raise KeyboardInterrupt
 
     def epoch_order(self) -> Tensor:
@@ -139,7 +146,7 @@ class Trainer:
     def train_step(self, index: Tensor) -> ELBO:
         self.objective.train()
         self.optimizer.zero_grad()
-        elbo: ELBO = self.forward(self.batch(self.images.train[index]))
+        elbo: ELBO = self.forward(self.batch(self.images.train[ranks.part(index)]))
         elbo.loss.backward()
         self.optimizer.step()
         self.scheduler.step()
@@ -152,6 +159,7 @@ class Trainer:
 
     def end_epoch(self) -> None:
         started = time.perf_counter()
+        self.totals = ranks.mean(self.totals)
         train = dict(zip(COLUMNS, (self.totals / self.steps_per_epoch).tolist(), strict=True))
         if not torch.isfinite(self.totals).all():
             raise TrainingError(
@@ -176,9 +184,12 @@ class Trainer:
         return dict(zip(COLUMNS, (totals / len(images)).tolist(), strict=True))
 
     def save(self) -> None:
-        save_checkpoint(self.checkpoint, {"settings": self.settings, "trainer": self.state_dict()})
+        state = {"settings": self.settings, "trainer": self.state_dict()}
+        if ranks.is_first():
+            save_checkpoint(self.checkpoint, state)
 
     def state_dict(self) -> dict[str, Any]:
+        """The same on all ranks, which make it together."""
         return {
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -187,8 +198,8 @@ class Trainer:
             "step": self.step,
             "history": self.history,
             "seconds": self.seconds,
-            "totals": self.totals,
-            "rng": torch.get_rng_state(),
+            "totals": ranks.gather(self.totals),
+            "rng": ranks.gather(torch.get_rng_state()),
             "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
         }
 
@@ -198,7 +209,8 @@ class Trainer:
         self.scheduler.load_state_dict(state["scheduler"])
         self.epoch, self.step, self.history = state["epoch"], state["step"], state["history"]
         self.seconds = state["seconds"]
-        self.totals.copy_(state["totals"])
-        torch.set_rng_state(state["rng"])
+        self.totals.copy_(state["totals"][ranks.number()])
+        # A copy, for set_rng_state reads from the start of the storage, whatever is a row of it (torch 2.13).
+        torch.set_rng_state(state["rng"][ranks.number()].clone())
         if self.device.type == "cuda" and state["cuda_rng"]:
             torch.cuda.set_rng_state_all(state["cuda_rng"])
