@@ -1,10 +1,10 @@
 """How a step is timed, and when a ratio of two times may be printed.
 
 All providers of a case take turns in every round, in random order, on the same tensors in one process, so that a noisy
-machine slows all alike. A round's time is the mean over as many steps as take a millisecond; where a thread waited for
-a processor in more than 10% of it, other processes had that, and it is taken again. If it is never calm, the round is
-left out. Forward is the loss; backward is from there to the gradients of all leaves, and includes giving their memory
-back. A GPU is waited for at each end.
+machine slows all alike. A round's time is the mean over as many steps as take ten milliseconds, after half as many that
+are not timed; where a thread waited for a processor in more than 10% of it, other processes had that, and it is taken
+again. If it is never calm, the round is left out. Forward is the loss; backward is from there to the gradients of all
+leaves, and includes giving their memory back. A GPU is waited for at each end.
 
 Ratios are medians of the rounds' ratios, so that what slows a whole round cancels. One is shown only if the rounds
 agree on it, and if half of them were calm (`Ratio.hidden`).
@@ -25,7 +25,7 @@ from providers import Step
 from workloads import Case
 
 WARM_UP = 3  # rounds
-SAMPLE = 1e-3  # seconds that a round gives a provider at least, in whole steps
+SAMPLE = 1e-2  # seconds that a round gives a provider at least, in whole steps
 MOST_STEPS = 50
 CASE = 5.0  # seconds for which a case of short steps has more rounds than were asked for, five times as many at most
 MORE = 5
@@ -157,10 +157,11 @@ def steps_in_a_sample(step: Step, case: Case) -> int:
 
 
 def sample(step: Step, case: Case, steps: int) -> tuple[float, float, float]:
-    """As a round in `Timing`. The first step is not timed: it finds in the caches what another provider left there, and a
-    provider with more steps to a sample would have fewer such ones among them."""
+    """As a round in `Timing`. The first steps are not timed: they find in the caches what another provider left there,
+    and what counts is a provider's own steady state."""
     forward = backward = 0.0
-    step()
+    for _ in range(max(1, steps // 2)):
+        step()
     synchronise(case)
     earlier = waiting()
     for _ in range(steps):
