@@ -89,6 +89,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The C++ and CUDA backends as in a process that has not asked for them yet."""
     for library in (backends.cpp.library, backends.cuda.library):
         monkeypatch.setattr(library, "loaded", None)
+        monkeypatch.setattr(library, "path", None)
         monkeypatch.setattr(library, "failure", None)
     monkeypatch.setattr(backends.cuda, "_operators", None)
 
