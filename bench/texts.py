@@ -43,8 +43,8 @@ So a faster loss does not make a large convolutional VAE train faster. It matter
 - in small networks, where the loss is a good part of the step, as in the second one above;
 - where memory is short: for long videos and large images the element-wise code keeps several tensors of the size of the
   reconstruction for backward, and this loss none ([memory](#memory));
-- in hierarchical VAEs, whose dozens of small KLs are all overhead ([above](#a-hierarchy-of-latents)), as is any loss of
-  small tensors."""
+- in hierarchical VAEs with eager code, whose dozens of small KLs are mostly overhead, as is any loss of small tensors;
+  compiled code makes fewer kernels of them, and can be ahead ([above](#a-hierarchy-of-latents))."""
 
 GPU = """\
 No kernel has been timed on a GPU. What is known without one: a step takes three launches and moves 5N + 6L bytes within
