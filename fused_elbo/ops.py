@@ -52,7 +52,6 @@ SCHEMAS = {
         f"-> ({', '.join(['Tensor'] * (4 + len(reference.Gradients._fields)))})"
     ),
 }
-SIGMA_MODE = 9  # where sigma_mode stands among the arguments of forward
 
 _library = torch.library.Library("fused_elbo", "DEF")
 for _name, _schema in SCHEMAS.items():
