@@ -19,23 +19,22 @@ Ctrl-C keeps the run; the same command with --resume continues it. In --out afte
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import platform
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import cli, ranks
-from common.checkpoint import CheckpointError, check_same_settings, load_checkpoint
-from common.data import DataError, Images, load
+from common import cli, ranks, script
+from common.checkpoint import check_same_settings, load_checkpoint
+from common.data import Images, load
+from common.files import write_json
 from common.objective import ANALYTIC, VAEObjective, bits_per_dim, make_objective
 from common.plots import plot_history, plot_images
-from common.training import EVAL_SEED, Trainer, TrainingError
+from common.script import say
+from common.training import EVAL_SEED, Trainer
 
 import fused_elbo
 from fused_elbo.backends import statuses
@@ -89,11 +88,6 @@ def build_trainer(args: argparse.Namespace, images: Images) -> Trainer:
         objective, images, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, seed=args.seed,
         device=args.device, checkpoint=args.out / CHECKPOINT, settings=settings, compile=args.compile,
     )  # fmt: skip
-
-
-def say(text: str) -> None:
-    if ranks.is_first():
-        print(text)
 
 
 def start(trainer: Trainer, *, resume: bool) -> None:
@@ -161,10 +155,6 @@ def draw(trainer: Trainer, folder: Path, metrics: dict[str, Any]) -> None:
     plot_history(folder / "curves.png", trainer.history, title=title)
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
 def run(args: argparse.Namespace) -> None:
     images = load(args.data, image_size=args.image_size, grey=args.grey)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -185,23 +175,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        run(args)
-    except (DataError, CheckpointError, TrainingError, OSError) as error:
-        print(f"train_vae.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        if not ranks.is_first():
-            return 130
-        print("\ninterrupted", file=sys.stderr)
-        if (args.out / CHECKPOINT).exists():
-            words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
-            many = ["torchrun", "--nproc-per-node", str(ranks.count())]
-            starter = [sys.executable] if ranks.count() == 1 else many
-            command = shlex.join([*starter, "examples/train_vae.py", *words, "--resume"])
-            print(f"the run is kept in {args.out}; continue it with:\n    {command}", file=sys.stderr)
-        return 130
-    return 0
+    return script.main(run, args, argv, CHECKPOINT)
 
 
 if __name__ == "__main__":

@@ -8,38 +8,23 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from on_examples import ROOT, one_thread  # noqa: F401  # isort: split
 
-for package in ("matplotlib", "mlxtend", "sklearn", "tqdm", "PIL"):
-    pytest.importorskip(package, reason="the examples need the extra: pip install fused-elbo[examples]")
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))  # as Python does for a script: they import their neighbour `common`
-
-import train_vae  # noqa: E402
-from common import data  # noqa: E402
-from common.checkpoint import load_checkpoint  # noqa: E402
-from common.models import ConvVAE  # noqa: E402
-from common.objective import SIGMA_MODES  # noqa: E402
-from common.training import Trainer  # noqa: E402
-from PIL import Image  # noqa: E402
+import train_vae
+from common import data
+from common.checkpoint import load_checkpoint
+from common.models import ConvVAE
+from common.objective import SIGMA_MODES
+from common.training import Trainer
+from PIL import Image
 
 TINY = ["--data", "digits", "--beta", "2", "--width", "8", "--latent-dim", "4", "--lr", "0.005"]
 OUTPUTS = ("checkpoint.pt", "curves.png", "images.png", "metrics.json", "settings.json")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These tensors are too small to share out; and where tests run side by side, waiting threads cost most."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def train(out: Path, *options: str, code: int = 0) -> dict:

@@ -6,6 +6,7 @@ import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -91,6 +92,23 @@ def add_sigma_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
     return group
 
 
+def add_sweep_arguments(parser: argparse.ArgumentParser, *, out: Path, minutes: str) -> None:
+    """Of a script that trains many models for one picture. Its sizes come from `settle`."""
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--quick", action="store_true",
+        help=f"a small version of the same experiment, done in two minutes on two CPU cores (the full one: {minutes})",
+    )  # fmt: skip
+    add_run_arguments(parser, group, out=out)
+
+
+def settle(args: argparse.Namespace, *, full: dict[str, Any], quick: dict[str, Any]) -> None:
+    """Give the options that were left at None what the full or the quick version of the experiment has."""
+    for name, value in (quick if args.quick else full).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
 def add_training_arguments(
     parser: argparse.ArgumentParser, *, epochs: int, batch_size: int, lr: float, out: Path
 ) -> None:
@@ -103,10 +121,18 @@ def add_training_arguments(
         "--lr", type=number(above=0), default=lr, metavar="LR",
         help="peak learning rate of AdamW: 10%% warm-up, then cosine (default: %(default)s)",
     )  # fmt: skip
+    group.add_argument("--compile", action="store_true", help="torch.compile the model and its loss together")
+    add_run_arguments(parser, group, out=out)
+
+
+def add_run_arguments(
+    parser: argparse.ArgumentParser, group: argparse._ArgumentGroup | None = None, *, out: Path
+) -> None:
+    """What every script has. --out and --resume say where a run is kept, and so are no part of what it is."""
+    group = group or parser.add_argument_group("run")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, batches and noise; the data's "
                        "split does not depend on it (default: %(default)s)")  # fmt: skip
     group.add_argument("--device", type=device, default="auto", metavar="auto|cpu|cuda|...", help="(default: auto)")
-    group.add_argument("--compile", action="store_true", help="torch.compile the model and its loss together")
     group.add_argument("--out", type=Path, default=out, metavar="DIR", help="folder of the run (default: %(default)s)")
     group.add_argument(
         "--resume", action="store_true",

@@ -23,21 +23,25 @@ class DataError(ValueError):
 
 
 @dataclass(frozen=True)
-class Images:
-    """Three disjoint splits, each [N, C, H, W], uint8 in 0..255 or float32 in [0, 1]."""
+class Splits:
+    """Three disjoint parts of a data set, each [N, *data]: what a trainer needs."""
 
     train: Tensor
     val: Tensor
     test: Tensor
 
     @property
+    def dims(self) -> int:
+        return self.train[0].numel()
+
+
+class Images(Splits):
+    """[N, C, H, W], uint8 in 0..255 or float32 in [0, 1]."""
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         channels, height, width = self.train.shape[1:]
         return channels, height, width
-
-    @property
-    def dims(self) -> int:
-        return self.train[0].numel()
 
     @property
     def is_8bit(self) -> bool:

@@ -21,7 +21,7 @@ from fused_elbo import ELBO
 
 from . import ranks
 from .checkpoint import save_checkpoint
-from .data import Images, to_unit
+from .data import Splits, to_unit
 
 COLUMNS = ("loss", "distortion", "rate", "sigma")
 EVAL_SEED = 0  # of the latent noise in evaluation: the same in every epoch, so that its curves are comparable
@@ -65,7 +65,7 @@ def warmup_cosine(total: int) -> Callable[[int], float]:
 
 
 class Trainer:
-    """AdamW under `warmup_cosine`, on an objective that maps a batch of images to its ELBO.
+    """AdamW under `warmup_cosine`, on an objective that maps a batch of images (or other data) to its ELBO.
 
     All state of a run is in `state_dict()`: the order of an epoch's batches is a function of (seed, epoch), so the
     position inside the epoch, the weights and the random generators' states determine the rest of the run.
@@ -76,7 +76,7 @@ class Trainer:
     def __init__(
         self,
         objective: nn.Module,
-        images: Images,
+        images: Splits,
         *,
         epochs: int,
         batch_size: int,
@@ -109,13 +109,15 @@ class Trainer:
         self.seconds = 0.0
         self.totals = torch.zeros(len(COLUMNS), device=device)  # this epoch's sums so far
 
-    def fit(self) -> None:
+    def fit(self, title: str = "") -> None:
         """Train to the last epoch; a checkpoint after each, and on Ctrl-C, which then raises KeyboardInterrupt."""
         total, done = self.epochs * self.steps_per_epoch, self.epoch * self.steps_per_epoch + self.step
         self.save()
         # Where the bar is not redrawn in place (a log file) it is printed seldom.
         interval = 0.2 if sys.stderr.isatty() else 15.0
-        bar = tqdm(total=total, initial=done, unit="step", mininterval=interval, disable=not ranks.is_first())
+        bar = tqdm(
+            desc=title, total=total, initial=done, unit="step", mininterval=interval, disable=not ranks.is_first()
+        )
         with deferred_interrupt() as stop, bar:
             while self.epoch < self.epochs:
                 order = self.epoch_order()

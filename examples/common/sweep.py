@@ -1,0 +1,75 @@
+"""Many models for one picture: each trained once, kept, and found again by --resume.
+
+OUT/models/NAME/checkpoint.pt   while and after it trains
+OUT/models/NAME/result.json     once it is trained and measured: settings and numbers
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import ranks
+from .checkpoint import check_same_settings, load_checkpoint
+from .files import read_json, write_json
+from .training import Trainer
+
+MODELS = "models"  # below --out
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model of a sweep. `settings` (plain JSON values) decide its numbers, all of them, and name it in errors."""
+
+    name: str
+    settings: dict[str, Any]
+    build: Callable[[Path, dict[str, Any]], Trainer]  # (checkpoint, settings)
+    measure: Callable[[Trainer], dict[str, Any]]  # after training
+
+
+def train_all(runs: Sequence[Run], out: Path, *, resume: bool) -> list[dict[str, Any]]:
+    """What each run measured, in order, with its settings and the seconds that it took.
+
+    Without `resume` the models that lie in `out` already are moved aside. With it, those that are finished are read,
+    and one that was interrupted goes on to the numbers that it would have had.
+    """
+    models = out / MODELS
+    if not resume:
+        _set_aside(models)
+    results = []
+    for i, run in enumerate(runs):
+        result = models / run.name / "result.json"
+        if resume and result.exists():
+            found = read_json(result)
+            check_same_settings(found["settings"], run.settings)
+        else:
+            found = _train(run, models / run.name, f"{i + 1}/{len(runs)} {run.name}", resume=resume)
+            if ranks.is_first():
+                write_json(result, found)
+        results.append({**found["settings"], **found["metrics"], "seconds": found["seconds"]})
+    return results
+
+
+def _train(run: Run, folder: Path, title: str, *, resume: bool) -> dict[str, Any]:
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer = run.build(folder / "checkpoint.pt", run.settings)
+    if resume and trainer.checkpoint.exists():
+        checkpoint = load_checkpoint(trainer.checkpoint)
+        check_same_settings(checkpoint["settings"], trainer.settings)
+        trainer.load_state_dict(checkpoint["trainer"])
+    trainer.fit(title)
+    metrics = run.measure(trainer)
+    return {"settings": run.settings, "metrics": metrics, "seconds": round(trainer.seconds, 1)}
+
+
+def _set_aside(models: Path) -> None:
+    if ranks.is_first() and models.exists():
+        previous = models.with_name(models.name + ".previous")
+        shutil.rmtree(previous, ignore_errors=True)
+        os.replace(models, previous)
+        print(f"starting anew; the models of the run before are kept in {previous}")
+    ranks.agree(False)  # nobody writes before that
