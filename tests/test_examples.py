@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from on_examples import ROOT, one_thread  # noqa: F401  # isort: split
+from on_examples import ROOT, one_thread  # noqa: F401
 
+# isort: split
 import train_vae
 from common import data
 from common.checkpoint import load_checkpoint
