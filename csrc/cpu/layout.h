@@ -21,9 +21,9 @@ inline Tensor empty_pooled(IntArrayRef sizes, IntArrayRef strides, ScalarType dt
   elbo_memory::Block* block = bytes < elbo_memory::kSmallest ? nullptr : elbo_memory::take(bytes);
   if (block == nullptr) return empty_strided(sizes, strides, dtype, like);
   int32_t device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
+  TORCH_ERROR_CODE_CHECK(torch_from_blob(
       block->data, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0,
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, -1, &handle, 0, nullptr, 0,
       [](void*, void* owner) { elbo_memory::give_back(static_cast<elbo_memory::Block*>(owner)); }, block));

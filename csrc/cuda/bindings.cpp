@@ -25,7 +25,7 @@ struct OnDevice {
 
   explicit OnDevice(const Tensor& t) : guard(t.get_device()) {
     void* current = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device(), &current));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device(), &current));
     stream = static_cast<cudaStream_t>(current);
   }
 };
