@@ -89,10 +89,8 @@ def options(sigma: str, tensors: tuple[Tensor, ...]) -> dict[str, object]:
 
 def fused(sigma: str, *tensors: Tensor) -> Tensor:
     if sigma == "levels":
-        total = torch.zeros((), device=tensors[0].device)
-        for mu, logvar, *prior in levels_of(tensors):
-            total = total + gaussian_kl(mu, logvar, prior=(prior[0], prior[1]), reduction="sum")
-        return total
+        mu, logvar, *prior = zip(*levels_of(tensors), strict=True)
+        return gaussian_kl(mu, logvar, prior=list(zip(*prior, strict=True)), reduction="sum")
     return decoupled_elbo(*tensors[:4], **options(sigma, tensors), reduction="sum").loss  # type: ignore[arg-type]
 
 

@@ -16,7 +16,7 @@ the time, whatever a provider moved. The eager code casts half-precision tensors
 
 LEVELS = """\
 The KL of the 43 stochastic layers of VDVAE's decoder for CIFAR-10 (16 channels at 1×1 to 32×32), each with its prior,
-for 8 images: `gaussian_kl` for every level, beside the formula as VDVAE has it."""
+for 8 images: `gaussian_kl` of the list of levels, beside the formula as VDVAE has it."""
 
 MEMORY = """\
 Kept for backward: the storage of tensors that autograd is given to save, beyond the inputs themselves; it comes on top

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -95,6 +96,30 @@ def latents(
         return mu, logvar, None, None
     if prior is not None:
         checks.prior(prior, mu)
+    return _alike(mu, logvar, prior)
+
+
+def of_levels(
+    mu: Sequence[Tensor],
+    logvar: Sequence[Tensor],
+    prior: Sequence[tuple[Tensor, Tensor] | None] | None,
+    may_be_empty: bool,
+) -> list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
+    """What `latents` returns, for each level of a hierarchy."""
+    checks.levels(mu, logvar, prior)
+    priors = [None] * len(mu) if prior is None else prior
+    for i, (m, l, p) in enumerate(zip(mu, logvar, priors, strict=True)):
+        checks.pair(f"mu[{i}]", m, f"logvar[{i}]", l, may_be_empty)
+        checks.same_batch(mu[0], m, "mu[0]", f"mu[{i}]")
+        if p is not None:
+            checks.prior(p, m, f"prior[{i}]", f"mu[{i}]")
+    checks.device_served(mu[0])
+    return [_alike(*level) for level in zip(mu, logvar, priors, strict=True)]
+
+
+def _alike(
+    mu: Tensor, logvar: Tensor, prior: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     every = (mu, logvar, *(prior or ()))
     # A prior that the batch shares sums its gradient over the batch: in fp32, then rounded once to its own dtype.
     shared = prior is not None and any(t.shape != mu.shape for t in prior)

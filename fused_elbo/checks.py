@@ -52,11 +52,11 @@ def pair(name_a: str, a: Tensor, name_b: str, b: Tensor, may_be_empty: bool = Fa
         raise ValueError(f"{name_a}: {what}, shape {shape(a)}")
 
 
-def same_batch(recon: Tensor, mu: Tensor) -> None:
+def same_batch(recon: Tensor, mu: Tensor, first: str = "recon", second: str = "mu") -> None:
     if recon.shape[0] != mu.shape[0]:
-        raise ValueError(f"recon and mu must have the same batch size, got {shape(recon)} and {shape(mu)}")
+        raise ValueError(f"{first} and {second} must have the same batch size, got {shape(recon)} and {shape(mu)}")
     if recon.device != mu.device:
-        raise ValueError(f"mu: on {mu.device}, but recon is on {recon.device}")
+        raise ValueError(f"{second}: on {mu.device}, but {first} is on {recon.device}")
 
 
 def number(name: str, value: object, minimum: float = -MAX, maximum: float = MAX) -> None:
@@ -178,16 +178,34 @@ def _kind(value: object) -> str:
     return type(value).__name__ + (f" of {len(value)}" if isinstance(value, (tuple, list)) else "")
 
 
-def prior(value: object, mu: Tensor) -> None:
+def prior(value: object, mu: Tensor, called: str = "prior", beside: str = "mu") -> None:
     if not (isinstance(value, (tuple, list)) and len(value) == 2):
-        raise TypeError(f"prior: expected a pair (mu_p, logvar_p) of tensors, got {_kind(value)}")
-    for name, t in zip(("prior[0], mu_p", "prior[1], logvar_p"), value, strict=True):
-        tensor(name, t, mu, called="mu")
+        raise TypeError(f"{called}: expected a pair (mu_p, logvar_p) of tensors, got {_kind(value)}")
+    for name, t in zip((f"{called}[0], mu_p", f"{called}[1], logvar_p"), value, strict=True):
+        tensor(name, t, mu, called=beside)
         fits = t.dim() <= mu.dim() and all(
             a in (1, b) for a, b in zip(reversed(t.shape), reversed(mu.shape), strict=False)
         )
         if not fits:
-            raise ValueError(f"{name}: shape {shape(t)} does not broadcast to mu's {shape(mu)}")
+            raise ValueError(f"{name}: shape {shape(t)} does not broadcast to {beside}'s {shape(mu)}")
+
+
+def levels(mu: object, logvar: object, prior: object) -> None:
+    """One entry for each level of a hierarchy, in all three; the tensors themselves are looked at level by level."""
+    if not isinstance(mu, (tuple, list)):
+        raise TypeError(f"mu: expected a list, as logvar is, with one tensor for each level, got {_kind(mu)}")
+    if not isinstance(logvar, (tuple, list)):
+        raise TypeError(f"logvar: expected a list, as mu is, with one tensor for each level, got {_kind(logvar)}")
+    if not mu:
+        raise ValueError("mu: no levels, got an empty list")
+    if len(logvar) != len(mu):
+        raise ValueError(f"mu and logvar must have as many levels, got {len(mu)} and {len(logvar)}")
+    if prior is None:
+        return
+    if not isinstance(prior, (tuple, list)):
+        raise TypeError(f"prior: expected a list with (mu_p, logvar_p) or None for each level, got {_kind(prior)}")
+    if len(prior) != len(mu):
+        raise ValueError(f"prior: expected (mu_p, logvar_p) or None for each of {len(mu)} levels, got {len(prior)}")
 
 
 def device_served(x: Tensor) -> None:

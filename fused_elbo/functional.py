@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from torch import Tensor
 
-from . import arguments, autograd, checks, distributed
+from . import arguments, autograd, checks, distributed, levels
 from .sigma import Constant, Kind, Optimal
 
 if TYPE_CHECKING:
@@ -227,10 +228,10 @@ def gaussian_nll(
 
 
 def gaussian_kl(
-    mu: Tensor,
-    logvar: Tensor,
+    mu: Tensor | Sequence[Tensor],
+    logvar: Tensor | Sequence[Tensor],
     *,
-    prior: tuple[Tensor, Tensor] | None = None,
+    prior: tuple[Tensor, Tensor] | Sequence[tuple[Tensor, Tensor] | None] | None = None,
     free_bits: float = 0.0,
     reduction: str = "batchmean",
     process_group: ProcessGroup | None = None,
@@ -239,14 +240,23 @@ def gaussian_kl(
 
     ½ Σ_k [ (μ − μ_p)²/exp(l_p) + exp(l − l_p) − 1 − (l − l_p) ], with free_bits Σ_k max(KL_ik, free_bits). Arguments
     (process_group, for its weights, too), dtypes and errors as in `decoupled_elbo`, except that "mean" divides by the
-    number of latents, there being no data. For a hierarchical VAE, sum it over the levels, each with its own prior.
+    number of latents, there being no data.
+
+    For the levels of a hierarchical VAE, give lists: mu and logvar with a tensor for each level, (B, *latent) of any
+    shape after the same B, and `prior` with (mu_p, logvar_p), or None for N(0, I), for each. The result is the sum of
+    their rates; on CPUs all levels are computed by one call of one kernel.
 
     >>> mu, logvar = torch.ones(2, 4), torch.zeros(2, 4)
     >>> gaussian_kl(mu, logvar), gaussian_kl(mu, logvar, prior=(mu, logvar))
     (tensor(2.), tensor(0.))
+    >>> gaussian_kl([mu, mu[:, :2]], [logvar, logvar[:, :2]], prior=[None, (mu[:, :2], logvar[:, :2])])
+    tensor(2.)
     """
+    if isinstance(mu, (list, tuple)) or isinstance(logvar, (list, tuple)):
+        return levels.rate(mu, logvar, prior, free_bits, reduction, process_group)
+    mu, logvar = cast(Tensor, mu), cast(Tensor, logvar)
     checks.pair("mu", mu, "logvar", logvar, process_group is not None)
-    tensors = (None, None, *arguments.latents(mu, logvar, prior))
+    tensors = (None, None, *arguments.latents(mu, logvar, cast(Any, prior)))
     args = arguments.of_forward(tensors, free_bits=free_bits, reduction=reduction)
     if process_group is not None:
         return distributed.elbo(*args, process_group=process_group)[0]

@@ -127,6 +127,9 @@ def halves_of_the_loss(rank: Rank) -> None:
         kl = gaussian_kl(rank.shard(mu), rank.shard(logvar), free_bits=0.2, **options)
         rank.close("nll", rank.average(nll), gaussian_nll(recon, target, reduction=reduction))
         rank.close("kl", rank.average(kl), gaussian_kl(mu, logvar, free_bits=0.2, reduction=reduction))
+        shards = [rank.shard(mu), rank.shard(mu[:, :2])], [rank.shard(logvar), rank.shard(logvar[:, :2])]
+        whole = gaussian_kl([mu, mu[:, :2]], [logvar, logvar[:, :2]], reduction=reduction)
+        rank.close("kl of levels", rank.average(gaussian_kl(*shards, **options)), whole)
 
 
 def images_of_two_sizes(rank: Rank) -> None:
@@ -406,6 +409,7 @@ def test_bad_groups(group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch) -
         lambda g: decoupled_elbo(x, x, x, x, process_group=g),
         lambda g: gaussian_nll(x, x, process_group=g),
         lambda g: gaussian_kl(x, x, process_group=g),
+        lambda g: gaussian_kl([x], [x], process_group=g),
         lambda g: DecoupledELBO(process_group=g),
         lambda g: LearnedSigmaELBO(process_group=g),
         lambda g: decoupled_elbo_backward(x.requires_grad_(), x, x, x, process_group=g),

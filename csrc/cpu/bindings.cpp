@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <deque>
 #include <numeric>
 #include <optional>
 #include <tuple>
@@ -294,6 +295,56 @@ TwelveTensors step(
   return std::tuple_cat(tensors_of(out, in, log_sigma, sigma_mode, reduction), results.finish(step.weights));
 }
 
+// ---------------------------------------------------------------------------------------------- a hierarchy's levels
+
+// mu, logvar, prior_mu and prior_logvar of each level, in an order in which they can be walked together.
+class Levels {
+ public:
+  std::vector<Latents> latents;
+  int64_t batch;
+  bool is_double = false;
+
+  Levels(const std::vector<OptTensor>& tensors, double free_bits) {
+    for (size_t i = 0; i < tensors.size(); i += 4) {
+      const OptTensor none;
+      inputs_.emplace_back(none, none, tensors[i], tensors[i + 1], none, tensors[i + 2], tensors[i + 3], free_bits);
+      latents.push_back(inputs_.back().latents);
+      for (size_t k = i; k < i + 4; ++k) is_double |= tensors[k] && tensors[k]->scalar_type() == ScalarType::Double;
+    }
+    batch = inputs_.front().batch;
+  }
+
+  const Tensor& mu(size_t level) const {
+    return inputs_[level].mu;
+  }
+
+ private:
+  std::deque<Inputs> inputs_;  // which stay where they are
+};
+
+Tensor levels(std::vector<OptTensor> tensors, double free_bits) {
+  const Levels in(tensors, free_bits);
+  const auto sums = (in.is_double ? elbo_levels<double> : elbo_levels<float>)(in.batch, in.latents);
+  return tensor_of(sums, {in.batch}, in.is_double ? ScalarType::Double : ScalarType::Float, in.mu(0));
+}
+
+std::vector<Tensor> levels_grads(
+    Tensor grad, std::vector<OptTensor> tensors, double free_bits, std::vector<int64_t> wanted) {
+  const Levels in(tensors, free_bits);
+  std::vector<Gradients> spans(in.latents.size());
+  std::deque<Output> outputs;
+  for (int64_t i : wanted) {
+    outputs.emplace_back(*tensors[i], in.mu(i / 4), tensors[i]->scalar_type(), empty_pooled);
+    Gradients& level = spans[i / 4];
+    Span* const of_level[] = {&level.mu, &level.logvar, &level.prior_mu, &level.prior_logvar};
+    *of_level[i % 4] = span_of(outputs.back().buffer);
+  }
+  (in.is_double ? elbo_levels_grads<double> : elbo_levels_grads<float>)(in.batch, in.latents, values_of(grad), spans);
+  std::vector<Tensor> results;
+  for (Output& output : outputs) results.push_back(output.finish());
+  return results;
+}
+
 }  // namespace
 
 void register_operators(torch::stable::detail::StableLibrary& m) {
@@ -301,6 +352,8 @@ void register_operators(torch::stable::detail::StableLibrary& m) {
   m.impl("forward", TORCH_BOX(&forward));
   m.impl("grads", TORCH_BOX(&grads));
   m.impl("step", TORCH_BOX(&step));
+  m.impl("levels", TORCH_BOX(&levels));
+  m.impl("levels_grads", TORCH_BOX(&levels_grads));
 }
 
 }  // namespace elbo

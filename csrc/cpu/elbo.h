@@ -100,4 +100,14 @@ Step elbo_step(
     int64_t batch, const Data& data, const Latents& latents, const Knobs& knobs, double grad_scale,
     const Gradients& gradients);
 
+// Σ over the levels of max(KL, free_bits), for each sample.
+template <class A>
+std::vector<double> elbo_levels(int64_t batch, const std::vector<Latents>& levels);
+
+// `weights`: ∂L/∂ that sum, one for all or one per sample.
+template <class A>
+void elbo_levels_grads(
+    int64_t batch, const std::vector<Latents>& levels, const std::vector<double>& weights,
+    const std::vector<Gradients>& gradients);
+
 }  // namespace elbo

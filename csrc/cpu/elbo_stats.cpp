@@ -1,6 +1,7 @@
 // Stage one: S_i = Σ_d e² (or Σ_d [e²/σ_d² + 2 log σ_d]) and KL_i, in one pass over the data.
 #include "blocks.h"
 #include "elbo.h"
+#include "latents.h"
 #include "tasks.h"
 
 namespace elbo {
@@ -19,37 +20,6 @@ double scaled_chunk_sum(const Data& data, int64_t sample, int64_t chunk) {
     });
   });
   return sum;
-}
-
-template <class A, bool Prior>
-void rates(const Latents& latents, int64_t sample, int64_t chunk, double& rate, double& clamped) {
-  const A free_bits = static_cast<A>(latents.free_bits);
-  rate = clamped = 0;
-  for_blocks(chunk, latents.dims, [&](int64_t first, int64_t n) {
-    A scratch[4][kBlock];
-    const A* mu = read(latents.mu, sample, first, n, scratch[0]);
-    const A* logvar = read(latents.logvar, sample, first, n, scratch[1]);
-    const A* prior_mu = Prior ? read(latents.prior_mu, sample, first, n, scratch[2]) : nullptr;
-    const A* prior_logvar = Prior ? read(latents.prior_logvar, sample, first, n, scratch[3]) : nullptr;
-    const auto element = [&](int64_t i, auto lanes) {
-      if constexpr (Prior) {
-        return kl<Vector<A>>(
-            load(mu + i, lanes), load(logvar + i, lanes), load(prior_mu + i, lanes), load(prior_logvar + i, lanes));
-      } else {
-        return kl<Vector<A>>(load(mu + i, lanes), load(logvar + i, lanes));
-      }
-    };
-    const double sum = sum_lanes<A>(n, element);
-    rate += sum;
-    if (free_bits == 0) {
-      clamped += sum;
-    } else {  // the block is in the cache, and free bits are rare: a second pass keeps the first one simple
-      clamped += sum_lanes<A>(n, [&](int64_t i, auto lanes) {
-        const Vector<A> v = element(i, lanes);
-        return v < free_bits ? Vector<A>{} + free_bits : v;  // NaN passes
-      });
-    }
-  });
 }
 
 }  // namespace

@@ -1,0 +1,148 @@
+"""The rates of a hierarchy's levels, summed: two operators for any number of levels, and their autograd node.
+
+A hierarchical VAE has tens of levels, most of them so small that a node of autograd's, two operators and the start of
+the threads cost more than their arithmetic.
+
+    levels        Σ over the levels of max(KL, free_bits), [B]
+    levels_grads  the gradients, for the tensors whose places in `tensors` are `wanted`
+
+`tensors` has four for each level: mu, logvar, prior_mu, prior_logvar; the last two may be absent together. The C++
+library has kernels for both operators. Every other backend is asked for level after level, with what `ops` has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from . import arguments, autograd, backends, checks, distributed, ops, reference
+from .sigma import Kind
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+SCHEMAS = {
+    "levels": "(Tensor?[] tensors, float free_bits) -> Tensor",
+    "levels_grads": "(Tensor grad, Tensor?[] tensors, float free_bits, int[] wanted) -> Tensor[]",
+}
+for _name, _schema in SCHEMAS.items():
+    ops._library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+_Tensors = Sequence[Tensor | None]
+
+
+@torch.library.register_fake("fused_elbo::levels", lib=ops._library)
+def _levels_fake(tensors, free_bits):
+    return tensors[0].new_empty(tensors[0].shape[0], dtype=reference.compute_dtype(*tensors))
+
+
+@torch.library.register_fake("fused_elbo::levels_grads", lib=ops._library)
+def _levels_grads_fake(grad, tensors, free_bits, wanted):
+    return [torch.empty_like(tensors[i]) for i in wanted]
+
+
+def _each(tensors: _Tensors) -> Iterator[tuple[_Tensors, _Tensors]]:
+    """The seven inputs and two knobs of `ops` for each level."""
+    for i in range(0, len(tensors), 4):
+        mu, logvar, prior_mu, prior_logvar = tensors[i : i + 4]
+        yield (None, None, mu, logvar, None, prior_mu, prior_logvar), (None, None)
+
+
+class OneByOne:
+    """Both operators as calls of others for each level: `by` has the functions of `ops`."""
+
+    def __init__(self, by: Any) -> None:
+        self.by = by
+
+    def levels(self, tensors: _Tensors, free_bits: float) -> Tensor:
+        dtype = reference.compute_dtype(*tensors)
+        rates = [self.by.stats(*inputs, free_bits)[2, :-1] for inputs, _ in _each(tensors)]
+        return torch.stack([rate.to(dtype) for rate in rates]).sum(0)
+
+    def levels_grads(self, grad: Tensor, tensors: _Tensors, free_bits: float, wanted: Sequence[int]) -> list[Tensor]:
+        values = (int(Kind.GIVEN), False, 0.0, 0.0, free_bits, 1.0, None, reference.NONE)
+        found: list[Tensor] = []
+        for level, (inputs, knobs) in enumerate(_each(tensors)):
+            own = grad.to(reference.compute_dtype(*inputs))
+            stats = own.new_zeros(3, len(own) + 1)  # of no account where β is a number and there are no data
+            places = [i - 4 * level for i in wanted if i // 4 == level]
+            bits = [(2, 3, 5, 6)[place] for place in places]  # among `ops._INPUTS`
+            gradients = self.by.grads(own, None, None, *inputs, *knobs, stats, *values, sum(1 << bit for bit in bits))
+            found += [gradients[bit] for bit in bits]
+        return found
+
+
+def _default(name: str) -> Callable[..., Any]:
+    """Until the C++ library is loaded, and for ever on devices that it does not serve."""
+
+    def implementation(*args: Any) -> Any:
+        device = args[name == "levels_grads"][0].device.type
+        native = backends.dispatched.get(device) == "cpp" and backends.load_for(device)
+        return globals()[name](*args) if native else getattr(OneByOne(ops), name)(*args)
+
+    return implementation
+
+
+levels = torch.ops.fused_elbo.levels.default
+levels_grads = torch.ops.fused_elbo.levels_grads.default
+_operators = SimpleNamespace(levels=levels, levels_grads=levels_grads)
+for _name in SCHEMAS:
+    ops._library.impl(_name, _default(_name), "CompositeExplicitAutograd")
+
+
+class _Levels(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, free_bits: float, backend: str | None, *tensors: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.free_bits, ctx.backend = free_bits, backend
+        return _implementation(backend, tensors).levels(tensors, free_bits)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        wanted = [i for i, needed in enumerate(needs) if needed]
+        twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # a backward that is differentiated
+        by = OneByOne(ops.ByReference) if twice else _implementation(ctx.backend, tensors)
+        gradients = iter(by.levels_grads(grad_outputs[0], tensors, ctx.free_bits, wanted))
+        return (None, None, *[next(gradients) if needed else None for needed in needs])
+
+
+def _implementation(backend: str | None, tensors: _Tensors) -> Any:
+    by = autograd.implementation(backend, (None, None, tensors[0]))
+    return _operators if by is ops else OneByOne(by)
+
+
+def rate(
+    mu: Any, logvar: Any, prior: Any, free_bits: float, reduction: str, process_group: ProcessGroup | None
+) -> Tensor:
+    """`gaussian_kl` of lists, or of what a user takes for them."""
+    levels = arguments.of_levels(mu, logvar, prior, process_group is not None)
+    index = checks.reduction(reduction)
+    checks.number("free_bits", free_bits, 0)
+    latents = sum(level[0].shape[1:].numel() for level in levels)
+    if process_group is not None:
+        each = "batchmean" if reduction == "mean" else reduction
+        calls = [_arguments(level, free_bits, each) for level in levels]
+        total = torch.stack([distributed.elbo(*args, process_group=process_group)[0] for args in calls]).sum()
+        return total / latents if reduction == "mean" else total
+    rates = _rates(levels, float(free_bits))
+    if reduction == "none":
+        return rates
+    return rates.sum() * reference.reduction_weight(index, len(rates), latents)
+
+
+def _rates(each: Sequence[_Tensors], free_bits: float) -> Tensor:
+    """Σ over the levels of max(KL, free_bits), [B], differentiable."""
+    dtype = reference.compute_dtype(*(t for level in each for t in level))
+    if torch._C._are_functorch_transforms_active():  # which would need a node of another style, and rules for lists
+        return torch.stack([autograd.elbo(*_arguments(l, free_bits, "none"))[0].to(dtype) for l in each]).sum(0)
+    tensors = [t for level in each for t in level]
+    return cast(Any, _Levels).apply(free_bits, backends.forced, *tensors)
+
+
+def _arguments(level: _Tensors, free_bits: float, reduction: str) -> tuple[Any, ...]:
+    return arguments.of_forward((None, None, *level), free_bits=free_bits, reduction=reduction)
