@@ -90,8 +90,10 @@ def test_occupancy(kernel: str, target: str, dtype: str) -> None:
     assert warps == 8
     assert bench.threads_per_sm(row.registers, warps) >= BLOCKS_PER_SM * warps * 32
     # Of a reduction: no tile goes through shared memory to be stored. But the fp32 gradients of a broadcast log σ,
-    # beside half-precision data, are laid out anew for it.
-    assert row.shared_bytes <= (8192 if "[channel]" in kernel and dtype != "fp32" else 1024)
+    # beside half-precision data, are laid out anew for it, and by Triton 3.6 beside any, which leaves the blocks room.
+    before = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+    relaid = "[channel]" in kernel and (dtype != "fp32" or before)
+    assert row.shared_bytes <= ((16384 if before else 8192) if relaid else 1024)
 
 
 @for_each_dtype
