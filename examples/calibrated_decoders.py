@@ -39,8 +39,8 @@ from common.sweep import MODELS, Run, train_all
 from common.training import EVAL_SEED, Trainer
 from torch import Tensor
 
-FULL = {"epochs": 20, "width": 16, "betas": [0.3, 0.1, 0.03, 0.01, 0.003]}
-QUICK = {"epochs": 5, "width": 16, "betas": [0.3, 0.03, 0.003]}
+FULL = {"epochs": 12, "width": 16, "betas": [0.3, 0.1, 0.03, 0.01, 0.003]}
+QUICK = {"epochs": 4, "width": 16, "betas": [0.3, 0.03, 0.003]}
 LR, BATCH_SIZE = 2e-3, 64
 CLASSIFIER_EPOCHS = 6
 SAMPLES = 2000  # for the Fréchet distance, of every row alike
@@ -250,7 +250,7 @@ def run(args: argparse.Namespace) -> None:
     text = table([*(r for r, _ in kept), floor], ruler.label, ruler.note)
     write_text(args.out / "table.md", text)
     print(text)
-    data = {**floor, "recons": to_unit(images.test[:SHOWN]), "samples": to_unit(images.train[:SHOWN])}
+    data = {**floor, "title": "Data", "recons": to_unit(images.test[:SHOWN]), "samples": to_unit(images.train[:SHOWN])}
     pictures = [data, *(shown(result, run, args, images) for result, run in kept)]
     draw(args.out / "calibrated_decoders.png", pictures, results, ruler.label, ruler.note)
     print(f"the picture, the table and every model's numbers are in {args.out}")

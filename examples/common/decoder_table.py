@@ -49,51 +49,67 @@ def draw(
     path: Path, rows: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]], distance: str, note: str
 ) -> None:
     """A line of reconstructions and samples for each row, its numbers beside it; below, the sweep over beta."""
-    figure = plt.figure(figsize=(11, 0.42 * len(rows) + 3.6), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=[0.42 * len(rows) + 0.5, 3.1])
-    axes = above.subplots(len(rows), 4, width_ratios=[1.75, 4, 4, 2.6])
+    heights = [0.4 * len(rows) + 0.3, 3.0]
+    figure = plt.figure(figsize=(11, sum(heights)), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=heights)
+    above.get_layout_engine().set(h_pad=0.01, hspace=0)
+    axes = above.subplots(len(rows), 4, width_ratios=[1.6, 4, 4, 2.3])
     for line, row in zip(axes, rows, strict=True):
-        _line(line, row)
-    titles = [
-        "",
-        "test images and reconstructions",
-        "training images and samples",
-        f"   bits/dim       RMSE     {distance}",
-    ]
-    for axis, title in zip(axes[0], titles, strict=True):
-        axis.set_title(title, fontsize=9, loc="left")
+        _line(line, row, distance)
+    axes[0, 1].set_title("test images; their reconstructions", fontsize=9)
+    axes[0, 2].set_title("training images; samples from the prior", fontsize=9)
+    for place, _, _, _, title in _numbers(distance):
+        _write(axes[0, 3], place, 1.0, title, va="bottom")
     _sweep(below, results, distance)
-    below.supxlabel("\n".join(textwrap.wrap(f"{distance}: {note}.", 150)), fontsize=7.5, color="0.35")
+    below.supxlabel("\n".join(textwrap.wrap(f"{distance or 'Fréchet'}: {note}.", 150)), fontsize=7.5, color="0.35")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def _line(axes: Sequence[Axes], row: dict[str, Any]) -> None:
+def _numbers(distance: str) -> list[tuple[float, str, int, str, str]]:
+    """Where each is written, its key, digits and sign, and its title."""
+    return [
+        (0.36, "bits_per_dim", 3, "< ", "bits/dim"),
+        (0.68, "rmse", 3, "", "RMSE"),
+        (1.0, "frechet", 1, "", distance or "Fréchet"),
+    ]
+
+
+def _write(axis: Axes, x: float, y: float, text: str, *, va: str = "center") -> None:
+    axis.text(x, y, text, va=va, ha="right", fontsize=9, transform=axis.transAxes)
+
+
+def _line(axes: Sequence[Axes], row: dict[str, Any], distance: str) -> None:
     for axis in axes:
         axis.axis("off")
-    axes[0].text(0, 0.5, row["label"], va="center", fontsize=9)
+    axes[0].text(0, 0.5, row.get("title", row["label"]), va="center", fontsize=9)
     for axis, key in zip(axes[1:3], ("recons", "samples"), strict=True):
         axis.imshow(tile(row[key], len(row[key])), interpolation="nearest")
-    for place, key, digits, sign in ((0.3, "bits_per_dim", 3, "< "), (0.65, "rmse", 3, ""), (1.0, "frechet", 1, "")):
-        text = number(row.get(key), digits, sign)
-        axes[3].text(place, 0.5, text, va="center", ha="right", fontsize=9, transform=axes[3].transAxes)
+    for place, key, digits, sign, _ in _numbers(distance):
+        _write(axes[3], place, 0.5, number(row.get(key), digits, sign))
 
 
 def _sweep(figure: Any, results: Sequence[dict[str, Any]], distance: str) -> None:
+    """The trained and the closed-form sigma stand at the beta that they mean, 2 sigma²."""
     sweep = sorted((r for r in results if r["beta"] is not None), key=lambda r: r["beta"])
-    names = {r["decoder"]: r for r in results}
+    found = {r["decoder"]: r for r in results}
     keys = [
         ("bits_per_dim", "bound (bits/dim)"),
-        ("rmse", "reconstruction RMSE"),
-        ("frechet", f"{distance} of samples"),
+        ("rmse", "RMSE of reconstructions"),
+        ("frechet", f"{distance or 'Fréchet'} of samples"),
     ]
     axes = figure.subplots(1, 3)
     for axis, (key, label) in zip(axes, keys, strict=True):
-        axis.set(xscale="log", xlabel="β of SSE + β KL  (σ² = β/2)", ylabel=label)
+        axis.set(xscale="log", xlabel="β of SSE + β KL, or 2σ²", ylabel=label)
         axis.grid(alpha=0.3)
         if sweep[0][key] is None:
             continue
-        axis.plot([r["beta"] for r in sweep], [r[key] for r in sweep], "o-", color="#0072B2", label="β-VAE")
-        for name, color, style in (("shared", "#D55E00", "--"), ("optimal", "#009E73", "-.")):
-            axis.axhline(names[name][key], color=color, linestyle=style, label=names[name]["label"])
+        axis.plot([r["beta"] for r in sweep], [r[key] for r in sweep], "o-", color="#0072B2", label="β-VAEs")
+        for name, color, marker in (
+            ("sigma-1", "#000000", "X"),
+            ("shared", "#D55E00", "s"),
+            ("optimal", "#009E73", "D"),
+        ):
+            row = found[name]
+            axis.plot(2 * row["sigma"] ** 2, row[key], marker, color=color, label=row["label"], markersize=7)
     axes[0].legend(fontsize=8)
