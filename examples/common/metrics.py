@@ -9,6 +9,7 @@ The distance is biased upwards, the more the fewer images there are (arXiv:1801.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,10 @@ class Inception(nn.Module):
 def load_inception(path: Path, shape: tuple[int, int, int]) -> Inception:
     """Tried on one black image, so that a wrong file is refused before any training."""
     try:
-        network = Inception(torch.jit.load(path, map_location="cpu").eval())
+        with warnings.catch_warnings(
+            action="ignore", category=DeprecationWarning
+        ):  # TorchScript is what the file is in
+            network = Inception(torch.jit.load(path, map_location="cpu").eval())
         found = features_of(network, torch.zeros(1, *shape))
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[-1]
