@@ -1,7 +1,7 @@
 """One VAE, eleven decoders: what p(x|z) is decides how good the bound, the reconstructions and the samples are.
 
     python examples/calibrated_decoders.py --quick     # every row at 14x14, one minute on two CPU cores
-    python examples/calibrated_decoders.py             # MNIST-5k at 28x28
+    python examples/calibrated_decoders.py             # MNIST-5k at 28x28, ten to fifteen minutes
     python examples/calibrated_decoders.py --inception inception-2015-12-05.pt   # FID, if you have that file
 
 The table of Rybkin, Daniilidis, Levine (ICML 2021, arXiv:2006.13202): decoders that differ in their last layer's
@@ -126,18 +126,17 @@ def _halved(images: Tensor) -> Tensor:
 class Ruler:
     """The Fréchet distance to the test images, in the features that there are; None without any."""
 
-    def __init__(self, args: argparse.Namespace, images: Images) -> None:
-        self.count, self.label, self.note = min(SAMPLES, len(images.train)), "", "no features: no Fréchet distance"
-        self.network: Features | None = None
+    def __init__(self, args: argparse.Namespace, images: Images, inception: Features | None) -> None:
+        self.count, self.label, self.note = min(SAMPLES, len(images.train)), "Fréchet", "no features, so no distance"
+        self.network = inception
         labels = load_labels(args.data)
-        if args.inception is not None:
-            self.network = load_inception(args.inception, images.shape)
+        if inception is not None:
             self.label, self.note = "FID", "Inception features"
         elif labels is not None:
             network, accuracy = small_classifier(
                 images, labels, epochs=CLASSIFIER_EPOCHS, cache=args.out / "classifier.pt", resume=args.resume
             )
-            self.network, self.label = network.features, "Fréchet"
+            self.network = network.features
             self.note = (
                 f"features of a small classifier trained here (test accuracy {accuracy:.3f}), not FID: never to be "
                 "compared with papers' FID"
@@ -219,10 +218,9 @@ def shown(result: dict[str, Any], run: Run, args: argparse.Namespace, images: Im
 
 def run(args: argparse.Namespace) -> None:
     images = load_8bit(args)
-    if args.inception is not None:
-        load_inception(args.inception, images.shape)  # before anything is written
+    inception = None if args.inception is None else load_inception(args.inception, images.shape)
     args.out.mkdir(parents=True, exist_ok=True)
-    ruler = Ruler(args, images)
+    ruler = Ruler(args, images, inception)
     common = {
         "data": args.data, "data_shape": [len(images.train), *images.shape], "quick": args.quick, "seed": args.seed,
         "epochs": args.epochs, "width": args.width, "latent_dim": args.latent_dim,

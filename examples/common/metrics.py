@@ -12,14 +12,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import check_same_settings, load_checkpoint, save_checkpoint
 from .data import DataError, Images, Splits, to_unit
 
 FEATURES = 64  # of the small classifier: far fewer than the images, so that their covariance has full rank
@@ -112,24 +111,17 @@ def small_classifier(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = Classifier(images.shape, int(labels.train.max()) + 1)
-        saved = _cached(cache, settings) if resume else None
-        if saved is None:
+        if resume and cache.exists():
+            saved = load_checkpoint(cache)
+            check_same_settings(saved["settings"], settings)
+            network.load_state_dict(saved["network"])
+        else:
             _train(network, to_unit(images.train), labels.train, epochs)
             save_checkpoint(cache, {"settings": settings, "network": network.state_dict()})
-        else:
-            network.load_state_dict(saved)
     network.eval()
     with torch.no_grad():
         right = network(to_unit(images.test)).argmax(1) == labels.test
     return network, right.float().mean().item()
-
-
-def _cached(cache: Path, settings: dict[str, Any]) -> dict[str, Tensor] | None:
-    """What another run's settings left there is of no use, and soon made anew."""
-    if not cache.exists():
-        return None
-    saved = load_checkpoint(cache)
-    return saved["network"] if saved["settings"] == settings else None
 
 
 def _train(network: Classifier, x: Tensor, labels: Tensor, epochs: int) -> None:
