@@ -54,7 +54,7 @@ class Decoder:
     name: str
     label: str
     kind: str
-    bound: bool = True
+    bound: bool = True  # False: sigma has seen x
     beta: float | None = None  # of the sweep: SSE + beta KL
 
     @property
@@ -66,7 +66,7 @@ def decoders(betas: Sequence[float]) -> list[Decoder]:
     """In the paper's order. SSE + beta KL is beta times the ELBO at sigma² = beta/2, which AdamW cannot tell apart."""
     sweep = [Decoder(f"beta-{beta:g}", f"β-VAE, β = {beta:g}", repr(math.sqrt(beta / 2)), beta=beta) for beta in betas]
     return [
-        Decoder("bernoulli", "Bernoulli", "bernoulli", bound=False),
+        Decoder("bernoulli", "Bernoulli", "bernoulli"),
         Decoder("categorical", "Categorical", "categorical"),
         Decoder("bitwise-categorical", "Bitwise-categorical", "bitwise-categorical"),
         Decoder("logistic-mixture", "Logistic mixture", "logistic-mixture"),
@@ -178,7 +178,7 @@ def measure(trainer: Trainer, *, decoder: Decoder, images: Images, ruler: Ruler)
     error = reconstruct(trainer, images.test) - to_unit(images.test)
     return {
         # In evaluation a running sigma replaces each image's own: the distortion would be another decoder's.
-        "distortion": None if decoder.kind == "optimal-per-image" else test["distortion"],
+        "distortion": test["distortion"] if decoder.bound else None,
         "rate": test["rate"],
         "density_nats": density,
         "mass_nats": mass,
@@ -208,10 +208,10 @@ def sample(trainer: Trainer, count: int) -> Tensor:
     return torch.cat([objective.mean(part.to(trainer.device)).clamp(0, 1).cpu() for part in z.split(BATCH_SIZE)])
 
 
-def shown(result: dict[str, Any], run: Run, args: argparse.Namespace, images: Images) -> dict[str, Any]:
+def shown(result: dict[str, Any], model: Run, args: argparse.Namespace, images: Images) -> dict[str, Any]:
     """A row of the picture."""
-    path = args.out / MODELS / run.name / "checkpoint.pt"
-    trainer = run.build(path, run.settings)
+    path = args.out / MODELS / model.name / "checkpoint.pt"
+    trainer = model.build(path, model.settings)
     trainer.load_state_dict(load_checkpoint(path)["trainer"])
     return {**result, "recons": reconstruct(trainer, images.test[:SHOWN]), "samples": sample(trainer, SHOWN)}
 
@@ -244,12 +244,12 @@ def run(args: argparse.Namespace) -> None:
 
     # The best beta is chosen on the validation split, as a reader would choose it.
     best = min((r for r in results if r["beta"] is not None), key=lambda r: r["val_loss"])
-    kept = [(r, run) for r, run in zip(results, runs, strict=True) if r["beta"] is None or r is best]
+    kept = [(r, model) for r, model in zip(results, runs, strict=True) if r["beta"] is None or r is best]
     text = table([*(r for r, _ in kept), floor], ruler.label, ruler.note)
     write_text(args.out / "table.md", text)
     print(text)
     data = {**floor, "title": "Data", "recons": to_unit(images.test[:SHOWN]), "samples": to_unit(images.train[:SHOWN])}
-    pictures = [data, *(shown(result, run, args, images) for result, run in kept)]
+    pictures = [data, *(shown(r, model, args, images) for r, model in kept)]
     draw(args.out / "calibrated_decoders.png", pictures, results, ruler.label, ruler.note)
     print(f"the picture, the table and every model's numbers are in {args.out}")
 

@@ -242,6 +242,13 @@ def test_bad_options_are_refused(
     assert message in capsys.readouterr().err
 
 
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        calibrated_decoders.main(["--help"])
+    shown = capsys.readouterr().out
+    assert all(option in shown for option in ("--data", "--betas", "--inception", "--quick", "--resume"))
+
+
 def test_settings_of_the_run_are_kept(quick: Path) -> None:
     found = read_json(quick / MODELS / "optimal" / "result.json")["settings"]
     assert found["quick"] is True

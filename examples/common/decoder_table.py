@@ -62,8 +62,8 @@ def draw(
     for place, _, _, _, title in _numbers(distance):
         _write(axes[0, 3], place, 1.0, title, va="bottom")
     _sweep(below, results, distance)
-    below.supxlabel("\n".join(textwrap.wrap(f"{distance}: {note}.", 150)), fontsize=7.5, color="0.35")
-    figure.savefig(path, dpi=110)
+    below.supxlabel("\n".join(textwrap.wrap(f"{distance}: {note}.", 165)), fontsize=7.5, color="0.35")
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
