@@ -112,6 +112,10 @@ def test_classifier_learns_is_kept_and_found_again(tmp_path: Path, monkeypatch: 
     features = features_of(network.features, images.test)
     assert features.shape == (60, metrics.FEATURES)
 
+    torch.manual_seed(6)
+    other, _ = small_classifier(images, labels, epochs=3, cache=tmp_path / "other.pt", resume=False)
+    assert torch.equal(features_of(other.features, images.test), features)  # nor does it matter
+
     monkeypatch.setattr(metrics, "_train", lambda *args: pytest.fail("it was trained again"))
     again, same = small_classifier(images, labels, epochs=3, cache=cache, resume=True)
     assert same == accuracy
