@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from common import cli, script
-from common.checkpoint import load_checkpoint
 from common.data import DataError, Images, load, load_labels, to_unit
 from common.decoder_table import draw, table
 from common.files import write_csv, write_text
@@ -35,7 +35,7 @@ from common.likelihoods import DENSITY, LIKELIHOODS, MASS, LikelihoodObjective, 
 from common.metrics import Features, features_of, frechet_distance, load_inception, small_classifier
 from common.objective import VAEObjective, bits_per_dim, make_objective
 from common.script import say
-from common.sweep import MODELS, Run, train_all
+from common.sweep import MODELS, Run, load_finished, train_all
 from common.training import EVAL_SEED, Trainer
 from torch import Tensor
 
@@ -96,9 +96,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="TorchScript file of the FID network (inception-2015-12-05.pt of StyleGAN2-ADA), for FID instead of the "
         "Fréchet distance in a small classifier's features",
     )  # fmt: skip
-    cli.add_sweep_arguments(parser, out=Path("runs/calibrated_decoders"), minutes="20 to 30 minutes")
+    cli.add_sweep_arguments(parser, out=Path("runs/calibrated_decoders"), minutes="ten to fifteen minutes")
     args = parser.parse_args(argv)
     cli.settle(args, full=FULL, quick=QUICK)
+    if dist.is_available() and dist.is_torchelastic_launched():
+        parser.error("this script runs in one process: start it without torchrun")
     if len(set(args.betas)) < len(args.betas):
         parser.error(f"--betas must differ, got {' '.join(f'{beta:g}' for beta in args.betas)}")
     return args
@@ -208,11 +210,8 @@ def sample(trainer: Trainer, count: int) -> Tensor:
     return torch.cat([objective.mean(part.to(trainer.device)).clamp(0, 1).cpu() for part in z.split(BATCH_SIZE)])
 
 
-def shown(result: dict[str, Any], model: Run, args: argparse.Namespace, images: Images) -> dict[str, Any]:
+def shown(result: dict[str, Any], trainer: Trainer, images: Images) -> dict[str, Any]:
     """A row of the picture."""
-    path = args.out / MODELS / model.name / "checkpoint.pt"
-    trainer = model.build(path, model.settings)
-    trainer.load_state_dict(load_checkpoint(path)["trainer"])
     return {**result, "recons": reconstruct(trainer, images.test[:SHOWN]), "samples": sample(trainer, SHOWN)}
 
 
@@ -249,7 +248,7 @@ def run(args: argparse.Namespace) -> None:
     write_text(args.out / "table.md", text)
     print(text)
     data = {**floor, "title": "Data", "recons": to_unit(images.test[:SHOWN]), "samples": to_unit(images.train[:SHOWN])}
-    pictures = [data, *(shown(r, model, args, images) for r, model in kept)]
+    pictures = [data, *(shown(r, load_finished(model, args.out), images) for r, model in kept)]
     draw(args.out / "calibrated_decoders.png", pictures, results, ruler.label, ruler.note)
     print(f"the picture, the table and every model's numbers are in {args.out}")
 

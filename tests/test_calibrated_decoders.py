@@ -247,6 +247,13 @@ def test_bad_options_are_refused(
     assert message in capsys.readouterr().err
 
 
+def test_several_processes_are_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)
+    with pytest.raises(SystemExit, match="2"):
+        calibrated_decoders.main([])
+    assert "without torchrun" in capsys.readouterr().err
+
+
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         calibrated_decoders.main(["--help"])
