@@ -1,6 +1,6 @@
 """One VAE, eleven decoders: what p(x|z) is decides how good the bound, the reconstructions and the samples are.
 
-    python examples/calibrated_decoders.py --quick     # every row at 14x14, one minute on two CPU cores
+    python examples/calibrated_decoders.py --quick     # every row at 14x14, about 40 seconds on two CPU cores
     python examples/calibrated_decoders.py             # MNIST-5k at 28x28, ten to fifteen minutes
     python examples/calibrated_decoders.py --inception inception-2015-12-05.pt   # FID, if you have that file
 
