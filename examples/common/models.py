@@ -14,7 +14,7 @@ MAX_WIDENING = 4  # channels double with each halving, up to this many times --w
 
 
 class VAEOutput(NamedTuple):
-    recon: Tensor  # [B, C, H, W]
+    recon: Tensor  # [B, C * outputs, H, W]
     mu: Tensor  # [B, K]
     logvar: Tensor  # [B, K]
     log_sigma: Tensor | None  # [B, C, H, W] with per_pixel_sigma, else None
@@ -48,6 +48,7 @@ class ConvVAE(nn.Module):
         shape: (channels, height, width) of the images.
         latent_dim: K, the size of z.
         width: channels at half resolution; coarser levels have up to four times as many.
+        outputs: numbers that the decoder puts out for each value of the image: one, a mean, for a Gaussian.
         per_pixel_sigma: the decoder also outputs log sigma of every pixel.
         log_sigma_bounds: range of that log sigma. Both ends matter: unbounded below, a pixel that is constant in the
             training data is worth infinitely many nats; unbounded above, bright strokes are explained as noise.
@@ -59,6 +60,7 @@ class ConvVAE(nn.Module):
         latent_dim: int = 16,
         width: int = 32,
         *,
+        outputs: int = 1,
         per_pixel_sigma: bool = False,
         log_sigma_bounds: tuple[float, float] = (-3.0, 0.0),
     ) -> None:
@@ -84,7 +86,7 @@ class ConvVAE(nn.Module):
         decoder: list[nn.Module] = [nn.Linear(latent_dim, features), nn.Unflatten(1, coarse), ResBlock(widths[-1])]
         for wide, fine in zip(widths[:0:-1], widths[-2::-1], strict=True):
             decoder += [nn.Upsample(scale_factor=2), nn.Conv2d(wide, fine, 3, padding=1), ResBlock(fine)]
-        out_channels = channels * (2 if per_pixel_sigma else 1)
+        out_channels = channels * outputs * (2 if per_pixel_sigma else 1)
         self.decoder = nn.Sequential(
             *decoder, _norm(width), nn.SiLU(), nn.Conv2d(width, 4 * out_channels, 3, padding=1), nn.PixelShuffle(2)
         )
@@ -94,7 +96,7 @@ class ConvVAE(nn.Module):
         return mu, logvar
 
     def decode(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Mean of p(x|z), and its log sigma per pixel where the model has one."""
+        """Mean (or other `outputs`) of p(x|z), and its log sigma per pixel where the model has one."""
         out = self.decoder(z)[..., : self.shape[1], : self.shape[2]]  # odd sizes were rounded up on the way down
         if not self.per_pixel_sigma:
             return out, None

@@ -79,6 +79,10 @@ class VAEObjective(nn.Module):
             )
         return elbo._replace(sigma=log_sigma.mean().exp())
 
+    def mean(self, z: Tensor) -> Tensor:
+        """E[x|z]"""
+        return self.model.decode(z)[0]
+
 
 def make_objective(
     shape: tuple[int, int, int],
