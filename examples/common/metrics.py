@@ -70,9 +70,8 @@ class Inception(nn.Module):
 def load_inception(path: Path, shape: tuple[int, int, int]) -> Inception:
     """Tried on one black image, so that a wrong file is refused before any training."""
     try:
-        with warnings.catch_warnings(
-            action="ignore", category=DeprecationWarning
-        ):  # TorchScript is what the file is in
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript is what the file is in
             network = Inception(torch.jit.load(path, map_location="cpu").eval())
         found = features_of(network, torch.zeros(1, *shape))
     except (RuntimeError, ValueError, OSError) as error:
