@@ -190,7 +190,8 @@ class Inputs:
         self.latent_tiles = self.tiles_of_latents(Tiles.of)
         walked = (self.recon, self.target, self.log_sigma, self.mu, self.logvar, self.prior_mu, self.prior_logvar)
         ends = [self.batch * batch_stride(t) + sample_size(t) for t in walked if t is not None]
-        self.wide = max(ends) >= 2**31 or FORCE_WIDE
+        dense = self.batch * max(self.dims, self.latents)  # gradients, also where the batch is expanded
+        self.wide = max(dense, *ends) >= 2**31 or FORCE_WIDE
         self.num_warps = WARPS
         self.triton_dtype = tl.float64 if self.dtype == torch.float64 else tl.float32
 

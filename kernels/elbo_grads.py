@@ -12,7 +12,7 @@ from ._factors import BATCH, ELEMENT, sample_factors
 from ._layout import Output, Tiles
 from ._math import exp, expm1, kl, number
 from .elbo_finalize import BLOCK, Knobs, each, elbo_weights, stride_of, unequal
-from .elbo_stats import columns, log_sigma_at, row_offsets
+from .elbo_stats import columns, elements, log_sigma_at, row_offsets
 
 
 @triton.jit
@@ -26,18 +26,19 @@ def latent_gradients(
     """Of the lpid-th chunk of the latents; through_loss, through_rate: of its samples."""
     lrows, lchunk = lpid // latent_chunks * LATENT_ROWS + tl.arange(0, LATENT_ROWS), lpid % latent_chunks
     through_loss, through_rate = through_loss[:, None], through_rate[:, None]
-    m_at = row_offsets(lrows, mu_stride * LATENT_VEC, WIDE)
-    l_at = row_offsets(lrows, logvar_stride * LATENT_VEC, WIDE)
-    lg_at = row_offsets(lrows, latents * LATENT_VEC, WIDE)
+    llength = elements(latents, LATENT_VEC, WIDE)
+    m_at = row_offsets(lrows, elements(mu_stride, LATENT_VEC, WIDE), WIDE)
+    l_at = row_offsets(lrows, elements(logvar_stride, LATENT_VEC, WIDE), WIDE)
+    lg_at = row_offsets(lrows, llength, WIDE)
     for ltile in range(lchunk * latent_tiles, (lchunk + 1) * latent_tiles):
         lcols = columns(ltile, LATENT_COLS, WIDE)
-        linside = (lrows < batch)[:, None] & (lcols < latents * LATENT_VEC)
+        linside = (lrows < batch)[:, None] & (lcols < llength)
         d = tl.load(mu + m_at + lcols, linside, 0.0).to(ACC)
         t = tl.load(logvar + l_at + lcols, linside, 0.0).to(ACC)
         inverse_prior = tl.full((LATENT_ROWS, LATENT_COLS), 1.0, ACC)
         if PRIOR:
-            pm_at = row_offsets(lrows, prior_mu_stride * LATENT_VEC, WIDE)
-            pl_at = row_offsets(lrows, prior_logvar_stride * LATENT_VEC, WIDE)
+            pm_at = row_offsets(lrows, elements(prior_mu_stride, LATENT_VEC, WIDE), WIDE)
+            pl_at = row_offsets(lrows, elements(prior_logvar_stride, LATENT_VEC, WIDE), WIDE)
             p = tl.load(prior_logvar + pl_at + lcols, linside, 0.0).to(ACC)
             d = d - tl.load(prior_mu + pm_at + lcols, linside, 0.0).to(ACC)
             t = t - p
@@ -127,12 +128,13 @@ def elbo_grads_kernel(
             HAS_CAPACITY, CAPACITY_TENSOR, HAS_THROUGH, DATA_ROWS, ACC,
         )  # fmt: skip
         a = a[:, None]
-        r_at = row_offsets(rows, recon_stride * DATA_VEC, WIDE)
-        t_at = row_offsets(rows, target_stride * DATA_VEC, WIDE)
-        g_at = row_offsets(rows, dims * DATA_VEC, WIDE)
+        length = elements(dims, DATA_VEC, WIDE)
+        r_at = row_offsets(rows, elements(recon_stride, DATA_VEC, WIDE), WIDE)
+        t_at = row_offsets(rows, elements(target_stride, DATA_VEC, WIDE), WIDE)
+        g_at = row_offsets(rows, length, WIDE)
         for tile in range(chunk * data_tiles, (chunk + 1) * data_tiles):
             cols = columns(tile, DATA_COLS, WIDE)
-            inside = (rows < batch)[:, None] & (cols < dims * DATA_VEC)
+            inside = (rows < batch)[:, None] & (cols < length)
             e = tl.load(recon + r_at + cols, inside, 0.0).to(ACC) - tl.load(target + t_at + cols, inside, 0.0).to(ACC)
             g = a * e
             if MODE == ELEMENT:

@@ -9,6 +9,16 @@ from ._math import at_least, exp, kl, number
 
 
 @triton.jit
+def elements(units, VEC: tl.constexpr, WIDE: tl.constexpr):
+    """A length or a stride that came in units of VEC. It may fit 32 bits in units only."""
+    if WIDE:
+        n = tl.full((), units, tl.int64) * VEC
+    else:
+        n = units * VEC
+    return n
+
+
+@triton.jit
 def row_offsets(rows, stride, WIDE: tl.constexpr):
     if WIDE:
         offsets = rows.to(tl.int64)[:, None] * stride
@@ -33,7 +43,7 @@ def log_sigma_at(
 ):  # fmt: skip
     """Where a tile's log σ lie, if σ varies inside a sample: as the data, or by the strides of `_layout.Inside`."""
     if LEVELS == 0:
-        return row_offsets(rows, stride * VEC, WIDE) + cols
+        return row_offsets(rows, elements(stride, VEC, WIDE), WIDE) + cols
     else:
         inside = cols // divisor0 % size0 * stride0
         if LEVELS == 2:
@@ -50,19 +60,20 @@ def latent_sums(
 ):  # fmt: skip
     """KL of the lpid-th chunk of the latents. Returns the sum of all, each at least free_bits."""
     lrows, lchunk = lpid // latent_chunks * LATENT_ROWS + tl.arange(0, LATENT_ROWS), lpid % latent_chunks
-    m_at = row_offsets(lrows, mu_stride * LATENT_VEC, WIDE)
-    l_at = row_offsets(lrows, logvar_stride * LATENT_VEC, WIDE)
+    llength = elements(latents, LATENT_VEC, WIDE)
+    m_at = row_offsets(lrows, elements(mu_stride, LATENT_VEC, WIDE), WIDE)
+    l_at = row_offsets(lrows, elements(logvar_stride, LATENT_VEC, WIDE), WIDE)
     rate = tl.zeros((LATENT_ROWS, LATENT_COLS), ACC)
     clamped = tl.zeros((LATENT_ROWS, LATENT_COLS), ACC)
     for ltile in range(lchunk * latent_tiles, (lchunk + 1) * latent_tiles):
         lcols = columns(ltile, LATENT_COLS, WIDE)
-        linside = (lrows < batch)[:, None] & (lcols < latents * LATENT_VEC)
+        linside = (lrows < batch)[:, None] & (lcols < llength)
         d = tl.load(mu + m_at + lcols, linside, 0.0).to(ACC)
         t = tl.load(logvar + l_at + lcols, linside, 0.0).to(ACC)
         inverse = tl.full((LATENT_ROWS, LATENT_COLS), 1.0, ACC)
         if PRIOR:
-            pm_at = row_offsets(lrows, prior_mu_stride * LATENT_VEC, WIDE)
-            pl_at = row_offsets(lrows, prior_logvar_stride * LATENT_VEC, WIDE)
+            pm_at = row_offsets(lrows, elements(prior_mu_stride, LATENT_VEC, WIDE), WIDE)
+            pl_at = row_offsets(lrows, elements(prior_logvar_stride, LATENT_VEC, WIDE), WIDE)
             p = tl.load(prior_logvar + pl_at + lcols, linside, 0.0).to(ACC)
             d = d - tl.load(prior_mu + pm_at + lcols, linside, 0.0).to(ACC)
             t = t - p
@@ -104,12 +115,13 @@ def elbo_stats_kernel(
     # What is absent is None, and its branch must not be compiled: `and` stops at a constant that is false.
     if recon is not None and pid < data_programs:
         rows, chunk = pid // data_chunks * DATA_ROWS + tl.arange(0, DATA_ROWS), pid % data_chunks
-        r_at = row_offsets(rows, recon_stride * DATA_VEC, WIDE)
-        t_at = row_offsets(rows, target_stride * DATA_VEC, WIDE)
+        length = elements(dims, DATA_VEC, WIDE)
+        r_at = row_offsets(rows, elements(recon_stride, DATA_VEC, WIDE), WIDE)
+        t_at = row_offsets(rows, elements(target_stride, DATA_VEC, WIDE), WIDE)
         total = tl.zeros((DATA_ROWS, DATA_COLS), ACC)
         for tile in range(chunk * data_tiles, (chunk + 1) * data_tiles):
             cols = columns(tile, DATA_COLS, WIDE)
-            inside = (rows < batch)[:, None] & (cols < dims * DATA_VEC)
+            inside = (rows < batch)[:, None] & (cols < length)
             e = tl.load(recon + r_at + cols, inside, 0.0).to(ACC) - tl.load(target + t_at + cols, inside, 0.0).to(ACC)
             if ELEMENT:
                 ls_at = log_sigma_at(

@@ -26,7 +26,7 @@ from ._grid import arrive, barrier_of, meet, sum_of
 from ._layout import Inputs, Tiles
 from .elbo_finalize import BLOCK, Knobs, Results, blocks, each, elbo_finalize_kernel, row_sums, stride_of
 from .elbo_grads import Outputs, given_gradients, latent_gradients
-from .elbo_stats import Partials, latent_sums, row_offsets
+from .elbo_stats import Partials, elements, latent_sums, row_offsets
 
 THREADS = 1024  # of a program at most: its registers are then limited to 64 a thread, and one always fits on an SM
 HELD = 16  # differences of a tile in the registers of a thread at most
@@ -120,16 +120,18 @@ def elbo_step_kernel(
             PRIOR, FREE_BITS, ACC, WIDE, LATENT_VEC, LATENT_ROWS, LATENT_COLS,
         )  # fmt: skip
 
+    length = elements(dims, DATA_VEC, WIDE)
+    recon_apart, target_apart = elements(recon_stride, DATA_VEC, WIDE), elements(target_stride, DATA_VEC, WIDE)
     # Programs that wait hold two tiles. (One of twice the size is loaded with so much in flight that registers spill.)
     TILES: tl.constexpr = 2 if WAITS else 1
     e, s = differences(
-        pid * TILES, recon, target, s_partials, batch, dims * DATA_VEC, recon_stride * DATA_VEC,
-        target_stride * DATA_VEC, data_chunks, DATA_ROWS, DATA_COLS, ACC, WIDE,
+        pid * TILES, recon, target, s_partials, batch, length, recon_apart,
+        target_apart, data_chunks, DATA_ROWS, DATA_COLS, ACC, WIDE,
     )  # fmt: skip
     if WAITS:
         e1, s1 = differences(
-            pid * TILES + 1, recon, target, s_partials, batch, dims * DATA_VEC, recon_stride * DATA_VEC,
-            target_stride * DATA_VEC, data_chunks, DATA_ROWS, DATA_COLS, ACC, WIDE,
+            pid * TILES + 1, recon, target, s_partials, batch, length, recon_apart,
+            target_apart, data_chunks, DATA_ROWS, DATA_COLS, ACC, WIDE,
         )  # fmt: skip
         if MODE == BATCH:
             tl.store(totals + pid, tl.sum(s, 0) + tl.sum(s1, 0))
@@ -143,14 +145,14 @@ def elbo_step_kernel(
         data_gradients(
             pid * TILES + 1, e1, s1, total, clamped_total, s_partials, grad_scale, log_sigma, beta, capacity,
             grad_scale_value, log_sigma_value, min_log_sigma, beta_value, capacity_value, scale, dims_value,
-            batch_value, g_recon, g_target, batch, dims * DATA_VEC, data_chunks, log_sigma_stride, beta_stride,
+            batch_value, g_recon, g_target, batch, length, data_chunks, log_sigma_stride, beta_stride,
             WAITS, HAS_GRAD_SCALE, MODE, SOFTCLIP, HAS_LOG_SIGMA, HAS_BETA, HAS_CAPACITY, CAPACITY_TENSOR,
             DATA_ROWS, DATA_COLS, DATA_BLOCK, ACC, WIDE,
         )  # fmt: skip
     data_gradients(
         pid * TILES, e, s, total, clamped_total, s_partials, grad_scale, log_sigma, beta, capacity,
         grad_scale_value, log_sigma_value, min_log_sigma, beta_value, capacity_value, scale, dims_value, batch_value,
-        g_recon, g_target, batch, dims * DATA_VEC, data_chunks, log_sigma_stride, beta_stride,
+        g_recon, g_target, batch, length, data_chunks, log_sigma_stride, beta_stride,
         WAITS, HAS_GRAD_SCALE, MODE, SOFTCLIP, HAS_LOG_SIGMA, HAS_BETA, HAS_CAPACITY, CAPACITY_TENSOR,
         DATA_ROWS, DATA_COLS, DATA_BLOCK, ACC, WIDE,
     )  # fmt: skip

@@ -132,10 +132,11 @@ def calls() -> dict[str, Call]:
 
 
 @contextmanager
-def far_apart() -> Iterator[Arguments]:
-    """Samples 2³⁰ elements apart: the third lies at 2³¹, which 32 bits hold as −2³¹. There, too, is a sample: the wrong
-    one. Nearly all of the 8 GB are a hole in a sparse file, and the rest is never touched."""
-    step, latents = 1 << 30, 8
+def far_apart(step: int) -> Iterator[Arguments]:
+    """Samples 2³⁰ elements apart: the third lies at 2³¹, which 32 bits hold as −2³¹. Or 2³¹ apart, which 32 bits hold
+    in units of 8 elements only. Where the third one would be if they were enough there is a sample, too: the wrong one.
+    Nearly all of the 8 or 16 GB are a hole in a sparse file, and the rest is never touched."""
+    latents = 8
     with tempfile.NamedTemporaryFile() as file:
         memory = torch.from_file(file.name, shared=True, size=2 * step * 2 + latents, dtype=torch.float16)
         mu = memory.as_strided((3, latents), (step, 1), 2 * step).copy_(torch.randn(3, latents))
@@ -210,8 +211,9 @@ def small_tiles(operators: ModuleType) -> Iterator[None]:
 @contextmanager
 def cases() -> Iterator[dict[str, Case]]:
     torch.manual_seed(0)
-    with far_apart() as far:
-        yield {**{name: Case(arguments(call)) for name, call in calls().items()}, "far apart": Case(far)}
+    with far_apart(1 << 30) as far, far_apart(1 << 31) as farther:
+        near = {name: Case(arguments(call)) for name, call in calls().items()}
+        yield {**near, "far apart": Case(far), "farther apart": Case(farther)}
 
 
 def fault_of(operators: ModuleType, every: dict[str, Case]) -> str | None:

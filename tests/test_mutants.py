@@ -27,24 +27,24 @@ FACTORS, GRID, STEP = "_factors", "_grid", "elbo_step"
 # name -> file, what is replaced (it occurs exactly once), by what
 MUTANTS: dict[str, tuple[str, str, str]] = {
     # masks
-    "stats_reads_a_column_too_many": (STATS, "(cols < dims * DATA_VEC)", "(cols <= dims * DATA_VEC)"),
-    "stats_reads_a_column_too_few": (STATS, "(cols < dims * DATA_VEC)", "(cols < dims * DATA_VEC - 1)"),
-    "stats_reads_a_latent_too_many": (STATS, "(lcols < latents * LATENT_VEC)", "(lcols <= latents * LATENT_VEC)"),
+    "stats_reads_a_column_too_many": (STATS, "(cols < length)", "(cols <= length)"),
+    "stats_reads_a_column_too_few": (STATS, "(cols < length)", "(cols < length - 1)"),
+    "stats_reads_a_latent_too_many": (STATS, "(lcols < llength)", "(lcols <= llength)"),
     "stats_writes_a_row_too_many": (STATS, "tl.sum(total, 1), rows < batch)", "tl.sum(total, 1), rows <= batch)"),
     "grads_writes_a_column_too_many": (
         GRADS, "g.to(g_recon.dtype.element_ty), inside)",
-        "g.to(g_recon.dtype.element_ty), cols <= dims * DATA_VEC)",
+        "g.to(g_recon.dtype.element_ty), cols <= length)",
     ),
     "grads_writes_a_column_too_few": (
         GRADS, "g.to(g_recon.dtype.element_ty), inside)", "g.to(g_recon.dtype.element_ty), inside & (cols > 0))",
     ),
     "grads_reads_a_column_too_few": (
         GRADS, "tl.load(recon + r_at + cols, inside, 0.0)",
-        "tl.load(recon + r_at + cols, inside & (cols < dims * DATA_VEC - 1), 0.0)",
+        "tl.load(recon + r_at + cols, inside & (cols < length - 1), 0.0)",
     ),
     "grads_writes_a_latent_too_many": (
         GRADS, "(b * pull).to(g_mu.dtype.element_ty), linside)",
-        "(b * pull).to(g_mu.dtype.element_ty), (lrows < batch)[:, None] & (lcols <= latents * LATENT_VEC))",
+        "(b * pull).to(g_mu.dtype.element_ty), (lrows < batch)[:, None] & (lcols <= llength))",
     ),
     "padding_is_clamped_to_free_bits": (
         STATS, "tl.where(linside, at_least(", "tl.where(lcols >= 0, at_least(",
@@ -106,7 +106,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "free_bits_mask_the_rate_too": (GRADS, "through_loss, 0.0) + through_rate", "through_loss + through_rate, 0.0)"),
     "a_floor_hides_nan": (MATH, "tl.where(x < floor, floor, x)", "tl.maximum(x, floor)"),
     # memory
-    "32_bit_rows": (STATS, "rows.to(tl.int64)", "rows.to(tl.int32)"),
+    "strides_of_32_bits": (STATS, "tl.full((), units, tl.int64) * VEC", "units * VEC"),
     "64_bits_never_asked_for": (LAYOUT, ">= 2**31", ">= 2**62"),
     "samples_are_taken_for_packed": (LAYOUT, "else t.stride(0)", "else sample_size(t)"),
     "orders_are_taken_for_equal": (LAYOUT, "t if inner_strides(t) == inner_strides(lead) else", "t if True else"),
