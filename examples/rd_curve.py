@@ -38,7 +38,7 @@ from common.training import Trainer
 OUT = Path("runs/rd_curve")
 SIGMA = {"squared error": repr(HALF), "decoupled": "optimal", "per image": "optimal-per-image"}  # of each family
 FULL = {"data": "mnist", "points": 7, "repeats": 3, "epochs": 16, "latent_dim": 16, "width": 8}
-QUICK = {"data": "digits", "points": 5, "repeats": 1, "epochs": 20, "latent_dim": 8, "width": 16}
+QUICK = {"data": "digits", "points": 5, "repeats": 1, "epochs": 15, "latent_dim": 8, "width": 16}
 BATCH_SIZE, LR = 64, 3e-3
 DRAWS = 4  # latents for each test image
 
@@ -96,7 +96,7 @@ def grids(data: Splits, latents: int, points: int) -> dict[str, list[float]]:
     eigenvalues = linear.spectrum(x)
     if not eigenvalues[0] > 0:
         raise DataError("the training images are all alike: there is nothing to encode")
-    top = 2.0 ** math.floor(math.log2(2 / 3 * linear.collapse(eigenvalues)))
+    top = 2.0 ** math.floor(math.log2(2 / 3 * linear.switches_off(eigenvalues, 0)))
     decoupled = [top / 2**i for i in reversed(range(points))]
     latents = min(latents, data.dims - 1)
     ends = [2 * linear.optimum(eigenvalues, latents, beta).level for beta in (decoupled[0], decoupled[-1])]
@@ -171,7 +171,7 @@ def run_conv(args: argparse.Namespace) -> None:
 def run_linear(args: argparse.Namespace) -> None:
     data = linear.gaussian_data(EIGENVALUES, LINEAR_COUNT)
     eigenvalues = linear.spectrum(data.train)
-    highest = linear.collapse(eigenvalues) / 2  # beyond it the rate is so small that 2% of it drown in noise
+    highest = linear.switches_off(eigenvalues, 0) / 2  # beyond it the rate is so small that 2% of it drown in noise
     betas = [float(f"{beta:.3g}") for beta in np.geomspace(highest / 12, highest, args.points)]
     args.out.mkdir(parents=True, exist_ok=True)
     models = train_all(list(sweep(args, data, {"linear": betas}, ("epochs",))), args.out, resume=args.resume)

@@ -52,24 +52,15 @@ def optimum(eigenvalues: Tensor, latents: int, beta: float) -> Optimum:
     while k < latents and float(eigenvalues[k]) * (dims - beta * k) > beta * rest:
         rest -= float(eigenvalues[k])
         k += 1
-    return _at(eigenvalues, k, rest / (dims - beta * k) * beta)
+    level = beta * rest / (dims - beta * k)
+    rate, sse = 0.5 * float((eigenvalues[:k] / level).log().sum()), rest + k * level
+    return Optimum(k, level, rate, sse, dims / 2 * (math.log(2 * math.pi * sse / dims) + 1))
 
 
-def at_level(eigenvalues: Tensor, latents: int, level: float) -> Optimum:
-    """Of SSE + 2·level·rate, read at its own σ²: the same curve, by its water level."""
-    return _at(eigenvalues, int((eigenvalues[:latents] > level).sum()), level)
-
-
-def _at(eigenvalues: Tensor, active: int, level: float) -> Optimum:
-    dims = len(eigenvalues)
-    rate = 0.5 * float((eigenvalues[:active] / level).log().sum())
-    sse = float(eigenvalues[active:].sum()) + active * level
-    return Optimum(active, level, rate, sse, dims / 2 * (math.log(2 * math.pi * sse / dims) + 1))
-
-
-def collapse(eigenvalues: Tensor) -> float:
-    """The β from which on nothing is encoded: λ_1 = βσ² with σ² = Σλ/D."""
-    return float(len(eigenvalues) * eigenvalues[0] / eigenvalues.sum())
+def switches_off(eigenvalues: Tensor, i: int) -> float:
+    """The β from which on dimension i, from 0, carries nothing: there the level βσ² is λ_i. For i = 0, collapse."""
+    level, before = eigenvalues[i], eigenvalues[:i]
+    return float(len(eigenvalues) * level / (eigenvalues.sum() - (before - level).sum()))
 
 
 def spectrum(x: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ def _constant_elbo(axis: Axes) -> None:
 
 def plot_linear(path: Path, rows: Sequence[dict[str, Any]], eigenvalues: Tensor, latents: int) -> None:
     """Left the trained models on the exact curve; right what β does: the water level, and who is below it."""
-    grid = np.geomspace(min(row["beta"] for row in rows) / 1.3, linear.collapse(eigenvalues), 400)
+    grid = np.geomspace(min(row["beta"] for row in rows) / 1.3, linear.switches_off(eigenvalues, 0), 400)
     exact = [linear.optimum(eigenvalues, latents, float(beta)) for beta in grid]
     curve, betas = Curve("", "", "trained linear VAEs", {"color": GREEN, "marker": "s", "ls": ""}), {}
     for row in rows:
@@ -123,7 +123,7 @@ def plot_linear(path: Path, rows: Sequence[dict[str, Any]], eigenvalues: Tensor,
         right.axhline(value, color=BLUE if carried else GREY, ls="-" if carried else ":", lw=0.9, zorder=0)
         right.text(grid[0], value, f" λ{i + 1}", fontsize=8, va="bottom", color=BLUE if carried else GREY)
         if carried:
-            off = float(np.interp(value, levels, grid))
+            off = linear.switches_off(eigenvalues, i)
             right.plot(
                 off, value, marker="o", color=ORANGE, ms=7, ls="", label="dimension switches off" if i == 0 else None
             )
