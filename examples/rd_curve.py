@@ -43,7 +43,7 @@ BATCH_SIZE, LR = 64, 3e-3
 DRAWS = 4  # latents for each test image
 
 LINEAR = {"points": 8, "repeats": 3, "epochs": 300}
-QUICK_LINEAR = {"points": 6, "repeats": 1, "epochs": 240}
+QUICK_LINEAR = {"points": 5, "repeats": 1, "epochs": 200}
 EIGENVALUES = 80 * 0.5 ** torch.arange(12, dtype=torch.float64)  # of the Gaussian data
 LINEAR_LATENTS, LINEAR_COUNT, LINEAR_BATCH, LINEAR_LR, LINEAR_DRAWS = 5, 8192, 1024, 5e-2, 16
 

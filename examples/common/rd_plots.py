@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +41,7 @@ def points(rows: Sequence[dict[str, Any]], curve: Curve) -> dict[str, np.ndarray
     chosen = [row for row in rows if (row["family"], row["reading"]) == (curve.family, curve.reading)]
     betas = sorted({row["beta"] for row in chosen})
     found = {"beta": np.array(betas)}
-    for key in ("rate", "distortion"):
+    for key in ("rate", "distortion", "sigma"):
         values = [[row[key] for row in chosen if row["beta"] == beta] for beta in betas]
         found[key] = np.array([np.mean(repeats) for repeats in values])
         found[key + "_std"] = np.array([np.std(repeats) for repeats in values])
@@ -49,29 +50,32 @@ def points(rows: Sequence[dict[str, Any]], curve: Curve) -> dict[str, np.ndarray
 
 def plot_curves(path: Path, rows: Sequence[dict[str, Any]], *, title: str) -> None:
     """Left every reading; right the two that are proper curves, with their β."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5.2), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5.6), layout="constrained")
     for axis, curves in ((left, CURVES), (right, PROPER)):
         for curve in curves:
             _errorbars(axis, points(rows, curve), curve)
         axis.set(xlabel="rate (nats per image)", ylabel="distortion −log p(x|z) (nats per image)")
-        _constant_elbo(axis)
-    left.set_title("each model read at several σ²", fontsize=11)
-    left.legend(fontsize=8.5, loc="upper right", framealpha=0.95)
-    right.set_title("the two proper curves, with their β", fontsize=11)
-    for curve, offset in zip(PROPER, ((7, 5), (-7, -11)), strict=True):
+    elbo = points(rows, PROPER[1])
+    at = elbo["beta"] == 1
+    right.plot(
+        elbo["rate"][at], elbo["distortion"][at], ls="", marker="*", ms=17, mfc="none", mec="black",
+        label="β = 1: trained on the ELBO", zorder=5,
+    )  # fmt: skip
+    for curve, offset in zip(PROPER, ((6, 6), (-6, -12)), strict=True):
         found = points(rows, curve)
         for beta, x, y in zip(found["beta"], found["rate"], found["distortion"], strict=True):
             right.annotate(
                 f"{beta:g}", (x, y), offset, textcoords="offset points", fontsize=8, color=curve.style["color"],
                 ha="left" if offset[0] > 0 else "right",
             )  # fmt: skip
-    elbo = points(rows, PROPER[1])
-    at = elbo["beta"] == 1
-    right.plot(
-        elbo["rate"][at], elbo["distortion"][at], ls="", marker="*", ms=17, mfc="none", mec="black",
-        label="β = 1: the ELBO", zorder=5,
-    )  # fmt: skip
-    right.legend(fontsize=8.5, loc="upper right", framealpha=0.95)
+    right.margins(0.09)
+    for axis, name in ((left, "one model, several σ²"), (right, "the two proper curves, with their β")):
+        _constant_elbo(axis, "equal distortion + rate" if axis is right else None)
+        axis.set_title(name, fontsize=11)
+    entries = {
+        name: handle for axis in (left, right) for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     figure.suptitle(title, fontsize=12)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -86,12 +90,12 @@ def _errorbars(axis: Axes, found: dict[str, np.ndarray], curve: Curve) -> None:
     )  # fmt: skip
 
 
-def _constant_elbo(axis: Axes) -> None:
+def _constant_elbo(axis: Axes, label: str | None) -> None:
     """Lines of equal distortion + rate, the negative ELBO: the nearer to the lower left corner the better."""
     (x0, x1), (y0, y1) = axis.get_xlim(), axis.get_ylim()
     for total in np.linspace(x0 + y0, x1 + y1, 14):
         axis.plot([x0, x1], [total - x0, total - x1], color="0.88", lw=0.8, zorder=0)
-    axis.plot([], [], color="0.8", lw=0.8, label="equal distortion + rate")
+    axis.plot([], [], color="0.8", lw=0.8, label=label)
     axis.set(xlim=(x0, x1), ylim=(y0, y1))
 
 
@@ -105,7 +109,7 @@ def plot_linear(path: Path, rows: Sequence[dict[str, Any]], eigenvalues: Tensor,
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
     left.plot([o.rate for o in exact], [o.distortion for o in exact], color="black", lw=1.2, label="closed form")
-    trained = points([{**row, "family": "", "reading": ""} for row in rows], curve)
+    trained = points([{**row, "family": "", "reading": "", "sigma": math.nan} for row in rows], curve)
     _errorbars(left, trained, curve)
     for beta, x, y in zip(trained["beta"], trained["rate"], trained["distortion"], strict=True):
         left.annotate(f"β = {beta:g}", (x, y), (7, 5), textcoords="offset points", fontsize=8)
@@ -118,10 +122,10 @@ def plot_linear(path: Path, rows: Sequence[dict[str, Any]], eigenvalues: Tensor,
                label="βσ², trained")  # fmt: skip
     for i, value in enumerate(eigenvalues.tolist()):
         carried = i < latents
-        if value < levels[0] / 3:
+        if value < levels[0]:
             break
         right.axhline(value, color=BLUE if carried else GREY, ls="-" if carried else ":", lw=0.9, zorder=0)
-        right.text(grid[0], value, f" λ{i + 1}", fontsize=8, va="bottom", color=BLUE if carried else GREY)
+        right.text(grid[0], value, f" $\\lambda_{{{i + 1}}}$", fontsize=9, va="bottom", color=BLUE if carried else GREY)
         if carried:
             off = linear.switches_off(eigenvalues, i)
             right.plot(
@@ -135,7 +139,8 @@ def plot_linear(path: Path, rows: Sequence[dict[str, Any]], eigenvalues: Tensor,
     right.set_title("reverse water-filling: active while λ > βσ²", fontsize=11)
     left.legend(fontsize=9)
     right.legend(fontsize=9, loc="lower right")
-    for axis in (left, right):
-        axis.grid(alpha=0.2)
+    right.set_xticks(list(betas), [f"{beta:g}" for beta in betas], minor=False)
+    right.set_xticks([], minor=True)
+    left.grid(alpha=0.2)
     figure.savefig(path, dpi=110)
     plt.close(figure)
