@@ -67,7 +67,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--width", type=cli.positive_int, metavar="W",
         help="channels at half resolution, up to 4W below" + _defaults("width"),
     )  # fmt: skip
-    cli.add_sweep_arguments(parser, out=OUT, minutes="about 30 minutes; --linear: 2")
+    cli.add_sweep_arguments(parser, out=OUT, minutes="about 20 minutes; --linear: 2")
     args = parser.parse_args(argv)
     if args.linear:
         for name in ("data", "latent_dim", "width"):

@@ -34,6 +34,7 @@ CURVES = (
           {"color": PURPLE, "marker": "D", "mfc": "white", "ls": "--"}),
 )  # fmt: skip
 PROPER = CURVES[2:4]
+OFF = {"marker": "o", "mfc": "none", "mec": ORANGE, "ms": 9, "ls": ""}
 
 
 def points(rows: Sequence[dict[str, Any]], curve: Curve) -> dict[str, np.ndarray]:
@@ -101,46 +102,40 @@ def _constant_elbo(axis: Axes, label: str | None) -> None:
 
 def plot_linear(path: Path, rows: Sequence[dict[str, Any]], eigenvalues: Tensor, latents: int) -> None:
     """Left the trained models on the exact curve; right what β does: the water level, and who is below it."""
-    grid = np.geomspace(min(row["beta"] for row in rows) / 1.3, linear.switches_off(eigenvalues, 0), 400)
+    dims = len(eigenvalues)
+    curve = Curve("", "", "trained linear VAEs", {"color": GREEN, "marker": "s", "ls": ""})
+    family = {"family": curve.family, "reading": curve.reading}
+    trained = points([{**row, **family, "sigma": math.sqrt(row["sse"] / dims)} for row in rows], curve)
+    grid = np.geomspace(trained["beta"][0] / 1.3, linear.switches_off(eigenvalues, 0), 400)
     exact = [linear.optimum(eigenvalues, latents, float(beta)) for beta in grid]
-    curve, betas = Curve("", "", "trained linear VAEs", {"color": GREEN, "marker": "s", "ls": ""}), {}
-    for row in rows:
-        betas.setdefault(row["beta"], []).append(row)
+    off = np.array([linear.switches_off(eigenvalues, i) for i in range(latents)])
+    at_off = [linear.optimum(eigenvalues, latents, float(beta)) for beta in off]
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
     left.plot([o.rate for o in exact], [o.distortion for o in exact], color="black", lw=1.2, label="closed form")
-    trained = points([{**row, "family": "", "reading": "", "sigma": math.nan} for row in rows], curve)
     _errorbars(left, trained, curve)
+    left.plot(
+        [o.rate for o in at_off], [o.distortion for o in at_off], label="a dimension switches off: βσ² = λ", **OFF
+    )
     for beta, x, y in zip(trained["beta"], trained["rate"], trained["distortion"], strict=True):
         left.annotate(f"β = {beta:g}", (x, y), (7, 5), textcoords="offset points", fontsize=8)
     left.set(xlabel="rate (nats per sample)", ylabel="distortion −log p(x|z) at optimal σ² (nats per sample)")
-
-    levels = np.array([o.level for o in exact])
-    right.plot(grid, levels, color="black", lw=1.2, label="βσ², closed form")
-    measured = [[row["beta"] * row["sse"] / len(eigenvalues) for row in repeats] for repeats in betas.values()]
-    right.plot(list(betas), [np.mean(repeats) for repeats in measured], ls="", marker="s", color=GREEN, ms=5,
-               label="βσ², trained")  # fmt: skip
-    for i, value in enumerate(eigenvalues.tolist()):
-        carried = i < latents
-        if value < levels[0]:
-            break
-        right.axhline(value, color=BLUE if carried else GREY, ls="-" if carried else ":", lw=0.9, zorder=0)
-        right.text(grid[0], value, f" $\\lambda_{{{i + 1}}}$", fontsize=9, va="bottom", color=BLUE if carried else GREY)
-        if carried:
-            off = linear.switches_off(eigenvalues, i)
-            right.plot(
-                off, value, marker="o", color=ORANGE, ms=7, ls="", label="dimension switches off" if i == 0 else None
-            )
-            left_at = linear.optimum(eigenvalues, latents, off)
-            left.plot(left_at.rate, left_at.distortion, marker="o", mfc="none", mec=ORANGE, ms=9, ls="",
-                      label="a dimension switches off: βσ² = λ" if i == 0 else None)  # fmt: skip
-    right.set(xscale="log", yscale="log", xlabel="β", ylabel="variance")
-    left.set_title(f"linear VAE, {latents} latents, Gaussian data in {len(eigenvalues)} dimensions", fontsize=11)
-    right.set_title("reverse water-filling: active while λ > βσ²", fontsize=11)
-    left.legend(fontsize=9)
-    right.legend(fontsize=9, loc="lower right")
-    right.set_xticks(list(betas), [f"{beta:g}" for beta in betas], minor=False)
-    right.set_xticks([], minor=True)
+    left.set_title(f"linear VAE, {latents} latents, Gaussian data in {dims} dimensions", fontsize=11)
+    left.margins(x=0.09)
     left.grid(alpha=0.2)
+
+    right.plot(grid, [o.level for o in exact], color="black", lw=1.2, label="βσ², closed form")
+    right.plot(trained["beta"], trained["beta"] * trained["sigma"] ** 2, label="βσ², trained", ms=5, **curve.style)
+    right.plot(off, eigenvalues[:latents], label="a dimension switches off", **OFF)
+    for i, value in enumerate(eigenvalues[eigenvalues > exact[0].level].tolist()):
+        colour = BLUE if i < latents else GREY
+        right.axhline(value, color=colour, ls="-" if i < latents else ":", lw=0.9, zorder=0)
+        right.text(grid[0], value, f" $\\lambda_{{{i + 1}}}$", fontsize=9, va="bottom", color=colour)
+    right.set(xscale="log", yscale="log", xlabel="β", ylabel="variance")
+    right.set_xticks(trained["beta"], [f"{beta:g}" for beta in trained["beta"]])
+    right.set_xticks([], minor=True)
+    right.set_title("reverse water-filling: active while λ > βσ²", fontsize=11)
+    for axis, corner in ((left, "upper right"), (right, "lower right")):
+        axis.legend(fontsize=9, loc=corner)
     figure.savefig(path, dpi=110)
     plt.close(figure)
