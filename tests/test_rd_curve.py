@@ -18,7 +18,7 @@ from on_examples import ROOT, one_thread  # noqa: F401
 
 # isort: split
 import rd_curve
-from common import linear, rd_plots, readings
+from common import linear, ranks, rd_plots, readings
 from common.data import load
 from common.objective import make_criterion, make_objective
 from common.training import EVAL_SEED, Trainer
@@ -388,6 +388,13 @@ def test_bad_options_are_refused(options: list[str], message: str, capsys: pytes
     assert message in capsys.readouterr().err
 
 
+def test_torchrun_is_for_cpus(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    with pytest.raises(SystemExit, match="2"):
+        rd_curve.main(["--device", "meta"])
+    assert "add --device cpu" in capsys.readouterr().err
+
+
 def test_images_without_variance_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.savez(tmp_path / "grey.npz", images=np.full((20, 8, 8), 128, np.uint8))
     sweep(tmp_path / "out", "--quick", "--data", str(tmp_path / "grey.npz"), code=2)
@@ -423,13 +430,14 @@ ranks.leave(rd_curve.main())
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
 def test_two_processes_by_torchrun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As one process, but for the latents' noise; and an interrupted sweep goes on to the numbers of a whole one."""
+    options = [*TINY, "--points", "1", "--device", "cpu"]
     script, interrupted = ROOT / "examples" / "rd_curve.py", tmp_path / "interrupted.py"
     interrupted.write_text(INTERRUPTED)
 
-    def torchrun(program: Path, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    def torchrun(program: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
         return subprocess.run(
-            [*command, *TINY, "--device", "cpu", "--out", str(out), *options], capture_output=True, text=True,
+            [*command, *options, "--out", str(out), *more], capture_output=True, text=True,
             timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parent)},
         )  # fmt: skip
 
@@ -437,7 +445,7 @@ def test_two_processes_by_torchrun(tmp_path: Path, capsys: pytest.CaptureFixture
     run = torchrun(script, whole)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("curves and numbers are in") == 1
-    one = sweep(tmp_path / "one", *TINY, "--device", "cpu")
+    one = sweep(tmp_path / "one", *options)
     for ours, single in zip(rows_of(whole), one, strict=True):
         assert (ours["family"], ours["beta"], ours["reading"]) == (single["family"], single["beta"], single["reading"])
         assert ours["sse"] == pytest.approx(single["sse"], rel=0.05)
@@ -451,5 +459,5 @@ def test_two_processes_by_torchrun(tmp_path: Path, capsys: pytest.CaptureFixture
     assert torchrun(script, cut, "--resume").returncode == 0
     assert (cut / "rd_curve.csv").read_bytes() == (whole / "rd_curve.csv").read_bytes()
 
-    sweep(cut, *TINY, "--resume", code=2)
+    sweep(cut, *options, "--resume", code=2)
     assert "--processes (was 2, now None)" in capsys.readouterr().err
