@@ -68,8 +68,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--min-log-sigma has no effect with --sigma {args.sigma}")
     if args.sigma == "per-pixel" and args.min_log_sigma is not None and args.min_log_sigma >= 0:
         parser.error("--min-log-sigma must be below 0, the upper bound, with --sigma per-pixel")
-    if ranks.count() > 1 and args.device.type != "cpu":
-        parser.error(f"under torchrun this script is for CPUs, not {args.device}: add --device cpu")
+    cli.check_ranks(parser, args)
     return args
 
 
@@ -83,7 +82,7 @@ def build_trainer(args: argparse.Namespace, images: Images) -> Trainer:
     )  # fmt: skip
     if ranks.count() > 1:
         settings["processes"] = ranks.count()
-        torch.manual_seed(args.seed + 1_000_003 * ranks.number())  # each its own noise, the weights being the same
+        ranks.seed_noise(args.seed)
     return Trainer(
         objective, images, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, seed=args.seed,
         device=args.device, checkpoint=args.out / CHECKPOINT, settings=settings, compile=args.compile,

@@ -49,6 +49,12 @@ def is_first() -> bool:
     return number() == 0
 
 
+def seed_noise(seed: int) -> None:
+    """Call it once the weights are made, the same on all ranks: from here on each draws random numbers of its own."""
+    if count() > 1:
+        torch.manual_seed(seed + 1_000_003 * number())
+
+
 def part(batch: Tensor) -> Tensor:
     return batch.tensor_split(count())[number()]
 

@@ -6,19 +6,20 @@ OUT/models/NAME/result.json     once it is trained and measured: settings and nu
 
 from __future__ import annotations
 
+import itertools
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from . import ranks
-from .checkpoint import check_same_settings, load_checkpoint
+from .checkpoint import CheckpointError, check_same_settings, load_checkpoint
 from .files import read_json, write_json
 from .training import Trainer
 
 MODELS = "models"  # below --out
+RESULT = "result.json"
 
 
 @dataclass(frozen=True)
@@ -35,23 +36,31 @@ def train_all(runs: Sequence[Run], out: Path, *, resume: bool) -> list[dict[str,
     """What each run measured, in order, with its settings and the seconds that it took.
 
     Without `resume` the models that lie in `out` already are moved aside. With it, those that are finished are read,
-    and one that was interrupted goes on to the numbers that it would have had.
+    all of them before any is trained, and one that was interrupted goes on to the numbers that it would have had.
     """
     models = out / MODELS
     if not resume:
         _set_aside(models)
+    elif not models.exists():
+        raise CheckpointError(f"--resume: there are no models in {out}")
+    finished = {run.name: _read(models / run.name / RESULT, run) for run in runs}
     results = []
     for i, run in enumerate(runs):
-        result = models / run.name / "result.json"
-        if resume and result.exists():
-            found = read_json(result)
-            check_same_settings(found["settings"], run.settings)
-        else:
+        found = finished[run.name]
+        if found is None:
             found = _train(run, models / run.name, f"{i + 1}/{len(runs)} {run.name}", resume=resume)
             if ranks.is_first():
-                write_json(result, found)
+                write_json(models / run.name / RESULT, found)
         results.append({**found["settings"], **found["metrics"], "seconds": found["seconds"]})
     return results
+
+
+def _read(result: Path, run: Run) -> dict[str, Any] | None:
+    if not result.exists():
+        return None
+    found = read_json(result)
+    check_same_settings(found["settings"], run.settings)
+    return found
 
 
 def _train(run: Run, folder: Path, title: str, *, resume: bool) -> dict[str, Any]:
@@ -68,8 +77,8 @@ def _train(run: Run, folder: Path, title: str, *, resume: bool) -> dict[str, Any
 
 def _set_aside(models: Path) -> None:
     if ranks.is_first() and models.exists():
-        previous = models.with_name(models.name + ".previous")
-        shutil.rmtree(previous, ignore_errors=True)
+        names = (models.with_name(f"{models.name}.previous{i}") for i in itertools.count(1))
+        previous = next(name for name in names if not name.exists())  # what took long to train is never deleted
         os.replace(models, previous)
         print(f"starting anew; the models of the run before are kept in {previous}")
     ranks.agree(False)  # nobody writes before that

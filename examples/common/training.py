@@ -85,6 +85,7 @@ class Trainer:
         device: torch.device,
         checkpoint: Path,
         settings: dict[str, Any],
+        weight_decay: float = 0.01,
         compile: bool = False,
     ) -> None:
         self.objective = objective.to(device)
@@ -100,7 +101,7 @@ class Trainer:
         groups = [{"params": weights, "lr": lr}]
         if log_sigmas:
             groups.append({"params": log_sigmas, "lr": SIGMA_LR * lr, "weight_decay": 0.0})
-        self.optimizer = torch.optim.AdamW(groups, fused=True)
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
         self.steps_per_epoch = len(images.train) // self.batch_size  # whole batches only: nothing is recompiled
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, warmup_cosine(epochs * self.steps_per_epoch))
 
