@@ -73,3 +73,10 @@ def _set_aside(models: Path) -> None:
         os.replace(models, previous)
         print(f"starting anew; the models of the run before are kept in {previous}")
     ranks.agree(False)  # nobody writes before that
+
+
+def finished(run: Run, out: Path) -> Trainer:
+    """The trainer of a run that `train_all` has trained, for pictures of its model."""
+    trainer = run.build(out / MODELS / run.name / "checkpoint.pt", run.settings)
+    trainer.load_state_dict(load_checkpoint(trainer.checkpoint)["trainer"])
+    return trainer
