@@ -10,6 +10,7 @@ from fused_elbo import gaussian_kl
 from .data import to_unit
 
 ACTIVE_VARIANCE = 0.5  # of the posterior, averaged over the data: near 0 where z_k is used, 1 where it is ignored
+USED = 0.01
 CHUNK = 512  # images encoded or decoded at once
 
 
@@ -49,6 +50,28 @@ def active(logvar: Tensor) -> Tensor:
 def rates(mu: Tensor, logvar: Tensor) -> Tensor:
     """KL(q(z_k|x) ‖ N(0, 1)) of each dimension, averaged over the data, in nats: [K]."""
     return gaussian_kl(mu.T.contiguous(), logvar.T.contiguous(), reduction="none") / len(mu)
+
+
+def pruned(z: Tensor, dropped: Tensor) -> Tensor:
+    """z with these dimensions at 0, the prior's mean."""
+    z = z.clone()
+    z[:, dropped] = 0
+    return z
+
+
+def used(model: nn.Module, z: Tensor, total_variance: float) -> Tensor:
+    """[K], True where the decoder needs z_k: its mean in place of it moves the output by more than USED of the
+    data's variance.
+
+    For codes without a posterior variance; where there is one, `active` says the same of an optimum.
+    """
+    whole = decode(model, z)
+    moved = torch.empty(z.shape[1])
+    for k in range(z.shape[1]):
+        without = z.clone()
+        without[:, k] = z[:, k].mean()
+        moved[k] = (decode(model, without) - whole).square().sum(1).mean()
+    return moved > USED * total_variance
 
 
 def latent_gradient(objective: nn.Module, x: Tensor, seed: int = 0) -> float:
