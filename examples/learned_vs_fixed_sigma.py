@@ -34,7 +34,7 @@ from common.latents import active, decode, draw, encode, prior
 from common.mmd import mmd
 from common.objective import VAEObjective, make_objective
 from common.plots import tile
-from common.sweep import MODELS, Run, finished, train_all
+from common.sweep import MODELS, Run, load_finished, train_all
 from common.training import Trainer
 from torch import Tensor, nn
 
@@ -52,7 +52,7 @@ COLUMNS = {  # of the table: key, heading, format
 PRIOR_DRAWS = 2000  # that q(z) is compared with
 SAMPLES = (4, 10)  # rows and columns of samples in the picture
 FULL = {"data": "mnist", "latent_dim": 32, "epochs": 20, "repeats": 3}
-QUICK = {"data": "digits", "latent_dim": 16, "epochs": 30, "repeats": 2}
+QUICK = {"data": "digits", "latent_dim": 16, "epochs": 20, "repeats": 2}
 
 
 def distance_to_prior(model: nn.Module, images: Tensor) -> float:
@@ -148,11 +148,10 @@ def plot(path: Path, samples: dict[str, Tensor], results: Sequence[dict[str, Any
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_data_arguments(parser)
-    parser.set_defaults(data=None)  # mnist, or digits with --quick
+    cli.add_data_arguments(parser, quick="digits")
     group = parser.add_argument_group("experiment")
     group.add_argument("--latent-dim", type=cli.positive_int, metavar="K", help="(default: 32; with --quick 16)")
-    group.add_argument("--epochs", type=cli.positive_int, metavar="N", help="(default: 20; with --quick 30)")
+    group.add_argument("--epochs", type=cli.positive_int, metavar="N", help="(default: 20)")
     group.add_argument(
         "--repeats", type=cli.positive_int, metavar="N",
         help="of everything, with the seeds --seed, --seed + 1, … (default: 3; with --quick 2)",
@@ -179,7 +178,7 @@ def run(args: argparse.Namespace) -> None:
     points = [{"kind": row["kind"], "seed": row["seed"], **point} for row in results for point in row["curve"]]
     write_csv(args.out / "curves.csv", points)
     z = prior(SAMPLES[0] * SAMPLES[1], args.latent_dim)
-    samples = {r.settings["kind"]: decode(finished(r, args.out).objective.model, z) for r in (runs[0], fixed[0])}
+    samples = {r.settings["kind"]: decode(load_finished(r, args.out).objective.model, z) for r in (runs[0], fixed[0])}
     plot(args.out / "learned_vs_fixed_sigma.png", samples, results)
     print(f"{table(results)}\n\npicture and numbers are in {args.out}")
 

@@ -12,6 +12,7 @@ Ctrl-C keeps what is done; the same command with --resume continues it. In --out
     objective_slices.png   the picture
     slices.csv             each curve's argmin, width and barrier
     gradients.csv          ‖dL/dz‖ and gamma over training
+    results.csv            a row of numbers for each model trained, on the test split
     models/                one folder for each model trained
 """
 
@@ -39,9 +40,9 @@ GAMMAS = (1e-3, 1e-2, 1e-1, 1.0)
 COLOURS = ("#332288", "#117733", "#DDAA33", "#CC3311")  # told apart by the colour-blind too (Paul Tol's)
 DIMS, INTRINSIC, LATENTS = 20, 5, 10  # of the data's space, of the subspace, of the model
 NOISE = 1e-3  # variance beside the subspace, in training: where a learned gamma comes to rest
-DIRECTIONS = 32  # random ones, over which the slices' metrics are averaged; the first is drawn
-POSITIONS = torch.linspace(-1, 1, 401, dtype=torch.float64)
-HANDED_OVER = torch.linspace(-0.5, 1.5, 401, dtype=torch.float64)  # of one latent's part, to a superfluous one
+DIRECTIONS = 32  # random ones, over which the slices' metrics are averaged
+POSITIONS = torch.arange(-200, 201, dtype=torch.float64) / 200
+HANDED_OVER = torch.arange(-100, 301, dtype=torch.float64) / 200  # of one latent's part, to a superfluous one
 SIZES = {"samples": 4000, "batch_size": 100, "lr": 1e-2}
 
 
@@ -78,19 +79,13 @@ class Subspace:
         return direction
 
 
-def best_encoder(decoder: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """(A, variances) of the best q(z|x) = N(Ax, diag(variances)) for x = Wz + noise of variance gamma; z ~ N(0, I)."""
-    precision = decoder.T @ decoder / gamma + torch.eye(decoder.shape[1], dtype=decoder.dtype)
-    return torch.linalg.solve(precision, decoder.T) / gamma, 1 / precision.diagonal()
-
-
 def energy(decoder: Tensor, covariance: Tensor, gamma: float) -> float:
-    """The negative ELBO, in nats per sample, of data with that covariance, under the best affine encoder.
+    """The negative ELBO, in nats per sample, of data with that covariance, under the best encoder, which is affine.
 
         ½ [ Σ_k log(1 + ‖w_k‖²/γ) + tr(C (WWᵀ + γI)⁻¹) + D log 2πγ ]
 
-    The first term is the price of the latents. Its slope at w_k = 0 is 0, but within √γ of it the term turns into
-    log‖w_k‖, whose gradient is unbounded: the cusp that keeps superfluous latents at 0.
+    The first sum is the price of the latents. The slope of a term in ‖w_k‖ reaches 1/√γ, at √γ: without bound as γ
+    goes to 0, where the term becomes the cusp that keeps a superfluous latent at 0.
     """
     marginal = decoder @ decoder.T + gamma * torch.eye(len(decoder), dtype=decoder.dtype)
     price = torch.log1p(decoder.square().sum(0) / gamma).sum()
@@ -105,8 +100,14 @@ def along(data: Subspace, direction: Tensor, positions: Tensor, gamma: float) ->
     return (curve - curve.min()) / (curve.max() - curve.min())
 
 
+def lowest(curves: Tensor) -> Tensor:
+    """Index of the minimum, and of the first one where rounding alone tells several apart."""
+    return (curves < 1e-9).int().argmax(-1)
+
+
 def slice_curves(data: Subspace, seed: int) -> tuple[list[dict[str, Any]], dict[str, list[Tensor]]]:
-    """A row of metrics for each gamma, and the curves that are drawn.
+    """A row of metrics for each gamma, and the curves that are drawn: of the random directions, the one whose argmin
+    is farthest from 0 at the largest gamma.
 
     displacement   of the argmin from the optimum at 0, root mean square over random directions
     width          of the part of [−1, 1] where the energy is below half of its height: how wide the valley is
@@ -122,14 +123,16 @@ def slice_curves(data: Subspace, seed: int) -> tuple[list[dict[str, Any]], dict[
         rows.append(
             {
                 "gamma": gamma,
-                "displacement": float(POSITIONS[curves.argmin(1)].square().mean().sqrt()),
+                "displacement": float(POSITIONS[lowest(curves)].square().mean().sqrt()),
                 "width": float(2 * (curves < 0.5).double().mean()),
-                "exchange_argmin": float(HANDED_OVER[exchange.argmin()]),
+                "exchange_argmin": float(HANDED_OVER[lowest(exchange)]),
                 "barrier": float(exchange[middle] - ends.min()),
             }
         )
-        drawn["random"].append(curves[0])
+        drawn["random"].append(curves)
         drawn["exchange"].append(exchange)
+    moved = POSITIONS[lowest(drawn["random"][-1])].abs().argmax()
+    drawn["random"] = [curves[moved] for curves in drawn["random"]]
     return rows, drawn
 
 
@@ -180,11 +183,12 @@ def draw(path: Path, curves: dict[str, list[Tensor]], trained: Sequence[dict[str
     for gamma, colour, random, exchange in zip(GAMMAS, COLOURS, curves["random"], curves["exchange"], strict=True):
         for axis, positions, curve in ((axes[0], POSITIONS, random), (axes[1], HANDED_OVER, exchange)):
             axis.plot(positions, curve, color=colour, label=f"γ = {gamma:g}")
-            axis.axvline(positions[curve.argmin()], color=colour, linestyle="--", linewidth=1)
-    axes[0].set(title="along a random direction", xlabel="distance t from the optimal sparse decoder, W* + tV")
+            axis.axvline(positions[lowest(curve)], color=colour, linestyle="--", linewidth=1)
+    axes[0].set(title="along a random direction V", xlabel="t: the decoder is W* + tV, W* optimal and sparse")
     axes[1].set(title="one latent handed over to a superfluous one", xlabel="share handed over: 0 and 1 are optimal")
+    axes[0].set_xticks([-1, -0.5, 0, 0.5, 1])
     axes[0].set_ylabel("negative ELBO, scaled to [0, 1]")
-    axes[0].legend(loc="upper center", fontsize=9)
+    axes[0].legend(loc="lower right", fontsize=9)
     draw_gradients(axes[2], trained)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -228,6 +232,7 @@ def run(args: argparse.Namespace) -> None:
     write_csv(args.out / "slices.csv", rows)
     points = [{"kind": row["kind"], "seed": row["seed"], **point} for row in trained for point in row["curve"]]
     write_csv(args.out / "gradients.csv", points)
+    write_csv(args.out / "results.csv", [{k: v for k, v in row.items() if k != "curve"} for row in trained])
     draw(args.out / "objective_slices.png", curves, trained)
     for row in rows:
         print(

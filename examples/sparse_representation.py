@@ -31,8 +31,8 @@ from common import cli, script
 from common.data import Images, load
 from common.files import write_csv
 from common.latents import decode, encode
-from common.sparse_runs import PRUNED_BETA, SUBSPACE, image_run, parabola_run, penalty_run, rate_run
-from common.sweep import MODELS, Run, finished, train_all
+from common.sparse_runs import SUBSPACE, image_run, parabola_run, penalty_run, pruning_curve, rate_run
+from common.sweep import MODELS, Run, load_finished, train_all
 from matplotlib.axes import Axes
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score
@@ -41,12 +41,12 @@ from torch import Tensor
 BLUE, GREEN, YELLOW, RED = "#332288", "#117733", "#DDAA33", "#CC3311"
 FULL = {"data": "mnist", "latent_dim": 32, "length": 1.0}
 QUICK = {"data": "digits", "latent_dim": 16, "length": 0.5}
-BETAS, QUICK_BETAS = (0.25, 0.5, 1.0, 2.0, 4.0, PRUNED_BETA, 16.0, 32.0, 64.0), (1.0, PRUNED_BETA, 64.0)
-SIGMAS, QUICK_SIGMAS = ("0.05", "0.1", "0.15", "0.2", "0.3", "0.5", "0.7", "1.0"), ("0.05", "0.2", "1.0")
+BETAS, QUICK_BETAS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0), (0.25, 1.0, 4.0, 16.0)
+SIGMAS, QUICK_SIGMAS = ("0.05", "0.1", "0.15", "0.2", "0.3", "0.5", "0.7", "1.0"), ("0.05", "0.15", "0.3", "1.0")
 INTRINSIC, QUICK_INTRINSIC = (2, 4), (3,)
 NOISES, QUICK_NOISES = (0.03, 0.01, 0.003, 0.001, 0.0003), (0.03, 0.003, 0.0003)
 WIDTHS = {None: ("|z|", RED), 1.0: ("z² / (1 + z²)", YELLOW), 0.1: ("z² / (0.1² + z²)", GREEN)}
-WEIGHTS, QUICK_WEIGHTS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0), (0.001, 0.03, 0.3)
+WEIGHTS, QUICK_WEIGHTS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0), (0.003, 0.03, 0.3)
 SPAN, OUTLIERS = ((-2.0, 2.0), (-1.3, 2.1)), 500  # of the plane, and how many points all over it
 
 
@@ -61,6 +61,12 @@ def all_runs(args: argparse.Namespace, images: Images) -> list[Run]:
         weights = QUICK_WEIGHTS if quick else WEIGHTS
         runs += [penalty_run(args, kind="penalty", weight=weight, width=width) for weight in weights]
     return [*runs, parabola_run(args)]
+
+
+def to_prune(results: Sequence[dict[str, Any]]) -> int:
+    """Index of the model with the optimal sigma of whose latents nearest to half are active."""
+    optimal = [i for i, row in enumerate(results) if row.get("sigma_mode") == "optimal"]
+    return min(optimal, key=lambda i: abs(results[i]["active"] - results[i]["latent_dim"] / 2))
 
 
 def slope(rows: Sequence[dict[str, Any]]) -> tuple[float, float]:
@@ -103,7 +109,8 @@ def draw_active(axis: Axes, rows: Sequence[dict[str, Any]]) -> None:
     above = axis.twiny()
     above.plot([float(r["sigma_mode"]) for r in constant], [r["active"] for r in constant], "s--", color=RED)
     above.set_xscale("log")
-    above.set_xlabel("(a)   constant σ, with β = 1", color=RED)
+    above.set_xlabel("constant σ, with β = 1", color=RED)
+    axis.set_title("(a) latents that stay active", pad=38)
 
 
 def draw_rates(axis: Axes, rows: Sequence[dict[str, Any]]) -> None:
@@ -117,20 +124,18 @@ def draw_rates(axis: Axes, rows: Sequence[dict[str, Any]]) -> None:
     axis.legend()
 
 
-def draw_pruning(axis: Axes, curve: Sequence[dict[str, float]], active: int) -> None:
+def draw_pruning(axis: Axes, curve: Sequence[dict[str, float]], row: dict[str, Any]) -> None:
     for key, label, style, colour in (
         ("mse", "reconstruction error", "o-", BLUE),
         ("mmd", "MMD of samples from images", "s--", RED),
     ):
         values = [point[key] / curve[0][key] for point in curve]
         axis.plot([point["pruned"] for point in curve], values, style, color=colour, markersize=4, label=label)
-    axis.axvline(curve[-1]["pruned"] - active, color="grey", linewidth=1)
-    axis.set(
-        yscale="log",
-        ylabel="ratio to nothing pruned",
-        title=f"(c) pruning, least informative first (β = {PRUNED_BETA:g})",
-    )
-    axis.set_xlabel(f"latents pruned; the last {active}, right of the line, are active")
+    axis.axvline(curve[-1]["pruned"] - row["active"], color="grey", linewidth=1)
+    axis.set(ylabel="ratio to nothing pruned", title=f"(c) pruning at β = {row['beta']:g}")
+    axis.set_yscale("log", base=2)
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.set_xlabel(f"latents pruned, least informative first: the last {row['active']} are active")
     axis.legend()
 
 
@@ -158,13 +163,18 @@ def draw_plane(axis: Axes, outliers: Outliers, method: str, title: str) -> Any:
     return shown
 
 
-def draw(path: Path, results: Sequence[dict[str, Any]], outliers: Outliers, aurocs: dict[str, float]) -> None:
+def draw(
+    path: Path,
+    results: Sequence[dict[str, Any]],
+    pruning: tuple[Sequence[dict[str, float]], dict[str, Any]],
+    outliers: Outliers,
+    aurocs: dict[str, float],
+) -> None:
     parts = {part: [row for row in results if row["part"] == part] for part in ("images", "rate", "penalty")}
     figure, axes = plt.subplots(2, 3, figsize=(14, 8), layout="constrained")
     draw_active(axes[0, 0], parts["images"])
     draw_rates(axes[0, 1], parts["rate"])
-    row = next(row for row in parts["images"] if row["pruning"])
-    draw_pruning(axes[0, 2], row["pruning"], row["active"])
+    draw_pruning(axes[0, 2], *pruning)
     draw_penalties(axes[1, 0], parts["penalty"])
     draw_plane(axes[1, 1], outliers, "pca", f"(e) PCA, one axis: AUROC {aurocs['pca']:.2f}")
     shown = draw_plane(axes[1, 2], outliers, "vae", f"VAE, one active latent: AUROC {aurocs['vae']:.2f}")
@@ -176,8 +186,7 @@ def draw(path: Path, results: Sequence[dict[str, Any]], outliers: Outliers, auro
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_data_arguments(parser)
-    parser.set_defaults(data=None)  # mnist, or digits with --quick
+    cli.add_data_arguments(parser, quick="digits")
     group = parser.add_argument_group("experiment")
     group.add_argument("--latent-dim", type=cli.positive_int, metavar="K", help="of (a) and (c) (default: 32; with "
                        "--quick 16)")  # fmt: skip
@@ -193,15 +202,16 @@ def run(args: argparse.Namespace) -> None:
     images = load(args.data, image_size=args.image_size, grey=args.grey)
     runs = all_runs(args, images)
     results = train_all(runs, args.out, resume=args.resume)
-    on_plane = finished(runs[-1], args.out)
+    on_plane = load_finished(runs[-1], args.out)
     outliers = Outliers(on_plane.objective.model, on_plane.images.train, on_plane.images.test, args.seed)
     aurocs = outliers.aurocs()
 
-    write_csv(args.out / "results.csv", [{k: v for k, v in row.items() if k != "pruning"} for row in results])
-    curve = next(row["pruning"] for row in results if row.get("pruning"))
+    write_csv(args.out / "results.csv", results)
+    half = to_prune(results)
+    curve = pruning_curve(load_finished(runs[half], args.out))
     write_csv(args.out / "pruning.csv", curve)
     write_csv(args.out / "outliers.csv", [{"method": name, "auroc": value} for name, value in aurocs.items()])
-    draw(args.out / "sparse_representation.png", results, outliers, aurocs)
+    draw(args.out / "sparse_representation.png", results, (curve, results[half]), outliers, aurocs)
     report(results, aurocs)
     print(f"picture and numbers are in {args.out}")
 

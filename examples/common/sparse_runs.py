@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .data import Images, Splits, to_unit
 from .latents import active, decode, encode, prior, pruned, used
@@ -22,12 +23,11 @@ from .training import Trainer
 
 DIMS, LATENTS, SUBSPACE = 20, 10, 5  # of the synthetic data, of their models, and of the penalties' subspace
 CURVATURE = 0.2
-PRUNED_BETA = 8.0  # of the model whose latents are pruned: some are active there and some are not
-TRAINING = {  # per part: epochs, batch size and learning rate
-    "images": (20, 64, 2e-3),
-    "rate": (40, 100, 5e-3),
-    "penalty": (60, 50, 1e-2),
-    "parabola": (60, 50, 3e-3),
+TRAINING = {  # per part: steps, batch size and learning rate
+    "images": (1600, 64, 3e-3),
+    "rate": (1600, 100, 5e-3),
+    "penalty": (2400, 50, 1e-2),
+    "parabola": (2400, 50, 3e-3),
 }
 PARABOLA_NOISE = 0.0025
 
@@ -46,23 +46,22 @@ def image_run(args: argparse.Namespace, images: Images, *, beta: float, sigma: s
         model, test = trainer.objective.model, trainer.images.test
         mu, logvar = encode(model, test)
         numbers = trainer.evaluate(test)
-        curve = pruning_curve(model, test) if (beta, sigma) == (PRUNED_BETA, "optimal") else None
         return {
             "active": int(active(logvar).sum()),
             "mse": float((decode(model, mu) - test).square().mean()),
             **{key: numbers[key] for key in ("sigma", "distortion", "rate")},
-            "pruning": curve,
         }
 
     return make_run(args, f"images-{sigma}-{beta:g}", settings, splits, objective, measure)
 
 
-def pruning_curve(model: nn.Module, images: Tensor) -> list[dict[str, float]]:
+def pruning_curve(trainer: Trainer) -> list[dict[str, float]]:
     """Latents put to 0 one after the other, the least informative (of the largest posterior variance) first.
 
     Reconstruction by the mean squared error at the posterior's mean; generation by the MMD in the space of images
-    between decoded draws from the prior, with the same latents at 0, and these images.
+    between decoded draws from the prior, with the same latents at 0, and the test images.
     """
+    model, images = trainer.objective.model, trainer.images.test
     mu, logvar = encode(model, images)
     z = prior(len(images), mu.shape[1], seed=2)
     order = logvar.exp().mean(0).argsort(descending=True)
@@ -138,8 +137,8 @@ def make_run(
     objective: Callable[[], nn.Module],
     measure: Callable[[Trainer], dict[str, Any]],
 ) -> Run:
-    epochs, batch_size, lr = TRAINING[settings["part"]]
-    epochs = max(1, round(epochs * args.length))
+    steps, batch_size, lr = TRAINING[settings["part"]]
+    epochs = math.ceil(steps * args.length / max(1, len(splits.train) // batch_size))
 
     def build(checkpoint: Path, settings: dict[str, Any]) -> Trainer:
         torch.manual_seed(args.seed)

@@ -75,7 +75,7 @@ def _set_aside(models: Path) -> None:
     ranks.agree(False)  # nobody writes before that
 
 
-def finished(run: Run, out: Path) -> Trainer:
+def load_finished(run: Run, out: Path) -> Trainer:
     """The trainer of a run that `train_all` has trained, for pictures of its model."""
     trainer = run.build(out / MODELS / run.name / "checkpoint.pt", run.settings)
     trainer.load_state_dict(load_checkpoint(trainer.checkpoint)["trainer"])
