@@ -140,9 +140,10 @@ def plot(path: Path, samples: dict[str, Tensor], results: Sequence[dict[str, Any
                 epochs, values = zip(*((point["epoch"], point[key]) for point in row["curve"]), strict=True)
                 axis.plot(epochs, values, color=COLOURS[kind], linewidth=1.2, label=None if n else text)
         axis.set(ylabel=label, xlabel="epoch", yscale="log")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=9)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
@@ -159,7 +160,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--width", type=cli.positive_int, default=16, metavar="W", help="(default: %(default)s)")
     group.add_argument("--batch-size", type=cli.positive_int, default=64, metavar="N", help="(default: %(default)s)")
     group.add_argument("--lr", type=cli.number(above=0), default=2e-3, metavar="LR", help="(default: %(default)s)")
-    cli.add_sweep_arguments(parser, out=Path("runs/learned_vs_fixed_sigma"), minutes="six minutes")
+    cli.add_sweep_arguments(parser, out=Path("runs/learned_vs_fixed_sigma"), minutes="five minutes")
     args = parser.parse_args(argv)
     cli.settle(args, full=FULL, quick=QUICK)
     return args

@@ -187,6 +187,7 @@ def draw(path: Path, curves: dict[str, list[Tensor]], trained: Sequence[dict[str
     axes[0].set(title="along a random direction V", xlabel="t: the decoder is W* + tV, W* optimal and sparse")
     axes[1].set(title="one latent handed over to a superfluous one", xlabel="share handed over: 0 and 1 are optimal")
     axes[0].set_xticks([-1, -0.5, 0, 0.5, 1])
+    axes[1].set_xticks([-0.5, 0, 0.5, 1, 1.5])
     axes[0].set_ylabel("negative ELBO, scaled to [0, 1]")
     axes[0].legend(loc="lower right", fontsize=9)
     draw_gradients(axes[2], trained)
@@ -204,6 +205,7 @@ def draw_gradients(axis: Any, trained: Sequence[dict[str, Any]]) -> None:
             gradients = [point["gradient"] for point in row["curve"]]
             axis.plot(epochs, gradients, color=colour, linewidth=1.2, label=label if i == 0 else None)
     axis.set(title="gradient at the latents", xlabel="epoch", ylabel="‖∂L/∂z‖, nats (validation mean)", yscale="log")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend(fontsize=9)
     axis.grid(alpha=0.3)
 
@@ -216,7 +218,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--repeats", type=cli.positive_int, metavar="N",
         help="of the training, with the seeds --seed, --seed + 1, … (default: 5; with --quick 2)",
     )  # fmt: skip
-    cli.add_sweep_arguments(parser, out=Path("runs/objective_slices"), minutes="two minutes")
+    cli.add_sweep_arguments(parser, out=Path("runs/objective_slices"), minutes="one minute")
     args = parser.parse_args(argv)
     cli.settle(args, full={"epochs": 60, "repeats": 5}, quick={"epochs": 20, "repeats": 2})
     return args

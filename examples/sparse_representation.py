@@ -44,7 +44,7 @@ QUICK = {"data": "digits", "latent_dim": 16, "length": 0.5}
 BETAS, QUICK_BETAS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0), (0.25, 1.0, 4.0, 16.0)
 SIGMAS, QUICK_SIGMAS = ("0.05", "0.1", "0.15", "0.2", "0.3", "0.5", "0.7", "1.0"), ("0.05", "0.15", "0.3", "1.0")
 INTRINSIC, QUICK_INTRINSIC = (2, 4), (3,)
-NOISES, QUICK_NOISES = (0.03, 0.01, 0.003, 0.001, 0.0003), (0.03, 0.003, 0.0003)
+NOISES, QUICK_NOISES = (0.03, 0.01, 0.003, 0.001, 0.0003), (0.03, 0.01, 0.003)
 WIDTHS = {None: ("|z|", RED), 1.0: ("z² / (1 + z²)", YELLOW), 0.1: ("z² / (0.1² + z²)", GREEN)}
 WEIGHTS, QUICK_WEIGHTS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0), (0.003, 0.03, 0.3)
 SPAN, OUTLIERS = ((-2.0, 2.0), (-1.3, 2.1)), 500  # of the plane, and how many points all over it
@@ -71,9 +71,14 @@ def to_prune(results: Sequence[dict[str, Any]]) -> int:
 
 def slope(rows: Sequence[dict[str, Any]]) -> tuple[float, float]:
     """(slope, intercept) of the line through twice the rate against −log gamma, by least squares."""
-    x, y = (np.array(values) for values in ([-np.log(r["gamma"]) for r in rows], [2 * r["rate"] for r in rows]))
-    gradient, intercept = np.polyfit(x, y, 1)
+    gradient, intercept = np.polyfit([-np.log(row["gamma"]) for row in rows], [2 * row["rate"] for row in rows], 1)
     return float(gradient), float(intercept)
+
+
+def sparsest(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that keep the fewest latents: the relation has their number, r̂, and a spare latent adds its own rate."""
+    fewest = min(row["active"] for row in rows)
+    return [row for row in rows if row["active"] == fewest]
 
 
 class Outliers:
@@ -116,10 +121,15 @@ def draw_active(axis: Axes, rows: Sequence[dict[str, Any]]) -> None:
 def draw_rates(axis: Axes, rows: Sequence[dict[str, Any]]) -> None:
     for intrinsic, colour in zip(sorted({row["intrinsic"] for row in rows}), (BLUE, GREEN), strict=False):
         points = [row for row in rows if row["intrinsic"] == intrinsic]
-        gradient, intercept = slope(points)
+        gradient, intercept = slope(sparsest(points))
         x = np.array([-np.log(row["gamma"]) for row in points])
         axis.plot(x, gradient * x + intercept, color=colour, label=f"r = {intrinsic}: slope {gradient:.2f}")
-        axis.plot(x, [2 * row["rate"] for row in points], "o", color=colour)
+        for row, position in zip(points, x, strict=True):
+            filled = colour if row in sparsest(points) else "white"
+            axis.plot(position, 2 * row["rate"], "o", color=colour, markerfacecolor=filled)
+            if filled == "white":
+                axis.annotate(f"{row['active']} active", (position, 2 * row["rate"]), (-8, 0), ha="right", va="center",
+                              textcoords="offset points", fontsize=9)  # fmt: skip
     axis.set(title="(b) 2 × rate ≈ −r log γ", xlabel="−log γ, γ learned", ylabel="2 × rate, nats")
     axis.legend()
 
@@ -135,7 +145,7 @@ def draw_pruning(axis: Axes, curve: Sequence[dict[str, float]], row: dict[str, A
     axis.set(ylabel="ratio to nothing pruned", title=f"(c) pruning at β = {row['beta']:g}")
     axis.set_yscale("log", base=2)
     axis.yaxis.set_major_formatter("{x:g}")
-    axis.set_xlabel(f"latents pruned, least informative first: the last {row['active']} are active")
+    axis.set_xlabel(f"latents pruned (the last {row['active']} are active)")
     axis.legend()
 
 
@@ -156,7 +166,7 @@ def draw_plane(axis: Axes, outliers: Outliers, method: str, title: str) -> Any:
     x, y = np.meshgrid(np.linspace(left, right, 161), np.linspace(low, high, 137))
     grid = torch.from_numpy(np.stack([x.ravel(), y.ravel()], 1)).float()
     distance = np.sqrt(outliers.scores(grid)[method]).reshape(x.shape)
-    shown = axis.pcolormesh(x, y, distance, cmap="viridis_r", vmin=0, vmax=1.2, shading="nearest", rasterized=True)
+    shown = axis.contourf(x, y, distance, levels=np.linspace(0, 1.2, 13), cmap="viridis_r", extend="max")
     axis.plot(*outliers.inliers[:300].T, ".", color="black", markersize=2, label="inliers")
     axis.plot(*outliers.outliers[:150].T, "x", color=RED, markersize=3, label="outliers")
     axis.set(title=title, xlim=SPAN[0], ylim=SPAN[1], xlabel="x₁", ylabel="x₂")
@@ -179,8 +189,8 @@ def draw(
     draw_plane(axes[1, 1], outliers, "pca", f"(e) PCA, one axis: AUROC {aurocs['pca']:.2f}")
     shown = draw_plane(axes[1, 2], outliers, "vae", f"VAE, one active latent: AUROC {aurocs['vae']:.2f}")
     axes[1, 1].legend(fontsize=8, loc="upper center")
-    figure.colorbar(shown, ax=axes[1, 2], label="distance from the reconstruction", extend="max")
-    figure.savefig(path, dpi=100)
+    figure.colorbar(shown, ax=axes[1, 2], label="distance from the reconstruction")
+    figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
@@ -192,7 +202,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
                        "--quick 16)")  # fmt: skip
     group.add_argument("--length", type=cli.number(above=0), metavar="F", help="of every training, beside the full "
                        "one (default: 1; with --quick 0.5)")  # fmt: skip
-    cli.add_sweep_arguments(parser, out=Path("runs/sparse_representation"), minutes="five minutes")
+    cli.add_sweep_arguments(parser, out=Path("runs/sparse_representation"), minutes="three minutes")
     args = parser.parse_args(argv)
     cli.settle(args, full=FULL, quick=QUICK)
     return args
@@ -226,7 +236,7 @@ def report(results: Sequence[dict[str, Any]], aurocs: dict[str, float]) -> None:
             name = "VAE" if row["kind"] == "vae" else f"{WIDTHS[row['width']][0]} x {row['weight']:g}"
             print(f"{name}: error {row['error']:.2g} of the variance, {row['used']} latents in use")
     for intrinsic in sorted({row["intrinsic"] for row in results if row["part"] == "rate"}):
-        gradient, _ = slope([row for row in results if row.get("intrinsic") == intrinsic])
+        gradient, _ = slope(sparsest([row for row in results if row.get("intrinsic") == intrinsic]))
         print(f"2 x rate against -log gamma: slope {gradient:.2f} on data of {intrinsic} dimensions")
     print(f"outliers: AUROC {aurocs['vae']:.3f} (VAE, one latent), {aurocs['pca']:.3f} (PCA, one axis)")
 

@@ -91,9 +91,12 @@ def test_one_latent_for_a_curve_and_outliers_far_from_it(quick: Path) -> None:
     assert auroc["pca"] < 0.8
 
 
-def test_slope_is_that_of_the_line() -> None:
-    points = [{"gamma": math.exp(-x), "rate": (4 * x + 1) / 2} for x in (1.0, 2.0, 5.0)]
+def test_slope_is_that_of_the_line_of_the_sparsest() -> None:
+    points = [{"gamma": math.exp(-x), "rate": (4 * x + 1) / 2, "active": 4} for x in (1.0, 2.0, 5.0)]
+    spare = {"gamma": math.exp(-6), "rate": 20.0, "active": 5}
     assert sparse_representation.slope(points) == pytest.approx((4, 1))
+    assert sparse_representation.slope([*points, spare])[0] > 4.5
+    assert sparse_representation.sparsest([spare, *points]) == points
 
 
 def test_outlier_scores_are_squared_distances_from_the_reconstruction() -> None:
