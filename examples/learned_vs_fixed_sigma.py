@@ -31,7 +31,7 @@ from common import cli, script
 from common.data import Images, load, to_unit
 from common.files import write_csv
 from common.latents import active, decode, draw, encode, prior
-from common.mmd import mmd
+from common.mmd import check_enough, mmd
 from common.objective import VAEObjective, make_objective
 from common.plots import tile
 from common.sweep import MODELS, Run, load_finished, train_all
@@ -168,6 +168,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     images = load(args.data, image_size=args.image_size, grey=args.grey)
+    check_enough(images, args.data)
     seeds = range(args.seed, args.seed + args.repeats)
     runs = [make_run(args, images, kind, seed) for seed in seeds for kind in ("learned", "optimal")]
     results = train_all(runs, args.out, resume=args.resume)

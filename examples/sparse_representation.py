@@ -31,6 +31,7 @@ from common import cli, script
 from common.data import Images, load
 from common.files import write_csv
 from common.latents import decode, encode
+from common.mmd import check_enough
 from common.sparse_runs import SUBSPACE, image_run, parabola_run, penalty_run, pruning_curve, rate_run
 from common.sweep import MODELS, Run, load_finished, train_all
 from matplotlib.axes import Axes
@@ -82,7 +83,7 @@ def sparsest(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class Outliers:
-    """Squared distance of a point from its reconstruction, by a VAE with one active latent and by PCA with one axis."""
+    """Squared distances of points from their reconstructions, by a VAE of a curve and by PCA with one axis."""
 
     def __init__(self, model: torch.nn.Module, train: Tensor, inliers: Tensor, seed: int) -> None:
         self.model, self.inliers = model, inliers
@@ -187,7 +188,8 @@ def draw(
     draw_pruning(axes[0, 2], *pruning)
     draw_penalties(axes[1, 0], parts["penalty"])
     draw_plane(axes[1, 1], outliers, "pca", f"(e) PCA, one axis: AUROC {aurocs['pca']:.2f}")
-    shown = draw_plane(axes[1, 2], outliers, "vae", f"VAE, one active latent: AUROC {aurocs['vae']:.2f}")
+    active = results[-1]["active"]
+    shown = draw_plane(axes[1, 2], outliers, "vae", f"VAE, {active} of 2 latents active: AUROC {aurocs['vae']:.2f}")
     axes[1, 1].legend(fontsize=8, loc="upper center")
     figure.colorbar(shown, ax=axes[1, 2], label="distance from the reconstruction")
     figure.savefig(path, dpi=90)
@@ -210,6 +212,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     images = load(args.data, image_size=args.image_size, grey=args.grey)
+    check_enough(images, args.data)
     runs = all_runs(args, images)
     results = train_all(runs, args.out, resume=args.resume)
     on_plane = load_finished(runs[-1], args.out)
@@ -238,7 +241,8 @@ def report(results: Sequence[dict[str, Any]], aurocs: dict[str, float]) -> None:
     for intrinsic in sorted({row["intrinsic"] for row in results if row["part"] == "rate"}):
         gradient, _ = slope(sparsest([row for row in results if row.get("intrinsic") == intrinsic]))
         print(f"2 x rate against -log gamma: slope {gradient:.2f} on data of {intrinsic} dimensions")
-    print(f"outliers: AUROC {aurocs['vae']:.3f} (VAE, one latent), {aurocs['pca']:.3f} (PCA, one axis)")
+    kept = results[-1]["active"]
+    print(f"outliers: AUROC {aurocs['vae']:.3f} (VAE, {kept} of 2 latents active), {aurocs['pca']:.3f} (PCA, one axis)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from on_examples import interrupt_in_step, one_thread, read_csv  # noqa: F401
@@ -129,7 +130,12 @@ def test_bad_options_are_refused(options: list[str], message: str, capsys: pytes
     assert message in capsys.readouterr().err
 
 
-def test_missing_data_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert learned_vs_fixed_sigma.main(["--data", str(tmp_path / "no.npz"), "--out", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err.startswith("learned_vs_fixed_sigma.py: error: ")
+@pytest.mark.parametrize("count", [0, 15])  # no file; and a tenth of 15 is one image, which has no MMD
+def test_missing_or_too_few_data_are_one_line(count: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if count:
+        np.savez(tmp_path / "x.npz", np.zeros((count, 8, 8), np.uint8))
+    assert learned_vs_fixed_sigma.main(["--data", str(tmp_path / "x.npz"), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"learned_vs_fixed_sigma.py: error: {tmp_path / 'x.npz'}: ")
+    assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()

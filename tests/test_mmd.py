@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +13,11 @@ from on_examples import one_thread  # noqa: F401
 
 # isort: split
 from common import latents, mmd
+from common.data import DataError, Splits
 from common.mlp import MLPVAE
 from common.objective import VAEObjective, make_criterion
-from torch import Tensor
+from common.training import Trainer
+from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 
@@ -57,6 +62,31 @@ def test_mmd_is_unbiased() -> None:
 def test_mmd_refuses_what_it_cannot_compare(x: tuple[int, ...], y: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="x, y: expected"):
         mmd.mmd(torch.zeros(x), torch.zeros(y))
+
+
+def test_too_few_to_compare_is_told() -> None:
+    part = torch.zeros(16, 2)
+    mmd.check_enough(Splits(part, part[:2], part[:2]), "x.npz")
+    with pytest.raises(DataError, match=r"x\.npz: too few images .* 20 are needed"):
+        mmd.check_enough(Splits(part, part[:1], part[:1]), "x.npz")
+
+
+def test_a_probe_is_in_the_history_and_changes_nothing_else(tmp_path: Path) -> None:
+    data = Splits(*torch.rand(60, 4, generator=torch.Generator().manual_seed(0)).split(20))
+
+    def train(probe: Callable[[nn.Module], dict[str, float]] | None) -> list[dict[str, Any]]:
+        torch.manual_seed(0)
+        objective = VAEObjective(MLPVAE(4, 2), make_criterion("learned", 1.0, channels=1))
+        trainer = Trainer(
+            objective, data, epochs=2, batch_size=5, lr=0.01, seed=0, device=torch.device("cpu"),
+            checkpoint=tmp_path / "checkpoint.pt", settings={}, probe=probe,
+        )  # fmt: skip
+        trainer.fit()
+        return trainer.history
+
+    probed = train(lambda objective: {"gradient": latents.latent_gradient(objective, data.val)})
+    assert all(entry.pop("probe")["gradient"] > 0 for entry in probed)
+    assert probed == train(None)
 
 
 def test_rates_are_the_kl_of_each_dimension() -> None:

@@ -41,8 +41,8 @@ def prior(count: int, latent_dim: int, seed: int = 0) -> Tensor:
 def active(logvar: Tensor) -> Tensor:
     """[K], True where the posterior's variance, averaged over the data, is below ACTIVE_VARIANCE.
 
-    The criterion of Dai, Wipf (ICLR 2019): at an optimum of small γ it goes to 0 with γ in the dimensions that are
-    used, and to 1, the prior's, in the superfluous ones.
+    At an optimum it goes to 0 with γ in the dimensions that are used, and to 1, the prior's, in the superfluous ones
+    (Dai, Wipf, ICLR 2019); where the line is drawn between them matters only far from such an optimum.
     """
     return logvar.exp().mean(0) < ACTIVE_VARIANCE
 

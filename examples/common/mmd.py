@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .data import DataError, Splits
+
 SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 CHUNK = 256  # rows of the kernel matrix that are held at once: small enough for the cache
 
@@ -26,6 +28,12 @@ def mmd(x: Tensor, y: Tensor, scale: float | None = None) -> float:
     scale = x.shape[1] if scale is None else scale
     within = sum((_kernel_sum(a, a, scale) - len(SCALES) * len(a)) / (len(a) * (len(a) - 1)) for a in (x, y))
     return within - 2 * _kernel_sum(x, y, scale) / (len(x) * len(y))
+
+
+def check_enough(data: Splits, name: str) -> None:
+    """Before any work: the validation and the test split, a tenth of the data each, have an MMD."""
+    if min(len(data.val), len(data.test)) < 2:
+        raise DataError(f"{name}: too few images for an MMD of a tenth of them, at least 20 are needed")
 
 
 def _kernel_sum(x: Tensor, y: Tensor, scale: float) -> float:

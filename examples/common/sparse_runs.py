@@ -147,4 +147,4 @@ def make_run(
             checkpoint=checkpoint, settings=settings,
         )  # fmt: skip
 
-    return Run(name, {**settings, "epochs": epochs}, build, measure)
+    return Run(name, {**settings, "length": args.length}, build, measure)
