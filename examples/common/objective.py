@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fused_elbo import ELBO, DecoupledELBO, LearnedSigmaELBO, decoupled_elbo, sigma
 
 from .linear import LinearVAE
+from .mlp import MLPVAE
 from .models import ConvVAE
 from .ranks import group
 
@@ -58,14 +59,13 @@ def make_criterion(
 
 
 class VAEObjective(nn.Module):
-    """images [B, C, H, W] in [0, 1], or other data -> ELBO, whose sigma is always one number here: the geometric mean
-    of all sigmas.
+    """images in [0, 1], or vectors -> ELBO, whose sigma is always one number here: the geometric mean of all sigmas.
 
     One module, so that a trainer sees the parameters of the model and of the loss, and torch.compile sees the whole
     forward pass. In evaluation mode the closed-form sigmas are replaced by their running average over training.
     """
 
-    def __init__(self, model: ConvVAE | LinearVAE, criterion: nn.Module) -> None:
+    def __init__(self, model: ConvVAE | LinearVAE | MLPVAE, criterion: nn.Module) -> None:
         super().__init__()
         self.model, self.criterion = model, criterion
 

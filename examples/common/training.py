@@ -70,6 +70,8 @@ class Trainer:
     All state of a run is in `state_dict()`: the order of an epoch's batches is a function of (seed, epoch), so the
     position inside the epoch, the weights and the random generators' states determine the rest of the run.
 
+    `probe` measures the objective after each epoch, for the history; it must leave the global random state alone.
+
     Under torchrun each process takes its part of every batch; all evaluate, and the first one writes.
     """
 
@@ -87,6 +89,7 @@ class Trainer:
         settings: dict[str, Any],
         weight_decay: float = 0.01,
         compile: bool = False,
+        probe: Callable[[nn.Module], dict[str, float]] | None = None,
     ) -> None:
         self.objective = objective.to(device)
         self.forward: Any = torch.compile(self.objective) if compile else self.objective
@@ -94,7 +97,7 @@ class Trainer:
             self.forward = DistributedDataParallel(self.forward)
         self.images, self.device, self.seed = images, device, seed
         self.epochs, self.batch_size = epochs, min(batch_size, len(images.train))
-        self.checkpoint, self.settings = checkpoint, settings
+        self.checkpoint, self.settings, self.probe = checkpoint, settings, probe
 
         log_sigmas = [p for name, p in objective.named_parameters() if name.endswith("log_sigma")]
         weights = [p for name, p in objective.named_parameters() if not name.endswith("log_sigma")]
@@ -169,7 +172,10 @@ class Trainer:
                 f"training diverged in epoch {self.epoch + 1} (loss is {train['loss']}): try a smaller --lr; "
                 f"the checkpoint of the epoch before is intact"
             )
-        self.history.append({"epoch": self.epoch + 1, "train": train, "val": self.evaluate(self.images.val)})
+        entry = {"epoch": self.epoch + 1, "train": train, "val": self.evaluate(self.images.val)}
+        if self.probe is not None:
+            entry["probe"] = self.probe(self.objective)
+        self.history.append(entry)
         self.epoch, self.step = self.epoch + 1, 0
         self.totals.zero_()
         self.seconds += time.perf_counter() - started
