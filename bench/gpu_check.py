@@ -18,16 +18,22 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import gpu_timing
 import torch
+from torch import Tensor
 
 from fused_elbo import backends, decoupled_elbo, decoupled_elbo_backward
 
 REPO = Path(__file__).resolve().parent.parent
-NUMERICAL = ["elbo", "step", "autograd", "ops", "layout", "properties", "modules", "compile", "memory"]
+NUMERICAL = [
+    "elbo", "step", "step_graph", "autograd", "ops", "layout", "levels", "properties", "facts", "corners", "modules",
+    "compile", "memory",
+]  # fmt: skip
 NO_GPU = 2
 
 
@@ -135,20 +141,35 @@ def sanitizer(options: argparse.Namespace) -> list[str]:
     return lines
 
 
+def modes(leaf: Callable[..., Tensor], shape: tuple[int, ...], latents: int) -> list[dict[str, Any]]:
+    """Those that differ in code. A leaf wants a gradient."""
+    batch, channels = shape[:2]
+    return [
+        {},
+        {"sigma": "optimal-per-image", "free_bits": 0.2},
+        {"log_sigma": leaf((1, 1, 1)), "beta": leaf(())},
+        {"log_sigma": leaf((batch,)), "beta": leaf((batch,))},
+        {"log_sigma": leaf((channels, 1, 1), dtype=torch.float32)},
+        {"log_sigma": leaf(shape)},
+        {"prior": (leaf((batch, latents)), leaf((batch, latents))), "beta": leaf(())},
+        {"sigma": 0.3, "capacity": 5.0, "beta": leaf(())},
+    ]
+
+
 def steps(device: str) -> None:
-    """What runs under compute-sanitizer: sizes beside every boundary of a tile, in the modes that differ in code."""
-    modes = ({}, {"sigma": "optimal-per-image"}, {"log_sigma": torch.zeros(1, 1, 1, device=device)}, {"free_bits": 0.2})
+    """What runs under compute-sanitizer: sizes beside every boundary of a tile, in every mode."""
     for shape, latents in (((1, 1, 1, 1), 1), ((3, 3, 9, 11), 5), ((5, 1, 64, 64), 16), ((2, 3, 75, 150), 4097)):
         for dtype in (torch.float32, torch.bfloat16):
-            for kw in modes:
-                for reduction in ("batchmean", "none"):
-                    recon, target = (torch.rand(shape, device=device, dtype=dtype) for _ in range(2))
-                    mu, logvar = (torch.rand(shape[0], latents, device=device, dtype=dtype) for _ in range(2))
-                    leaves = [t.requires_grad_() for t in (recon, target, mu, logvar)]
-                    loss = decoupled_elbo(*leaves, **kw, reduction=reduction).loss
+            leaf = partial(torch.rand, device=device, dtype=dtype, requires_grad=True)
+            for kw in modes(leaf, shape, latents):
+                for reduction in ("batchmean",) if "capacity" in kw else ("batchmean", "none"):
+                    tensors = [leaf(size) for size in (shape, shape, (shape[0], latents), (shape[0], latents))]
+                    given = [t for v in kw.values() for t in (v if isinstance(v, tuple) else (v,))]
+                    leaves = [*tensors, *(t for t in given if isinstance(t, Tensor))]
+                    loss = decoupled_elbo(*tensors, **kw, reduction=reduction).loss
                     torch.autograd.grad(loss, leaves, torch.rand(loss.shape, device=device))
                     if reduction != "none":
-                        decoupled_elbo_backward(*leaves, **kw, reduction=reduction)
+                        decoupled_elbo_backward(*tensors, **kw, reduction=reduction)
 
 
 def benchmark(options: argparse.Namespace) -> list[str]:

@@ -94,6 +94,19 @@ def with_nan(call: Call, *which: int) -> Call:
     return call
 
 
+def without_error(call: Call) -> Call:
+    call.tensors[0] = call.tensors[1].detach().clone().requires_grad_()
+    return call
+
+
+def beyond_exp(call: Call) -> Call:
+    """With variances that are 0 and infinite in the compute type, and logarithms at which exp's reduced argument has
+    lost all its digits."""
+    with torch.no_grad():
+        call.tensors[3][:, 0] = torch.tensor([float("-inf"), -1e10, 1e10])
+    return call
+
+
 def in_two_orders(call: Call) -> Call:
     recon = call.tensors[0].detach().contiguous(memory_format=torch.channels_last)
     call.tensors[0] = recon.requires_grad_()
@@ -123,9 +136,13 @@ def calls() -> dict[str, Call]:
         # What has a kernel of the whole step, in programs that do not wait, or one that waits for itself.
         "step, per image": Call("per-image", batch=5, data=(3, 39, 39), latent=(4099,)),
         "step, one sigma": Call("learned-image", batch=3, data=(5003,), latent=(21,)),
+        "step, one beta": Call("capacity-above", batch=3),
+        "step, one log sigma": Call("learned", batch=3),
         "step, waits": just_below(Call("capacity", batch=2, data=(1501,), latent=(3000,))),
         "wide rows": Call("prior", batch=3, data=(64,), latent=(32,)),
         "two tiles": Call("free-bits", batch=2, data=(5000,), latent=(4100,), dtype=torch.float64),
+        "no error": without_error(Call("optimal", "none", **small)),
+        "variances of 0 and infinity": beyond_exp(Call("optimal", "none", batch=3)),
         "NaN in the latents": with_nan(Call("free-bits", **small), 2),
         "NaN in the data": with_nan(Call("softclip", **small), 0),
     }
@@ -150,7 +167,7 @@ def double(args: Arguments) -> Arguments:
 
 def compare(stage: str, got: Tensor, true: Tensor) -> None:
     tolerance = TOLERANCE[got.dtype]
-    largest = true.abs().nan_to_num().max().item() if true.numel() else 0.0
+    largest = true.abs().nan_to_num(posinf=0.0).max().item() if true.numel() else 0.0
     torch.testing.assert_close(
         got.double(), true, rtol=tolerance, atol=tolerance * largest, equal_nan=True, msg=lambda m: f"{stage}: {m}"
     )
@@ -167,8 +184,9 @@ class Case:
         call = (*self.weights, *args[:9], self.outputs[4], *args[9:])
         self.gradients = reference.grads(*double(call))
         self.mask = sum(1 << i for i in range(8) if args[i] is not None)
-        self.step = (*args[:9], guarded(torch.tensor(-2.5), apart=False), *args[9:], 1.0, self.mask)
-        self.stepped = None if args[-1] == NONE else ops.ByReference.step(*double(self.step))
+        scales = ((guarded(torch.tensor(-2.5), apart=False), 1.0), (None, -2.5))  # a tensor, and a number
+        self.steps = [(*args[:9], t, *args[9:], value, self.mask) for t, value in scales if args[-1] != NONE]
+        self.stepped = ops.ByReference.step(*double(self.steps[0])) if self.steps else ()
 
     def check(self, operators: ModuleType) -> None:
         """Raises AssertionError at the first fault."""
@@ -186,9 +204,9 @@ class Case:
         for name, value, true in zip(self.gradients._fields, gradients, self.gradients, strict=True):
             if true is not None:
                 compare(f"gradient of {name}", value, true)
-        if self.stepped is not None:
+        for step in self.steps:
             with GuardedAllocations() as allocations:
-                stepped = operators.step(*self.step)
+                stepped = operators.step(*step)
             allocations.verify()
             for i, (value, true) in enumerate(zip(stepped, self.stepped, strict=True)):
                 if true.numel():  # what is not asked for has no dtype to compare

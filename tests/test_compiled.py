@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -142,6 +144,20 @@ def test_the_reading_of_machine_code() -> None:
     code = bench.read_amdgcn(f"kernel:\n{amdgcn}\t.section x\n{notes}")
     assert (code.registers, code.spill_bytes, code.instructions) == (56, 4, 4)
     assert (code.widths, code.in_flight) == ([16, 2, 4], None)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("kernel", ["elbo_stats", "elbo_grads"])
+def test_the_committed_table_is_of_this_code(kernel: str, dtype: str) -> None:
+    """A few of its rows, compiled anew: `python bench/compiled.py --out bench` writes them all."""
+    folder = Path(bench.__file__).parent
+    named = re.search(r"Triton (\S+)\.\n", (folder / "compiled.md").read_text(encoding="utf-8"))
+    assert named is not None
+    if named[1] != triton.__version__:
+        pytest.skip(f"the committed table is of Triton {named[1]}, and this is {triton.__version__}")
+    with (folder / "compiled.csv").open(newline="", encoding="utf-8") as file:
+        committed = [row for row in csv.reader(file) if row[:3] == [kernel, dtype, "sm_90"]]
+    assert [bench.cells(bench.row(kernel, dtype, "sm_90"))] == committed
 
 
 def test_the_table_has_every_kernel(tmp_path: Path) -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from cases import MODES
+
+from fused_elbo import autograd, ops
+from fused_elbo.sigma import Kind
 
 REPO = Path(__file__).parent.parent
 sys.path.insert(0, str(REPO / "bench"))
@@ -40,8 +45,29 @@ def test_arguments() -> None:
         gpu_check.parse(["--only", "suite,grahps"])
 
 
-def test_every_test_file_that_it_runs_is_there() -> None:
-    assert [name for name in gpu_check.NUMERICAL if not (REPO / "tests" / f"test_{name}.py").exists()] == []
+NOT_ON_A_GPU = {
+    "distributed": "most of it starts processes that speak by gloo, on CPU tensors",
+}
+
+
+def uses_backend(path: Path) -> bool:
+    """Whether a test, or a mark, asks for the fixture."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        asked: list[object] = []
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            asked = [argument.arg for argument in node.args.args]
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "usefixtures":
+            asked = [a.value for a in node.args if isinstance(a, ast.Constant)]
+        if "backend" in asked:
+            return True
+    return False
+
+
+def test_it_runs_every_file_of_tests_that_run_on_backends() -> None:
+    there = {path.stem.removeprefix("test_"): path for path in (REPO / "tests").glob("test_*.py")}
+    assert set(gpu_check.NUMERICAL) <= set(there)
+    on_backends = {name for name, path in there.items() if uses_backend(path)}
+    assert on_backends - set(gpu_check.NUMERICAL) == set(NOT_ON_A_GPU)
 
 
 def well(options: argparse.Namespace) -> list[str]:
@@ -83,8 +109,37 @@ def test_the_tests_run_on_another_device() -> None:
         gpu_check.pytest("tests/test_elbo.py", "-k", "test_half_precision_sums", device="meta")
 
 
-def test_the_steps_under_compute_sanitizer_are_steps() -> None:
+class Watch:
+    """In the operators' place: calls them, and takes down the kinds of σ and which gradients were wanted."""
+
+    def __init__(self) -> None:
+        self.kinds: dict[str, set[Kind]] = {"forward": set(), "step": set()}
+        self.shapes: set[tuple[int, ...]] = set()  # of log σ
+        self.masks: dict[str, int] = {"grads": 0, "step": 0}
+
+    def forward(self, *args: Any) -> Any:
+        self.kinds["forward"].add(Kind(args[9]))
+        if args[4] is not None:
+            self.shapes.add(tuple(args[4].shape))
+        return ops.forward(*args)
+
+    def grads(self, *args: Any) -> Any:
+        self.masks["grads"] |= args[-1]
+        return ops.grads(*args)
+
+    def step(self, *args: Any) -> Any:
+        self.kinds["step"].add(Kind(args[10]))
+        self.masks["step"] |= args[-1]
+        return ops.step(*args)
+
+
+def test_the_steps_under_compute_sanitizer_have_every_sigma_and_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Watch()
+    monkeypatch.setattr(autograd, "implementation", lambda *_: watch)
     gpu_check.steps("cpu")
+    assert watch.kinds == {"forward": set(Kind), "step": set(Kind)}
+    assert watch.masks == {"grads": 0xFF, "step": 0xFF}  # each of recon, …, log σ, prior and β
+    assert {(1, 3, 1, 1), (3, 3, 9, 11)} <= watch.shapes  # for each channel, and each pixel
 
 
 def test_the_benchmark_has_a_row_for_the_single_pass() -> None:

@@ -243,7 +243,7 @@ T = torch.zeros(2, 3)
         (([T, T], [T]), ValueError, "as many levels, got 2 and 1"),
         (([T, T], [T, T[:, :2]]), ValueError, r"mu\[1\] and logvar\[1\] must have the same shape, got \(2, 3\)"),
         (([T, T[:1]], [T, T[:1]]), ValueError, r"mu\[0\] and mu\[1\] must have the same batch size"),
-        (([T, T.to("meta")], [T, T.to("meta")]), ValueError, r"mu\[1\]: on meta, but mu\[0\] is on cpu"),
+        (([T, T.to("meta")], [T, T.to("meta")]), ValueError, rf"mu\[1\]: on meta, but mu\[0\] is on {T.device}"),
         (([T, 1.0], [T, T]), TypeError, r"mu\[1\]: expected a tensor, got float"),
         (([T, T.int()], [T, T]), TypeError, r"mu\[1\]: expected float32"),
         (([T[:0]], [T[:0]]), ValueError, r"mu\[0\]: an empty batch"),

@@ -78,6 +78,8 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "the_mean_is_a_batchmean": (FINALIZE, "1 / (batch * dims)", "1 / batch"),
     "g_logvar_without_its_half": (GRADS, "(b * 0.5 * stretch)", "(b * stretch)"),
     "2_log_sigma_is_left_out": (STATS, "exp(-2.0 * ls) + 2.0 * ls", "exp(-2.0 * ls)"),
+    "exp_does_not_overflow": (MATH, 'return tl.where(x > 89.0, float("inf"), scaled)', "return scaled"),
+    "exp_does_not_underflow": (MATH, "scaled = tl.where(x < -104.0, 0.0, scaled)", "scaled += 0.0"),
     "a_series_too_short": (MATH, "18 if t.dtype", "8 if t.dtype"),
     # the step
     "the_steps_last_column_is_left_out": (STEP, "(cols < dims)", "(cols < dims - 1)"),
@@ -88,6 +90,10 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "the_steps_counter_is_not_reset": (GRID, "tl.atomic_xchg(barrier, 0,", "tl.atomic_xchg(barrier, 1,"),
     "the_sum_of_the_latents_of_one_tile": (STEP, "clamped_total += latent_sums(", "clamped_total = latent_sums("),
     "a_sigma_for_the_wrong_image": (STEP, "pid * TILES, e, s, total", "pid * TILES, e, s + s, total"),
+    "samples_that_are_not_there_pull_on_beta": (GRADS, "tl.where(srows < batch, of_beta, 0.0)", "of_beta"),
+    "samples_that_are_not_there_pull_on_log_sigma": (
+        GRADS, "tl.where(srows < batch, of_log_sigma, 0.0)", "of_log_sigma",
+    ),
     # σ inside a sample
     "one_level_of_log_sigma_only": (STATS, "if LEVELS == 2:", "if LEVELS == 3:"),
     "log_sigma_does_not_wrap": (STATS, "cols // divisor0 % size0 * stride0", "cols // divisor0 * stride0"),
@@ -97,6 +103,9 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     ),
     # σ and the rate
     "no_coupling_by_sigma_for_unequal_weights": (FACTORS, "error += tl.load(through)", "error += 0.0"),
+    "no_error_at_all_is_divided_by": (
+        FINALIZE, "tl.sum(flows, 0) / tl.where(total == 0.0, 1.0, total)", "tl.sum(flows, 0) / total",
+    ),
     "no_coupling_by_sigma_for_equal_weights": (
         FACTORS, "error += slope * (w * (n * d", "error += 0.0 * (w * (n * d",
     ),

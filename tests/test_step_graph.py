@@ -179,7 +179,7 @@ def test_gradients_are_freed_once_they_are_used(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.usefixtures("backend")
 def test_autocast_leaves_it_alone() -> None:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(X.device.type, dtype=torch.bfloat16):
         compare(lambda: Call("optimal"))
         one, two = two_models()
         x = torch.rand(8, 12)
@@ -193,7 +193,7 @@ def test_autocast_leaves_it_alone() -> None:
 @pytest.mark.usefixtures("backend")
 def test_grad_scaler() -> None:
     """fp16 gradients that underflow unscaled: they must be multiplied before they are rounded."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
+    scaler = torch.amp.GradScaler(X.device.type, init_scale=65536.0)
     x = torch.zeros(1, 40000)
     leaves = [torch.full((1, 40000), 1e-3).half().requires_grad_() for _ in range(2)]
     latents = torch.zeros(1, 2)
@@ -218,7 +218,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"grad_scale": torch.ones((), device="meta")},
         ValueError,
-        "grad_scale: on meta, but recon is on cpu",
+        f"grad_scale: on meta, but recon is on {X.device}",
     ),
     ({"grad_scale": torch.ones((), requires_grad=True)}, ValueError, "grad_scale: has no gradient here"),
     ({"grad_scale": float("nan")}, ValueError, "grad_scale: expected a finite number, got nan"),
