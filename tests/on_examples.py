@@ -46,7 +46,7 @@ def interrupt_in_step(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(Trainer, "train_step", train_step)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")  # before what a module's own fixtures train
 def one_thread() -> Iterator[None]:
     """These tensors are too small to share out; and where tests run side by side, waiting threads cost most."""
     threads = torch.get_num_threads()

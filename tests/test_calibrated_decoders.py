@@ -36,10 +36,7 @@ def read(out: Path) -> dict[str, Row]:
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The script as a user would try it, once for all claims below."""
     out = tmp_path_factory.mktemp("quick")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     assert calibrated_decoders.main(["--quick", "--out", str(out)]) == 0
-    torch.set_num_threads(threads)
     return out
 
 

@@ -25,7 +25,6 @@ SEEDS = (0, 1)  # of --quick
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("learned")
-    torch.set_num_threads(1)
     assert learned_vs_fixed_sigma.main(["--quick", "--out", str(out), "--device", "cpu"]) == 0
     return out
 

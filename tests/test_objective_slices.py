@@ -110,7 +110,6 @@ def test_small_gammas_are_sharp_and_large_ones_smooth(seed: int) -> None:
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("slices")
-    torch.set_num_threads(1)
     assert objective_slices.main(["--quick", "--out", str(out), "--device", "cpu"]) == 0
     return out
 

@@ -24,7 +24,6 @@ FILES = ["models", "outliers.csv", "pruning.csv", "results.csv", "sparse_represe
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("sparse")
-    torch.set_num_threads(1)
     assert sparse_representation.main(["--quick", "--out", str(out), "--device", "cpu"]) == 0
     return out
 
