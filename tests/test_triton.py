@@ -32,6 +32,45 @@ def test_it_says_why_it_cannot_serve() -> None:
     assert "TRITON_INTERPRET=1" in row.remedy
 
 
+class NoCompiler:
+    """Triton's driver where there is nothing to compile it with."""
+
+    @property
+    def active(self) -> object:
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable")
+
+
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As PyTorch would see one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(backends.triton, "load", backends.triton.load.__wrapped__)  # which remembers nothing
+
+
+def test_a_driver_that_cannot_start_is_no_backend(a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one serves, as on a machine without a compiler it does with a wheel's CUDA kernels."""
+    import triton
+
+    served: list[str] = []
+    monkeypatch.setattr(triton.runtime, "driver", NoCompiler())
+    monkeypatch.setattr(backends.cuda, "load", lambda: served.append("cuda"))
+    assert backends.load_for("cuda")
+    assert served == ["cuda"]
+    row = backends.triton.status()
+    assert not row.ready
+    assert "driver cannot start: Failed to find C compiler" in row.detail
+    assert "CC" in row.remedy
+    with pytest.raises(BackendUnavailable, match="driver cannot start"), fused_elbo.backend("triton"):
+        pass
+
+
+def test_of_cpu_tensors_it_does_not_say_that_there_is_no_gpu(a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends.triton, "runs_on_cpu", lambda: None)
+    with pytest.raises(BackendUnavailable, match="is here, but these are CPU tensors"):
+        backends.triton.require("cpu")
+
+
 @on_cpu
 def test_its_state_names_version_and_target() -> None:
     import triton

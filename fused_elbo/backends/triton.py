@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
@@ -38,7 +37,21 @@ def load() -> None:
             raise BackendUnavailable(
                 f"the Triton kernels need an NVIDIA GPU of compute capability 8.0, not {capability}."
             )
-    ops.register(operators(), "CUDA")  # the key of HIP builds too
+    kernels = operators()
+    if torch.cuda.is_available():
+        _start()
+    ops.register(kernels, "CUDA")  # the key of HIP builds too
+
+
+def _start() -> None:
+    """Triton's driver, which it compiles at the first look at the GPU: if it cannot, others still can serve."""
+    try:
+        _target()
+    except Exception as error:  # whatever looking for a compiler, running it and loading what it made may raise
+        raise BackendUnavailable(
+            f"Triton's driver cannot start: {error}",
+            "Triton compiles it at first use: install a C compiler, or name one in CC.",
+        ) from error
 
 
 def runs_on_cpu() -> str | None:
@@ -59,11 +72,13 @@ def runs_on_cpu() -> str | None:
 def require(device: str | None = None) -> None:
     """Raise BackendUnavailable unless Triton can serve tensors of a type of device (None: of any)."""
     operators()
-    if device in (None, "cuda") and torch.cuda.is_available():
+    has_gpu = torch.cuda.is_available()
+    if device in (None, "cuda") and has_gpu:
         load()
     elif device == "cuda" or runs_on_cpu() is None:
+        what = "but these are CPU tensors" if has_gpu else "but no GPU is"
         raise BackendUnavailable(
-            f"Triton {version('triton')} is here, but no GPU is.",
+            f"Triton {_version()} is here, {what}.",
             "On CPU tensors its kernels run in its interpreter only: set TRITON_INTERPRET=1 before Python starts.",
         )
 
@@ -79,7 +94,14 @@ def status() -> Status:
         where = f"CPU tensors by {how}, when asked for"
     else:
         where = f"for {_target()}, CPU tensors by {how}, when asked for"
-    return Status("triton", True, f"Triton {version('triton')}, {where}")
+    return Status("triton", True, f"Triton {_version()}, {where}")
+
+
+def _version() -> str:
+    """By the module: the distribution has other names too, as in PyTorch's builds for AMD."""
+    import triton
+
+    return triton.__version__
 
 
 def _target() -> str:
