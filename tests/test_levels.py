@@ -190,6 +190,16 @@ def test_operators(cpp: None, free_bits: float) -> None:
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+def test_gradients_larger_than_any_cache(cpp: None) -> None:
+    """They are written past the caches; a sample's may begin anywhere."""
+    shapes = ((2, 1 << 21), (2, (1 << 21) + 3))
+    tensors = [0.5 * torch.randn(shape) for shape in shapes for _ in range(4)]
+    grad, wanted = torch.rand(2), list(range(8))
+    expected = operators.OneByOne(ops).levels_grads(grad, tensors, 0.0, wanted)
+    got = operators.levels_grads(grad, tensors, 0.0, wanted)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 FIRST_CALLS = """
 import torch
 from fused_elbo import backends, gaussian_kl

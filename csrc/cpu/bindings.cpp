@@ -333,6 +333,9 @@ std::vector<Tensor> levels_grads(
   const Levels in(tensors, free_bits);
   std::vector<Gradients> spans(in.latents.size());
   std::deque<Output> outputs;
+  int64_t bytes = 0;
+  for (int64_t i : wanted) bytes += tensors[i]->numel() * tensors[i]->element_size();
+  for (Gradients& level : spans) level.latents_past_caches = passes_caches(bytes);
   for (int64_t i : wanted) {
     outputs.emplace_back(*tensors[i], in.mu(i / 4), tensors[i]->scalar_type(), empty_pooled);
     Gradients& level = spans[i / 4];

@@ -70,6 +70,7 @@ struct Gradients {
   Span log_sigma;                                      // where log σ is dense
   std::vector<double>* log_sigma_broadcast = nullptr;  // where it is broadcast: numel values
   bool past_caches = false;                            // those of the data are too large to be found there again
+  bool latents_past_caches = false;                    // those of the latents are
 };
 
 // Data or latents without dims are left out.
