@@ -44,7 +44,7 @@ So a faster loss does not make a large convolutional VAE train faster. It matter
 - where memory is short: for long videos and large images the element-wise code keeps several tensors of the size of the
   reconstruction for backward, and this loss none ([memory](#memory));
 - in hierarchical VAEs with eager code, whose dozens of small KLs are mostly overhead, as is any loss of small tensors;
-  compiled code makes fewer kernels of them, and can be ahead ([above](#a-hierarchy-of-latents))."""
+  compiled code makes few kernels of them, as `gaussian_kl` of lists makes one ([above](#a-hierarchy-of-latents))."""
 
 GPU = """\
 No kernel has been timed on a GPU. What is known without one: a step takes three launches and moves 5N + 6L bytes within
