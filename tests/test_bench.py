@@ -246,7 +246,8 @@ def test_peak_memory() -> None:
     case = workloads.registry()["128x3x64x64"]
     recon = case.elements * 4
     one_liner = peak.in_a_process(case, "one_liner", 1)
-    assert recon <= one_liner < 8 * recon
+    # What else is resident may shrink beside it, by some pages in a thousand.
+    assert 0.95 * recon < one_liner < 8 * recon
     assert one_liner < peak.in_a_process(case, "stock", 1)
 
 
