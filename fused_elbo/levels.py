@@ -45,11 +45,11 @@ def _levels_grads_fake(grad, tensors, free_bits, wanted):
     return [torch.empty_like(tensors[i]) for i in wanted]
 
 
-def _each(tensors: _Tensors) -> Iterator[tuple[_Tensors, _Tensors]]:
-    """The seven inputs and two knobs of `ops` for each level."""
+def _each(tensors: _Tensors) -> Iterator[_Tensors]:
+    """The seven inputs of `ops` for each level."""
     for i in range(0, len(tensors), 4):
         mu, logvar, prior_mu, prior_logvar = tensors[i : i + 4]
-        yield (None, None, mu, logvar, None, prior_mu, prior_logvar), (None, None)
+        yield None, None, mu, logvar, None, prior_mu, prior_logvar
 
 
 class OneByOne:
@@ -60,18 +60,18 @@ class OneByOne:
 
     def levels(self, tensors: _Tensors, free_bits: float) -> Tensor:
         dtype = reference.compute_dtype(*tensors)
-        rates = [self.by.stats(*inputs, free_bits)[2, :-1] for inputs, _ in _each(tensors)]
+        rates = [self.by.stats(*inputs, free_bits)[2, :-1] for inputs in _each(tensors)]
         return torch.stack([rate.to(dtype) for rate in rates]).sum(0)
 
     def levels_grads(self, grad: Tensor, tensors: _Tensors, free_bits: float, wanted: Sequence[int]) -> list[Tensor]:
         values = (int(Kind.GIVEN), False, 0.0, 0.0, free_bits, 1.0, None, reference.NONE)
         found: list[Tensor] = []
-        for level, (inputs, knobs) in enumerate(_each(tensors)):
+        for level, inputs in enumerate(_each(tensors)):
             own = grad.to(reference.compute_dtype(*inputs))
             stats = own.new_zeros(3, len(own) + 1)  # of no account where β is a number and there are no data
-            places = [i - 4 * level for i in wanted if i // 4 == level]
-            bits = [(2, 3, 5, 6)[place] for place in places]  # among `ops._INPUTS`
-            gradients = self.by.grads(own, None, None, *inputs, *knobs, stats, *values, sum(1 << bit for bit in bits))
+            bits = [(2, 3, 5, 6)[i % 4] for i in wanted if i // 4 == level]  # among `ops._INPUTS`
+            mask = sum(1 << bit for bit in bits)
+            gradients = self.by.grads(own, None, None, *inputs, None, None, stats, *values, mask)
             found += [gradients[bit] for bit in bits]
         return found
 
