@@ -3,14 +3,18 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+JOBS ?= auto
 
 PY := $(VENV)/bin/python
+# Tests run side by side, JOBS at a time, with one thread each: waiting threads would take the cores from each other.
+# What several tests share is made once (--dist loadgroup). For a debugger: ARGS="-n0 --pdb".
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --maxprocesses 8 --dist loadgroup
 PIP := $(PY) -m pip --disable-pip-version-check install
 PINS := $(VENV)/constraints.txt
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 CPP = $(shell find csrc bench -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help demo test test-triton test-cuda gpu-check bench bench-docs wheel lint format clean
+.PHONY: help demo test check check-slow check-release test-triton test-cuda gpu-check bench bench-docs wheel lint format clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # pip does not share an environment with another pip
@@ -19,21 +23,32 @@ help: ## list the targets
 	@echo "usage: make TARGET [PYTHON=python3] [VENV=.venv] [ARGS=...]"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' Makefile
 
-demo: $(VENV)/.demo ## install, then train a small VAE; ARGS go to examples/train_vae.py
+demo: $(VENV)/.demo $(VENV)/.kernels ## install, then train a small VAE; ARGS go to examples/train_vae.py
 	@echo "== Training a small VAE: examples/train_vae.py $(ARGS)"
 	@$(PY) examples/train_vae.py $(ARGS)
 
-test: $(VENV)/.dev ## install, then run the tests; ARGS go to pytest, e.g. ARGS="-k sigma -x"
+test: $(VENV)/.dev ## install, then prove the library, in minutes; ARGS go to pytest, e.g. ARGS="-k sigma -x"
 	@echo "== Running the tests: pytest $(ARGS)"
-	@$(PY) -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
-test-triton: $(VENV)/.dev ## run the Triton kernels' tests in Triton's interpreter; ARGS go to pytest
+check: check-slow test-triton test-cuda ## all tests that `make test` leaves out, but those before a release
+
+check-slow: $(VENV)/.dev ## of `make check`: machine code, instruction sets, wheel, examples; ARGS go to pytest
+	@echo "== Running the slower tests: pytest --tier=check $(ARGS)"
+	@$(PYTEST) --tier=check $(ARGS)
+
+test-triton: $(VENV)/.dev ## of `make check`: the Triton kernels, in Triton's interpreter; ARGS go to pytest
 	@echo "== Running the Triton kernels in their interpreter: pytest $(ARGS)"
-	@TRITON_INTERPRET=1 $(PY) -m pytest $(ARGS)
+	@TRITON_INTERPRET=1 $(PYTEST) $(ARGS)
 
-test-cuda: $(VENV)/.dev ## run the CUDA kernels' tests, as CPU code and, where nvcc is, as GPU code; ARGS go to pytest
+test-cuda: $(VENV)/.dev ## of `make check`: the CUDA kernels, as CPU code and, where nvcc is, as GPU code
 	@echo "== Running the CUDA kernels as CPU code: pytest $(ARGS)"
-	@PYTHONPATH="tests:$$PYTHONPATH" $(PY) -m pytest -p cuda_plugin $(ARGS)
+	@PYTHONPATH="tests:$$PYTHONPATH" $(PYTEST) -p cuda_plugin $(ARGS)
+
+check-release: $(VENV)/.dev ## what only a release needs: every GPU target's machine code, the full examples
+	@echo "== Running what a release needs: pytest --tier=release $(ARGS)"
+	@$(PYTEST) --tier=release $(ARGS)
+	@PYTHONPATH="tests:$$PYTHONPATH" $(PYTEST) -p cuda_plugin --tier=release $(ARGS)
 
 gpu-check: $(VENV)/.dev ## on a machine with a GPU: tests, CUDA graphs, benchmark, one report; ARGS go to bench/gpu_check.py
 	@echo "== Checking on the GPU: bench/gpu_check.py $(ARGS)"
@@ -72,9 +87,17 @@ clean: ## remove .venv, build leftovers and caches; results in runs/ stay
 # An empty file in VENV marks each finished step, so that a second run costs nothing, and a change of the requirements
 # or an interrupted step runs it again.
 
+# Without Triton, a gigabyte that a CPU has no use for: PyTorch's CUDA builds, which need it, bring it themselves.
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	@echo "== Installing fused_elbo with what the examples need (minutes, the first time)"
-	@$(PIP) -qq -c $(PINS) -e '.[examples]'
+	@echo "== Installing fused_elbo with what the examples need (a minute or two, the first time)"
+	@$(PIP) -qq --no-deps -e .
+	@$(PY) .ci/requirements.py --extra examples --without triton > $(VENV)/examples.txt
+	@$(PIP) -qq -c $(PINS) -r $(VENV)/examples.txt
+	@touch $@
+
+$(VENV)/.kernels: $(VENV)/.demo
+	@echo "== Compiling the kernels, once: seconds, or up to a minute on a slow machine"
+	@$(PY) -m fused_elbo
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml

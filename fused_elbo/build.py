@@ -33,6 +33,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +49,8 @@ __all__ = ["BuildFailed", "BuildSpec", "Settings", "Target", "build", "cpu_spec"
 # torch.utils.cpp_extension would know the include folders too, but imports setuptools (0.1 s) to say so.
 _TORCH = Path(torch.__file__).resolve().parent
 _HEADERS = {"C++": {".h", ".hpp", ".inc"}, "CUDA": {".h", ".hpp", ".inc", ".cuh"}}
+_SILENCE = 2.0  # seconds that a build takes without a word
+_TIME = "seconds, or up to a minute on a slow machine"
 _LOCK_TIMEOUT = 600.0  # seconds; only a builder that is alive, but stuck or stopped, can hold the lock for so long
 
 
@@ -163,11 +166,8 @@ def _compile(target: Target, compiler: Compiler) -> None:
                 f"MAX_JOBS is {max_jobs!r}, which is no number of compilers.", "Set it to 1 or more, or unset it."
             )
         command = [find_ninja(), *(["-j", max_jobs] if max_jobs else [])]
-        run = subprocess.run(
-            command, cwd=scratch, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        output, log = run.stdout.decode(errors="replace"), target.folder / "build.log"
-        if run.returncode:
+        (status, output), log = _run(command, scratch, target), target.folder / "build.log"
+        if status:
             log.write_text(output)
             raise BuildFailed(
                 f"compiling {target.spec.name} failed; what the compiler said is in {log} too.",
@@ -181,6 +181,25 @@ def _compile(target: Target, compiler: Compiler) -> None:
         log.unlink(missing_ok=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _run(command: list[str], scratch: Path, target: Target) -> tuple[int, str]:
+    """Exit status and output of ninja. A build that takes long says so: it stands between a user and a first result."""
+    with subprocess.Popen(
+        command, cwd=scratch, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as ninja:
+        try:
+            try:
+                output, _ = ninja.communicate(timeout=_SILENCE)
+            except subprocess.TimeoutExpired:
+                said = f"fused_elbo: compiling the {target.spec.language} kernels, once, into {target.folder}: {_TIME}"
+                with suppress(Exception):  # stderr may be closed, which is no reason to stop
+                    print(said, file=sys.stderr, flush=True)
+                output, _ = ninja.communicate()
+        except BaseException:  # such as Ctrl-C; as subprocess.run does
+            ninja.kill()
+            raise
+    return ninja.returncode, output.decode(errors="replace")
 
 
 def ninja_file(spec: BuildSpec, compiler: tuple[str, ...]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_elbo import backends
 from fused_elbo.sigma import Optimal
 
 REDUCTIONS = ("batchmean", "sum", "mean", "none")
@@ -50,6 +51,16 @@ INSIDE_A_SAMPLE = [
     "learned-channel", "learned-channel-image", "learned-map", "learned-last", "learned-rows", "learned-data",
     "learned-pixel",
 ]  # fmt: skip
+
+
+# One for each way through the kernels.
+FEW = ["optimal", "per-image", "learned-channel", "free-bits", "prior"]
+
+
+def modes_for_operators() -> list[str]:
+    """For tests of what is around the kernels: all modes, or FEW where Triton's kernels run on the CPU, slowly. (There,
+    too, tests of values and gradients go through all of them.)"""
+    return FEW if backends.triton.runs_on_cpu() else list(MODES)
 
 
 def allowed(mode: str, reduction: str) -> bool:

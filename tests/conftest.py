@@ -6,7 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tiers
 import torch
+from tiers import (  # noqa: F401  pytest finds its hooks by their names
+    pytest_addoption,
+    pytest_configure,
+    pytest_ignore_collect,
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+    pytest_testnodedown,
+)
 from workshop import Workshop
 
 import fused_elbo
@@ -40,6 +49,7 @@ def pytest_report_collectionfinish() -> list[str]:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Where Triton runs on CPU tensors, only what runs on a backend, or is about Triton, is worth its time."""
+    tiers.select(config, items)
     if backends.triton.runs_on_cpu():
         about_triton = {
             "test_triton.py",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import INSIDE_A_SAMPLE, MODES, Call, allowed
+from cases import INSIDE_A_SAMPLE, Call, allowed, modes_for_operators
 from literal import literal_elbo
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -19,18 +19,24 @@ def small(mode: str, reduction: str = "batchmean") -> Call:
     return Call(mode, reduction, batch=3, data=(2, 2, 3), latent=(2,), dtype=torch.float64)
 
 
-@pytest.mark.one_target
-@pytest.mark.parametrize("reduction", ["batchmean", "mean", "none"])
-@pytest.mark.parametrize("mode", MODES)
-def test_gradcheck(mode: str, reduction: str) -> None:
-    fast = backends.forced == "triton"
-    # A step takes a twentieth of a second where Triton runs on the CPU: there one reduction in one random direction.
-    if not allowed(mode, reduction) or (fast and reduction != "batchmean"):
-        return
+def differentiate(mode: str, reduction: str) -> None:
+    fast = backends.forced == "triton"  # a step takes a twentieth of a second: in one random direction
     call = small(mode, reduction)
     function = call.with_leaves(lambda *a, **kw: decoupled_elbo(*a, **kw)[:3])
     assert torch.autograd.gradcheck(function, call.leaves(), fast_mode=fast)
     assert torch.autograd.gradgradcheck(function, call.leaves(), fast_mode=fast)
+
+
+@pytest.mark.parametrize("mode", modes_for_operators())
+def test_gradcheck(mode: str) -> None:
+    differentiate(mode, "batchmean")
+
+
+@pytest.mark.check("second derivatives of each sample's loss, in every mode")
+@pytest.mark.parametrize("mode", [mode for mode in modes_for_operators() if allowed(mode, "none")])
+def test_gradcheck_of_each_sample(mode: str) -> None:
+    """("sum" and "mean" only scale what "batchmean" is: test_elbo.py has their gradients.)"""
+    differentiate(mode, "none")
 
 
 def test_second_derivative_where_the_error_is_zero() -> None:
@@ -60,6 +66,7 @@ def test_separate_and_repeated_backwards() -> None:
         assert call.tensors[0].grad is not None
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("mode", ["optimal", "per-image", "learned-image", "beta-sample", "learned-channel"])
 @pytest.mark.parametrize("kind", ["per-sample", "stride-0", "loss-scale"])
 def test_grad_outputs(mode: str, kind: str) -> None:
@@ -79,6 +86,7 @@ def test_grad_outputs(mode: str, kind: str) -> None:
             torch.testing.assert_close(g.double(), e, rtol=2e-5, atol=2e-5 * e.abs().max().item())
 
 
+@pytest.mark.ptx
 def test_loss_scale_reaches_fp16_gradients_before_they_are_rounded() -> None:
     """A mean-reduced fp16 gradient of 1e-9 is 0 in fp16; multiplied by GradScaler's 65536 first, it is not."""
     recon, target = torch.full((1, 40000), 1e-3), torch.zeros(1, 40000)

@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -44,21 +45,33 @@ if reason := missing():
 
 bench = load()
 NVIDIA = [name for name, target in bench.TARGETS.items() if target.backend == "cuda"]
-DATA_PATH = [kernel for kernel in bench.KERNELS if kernel.startswith(("elbo_stats", "elbo_grads"))]
 
 # What the code may read and write a value at a time, for it is O(batch). elbo_stats writes a partial sum of S and one
 # of KL. elbo_grads reads grad_loss and ΣS for the one sample of a tile of data, and grad_loss for each of the samples,
 # up to four, of which a thread has latents.
 NARROW = {"elbo_stats": 2, "elbo_grads": 6}
-STEP = [kernel for kernel in bench.KERNELS if kernel.startswith("elbo_step")]
 BLOCKS_PER_SM = 2  # that fit at least: 16 warps, at most 128 registers
 
-for_each_dtype = pytest.mark.parametrize("dtype", list(bench.DTYPES))
+# What differs little from what `make check` reads: fp16 from bf16, one target from another.
+seldom = pytest.mark.release("the machine code of Triton's kernels for every target and dtype")
+for_each_dtype = pytest.mark.parametrize(
+    "dtype", [pytest.param(d, marks=seldom if d == "fp16" else ()) for d in bench.DTYPES]
+)
+
+
+def for_each_target(names: Iterable[str]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("target", [pytest.param(t, marks=() if t == "sm_90" else seldom) for t in names])
+
+
+def for_each_kernel(*stages: str) -> pytest.MarkDecorator:
+    """A kernel is compiled once for all that is asked of it: in one process."""
+    names = [kernel for kernel in bench.KERNELS if kernel.startswith(stages)]
+    return pytest.mark.parametrize("kernel", [pytest.param(k, marks=pytest.mark.xdist_group(k)) for k in names])
 
 
 @for_each_dtype
-@pytest.mark.parametrize("target", list(bench.TARGETS))
-@pytest.mark.parametrize("kernel", bench.KERNELS)
+@for_each_target(bench.TARGETS)
+@for_each_kernel("elbo_")
 def test_compiles_without_spills(kernel: str, target: str, dtype: str) -> None:
     row = bench.row(kernel, dtype, target)
     assert row.spill_bytes == 0
@@ -67,8 +80,8 @@ def test_compiles_without_spills(kernel: str, target: str, dtype: str) -> None:
 
 
 @for_each_dtype
-@pytest.mark.parametrize("target", list(bench.TARGETS))
-@pytest.mark.parametrize("kernel", DATA_PATH)
+@for_each_target(bench.TARGETS)
+@for_each_kernel("elbo_stats", "elbo_grads")
 def test_every_access_of_big_tensors_is_wide(kernel: str, target: str, dtype: str) -> None:
     """The wide accesses move the bytes of one tile of each big tensor, no more and no less: so no part of any of them
     is left to narrow ones, or moved twice. What narrow ones there are, are as few as O(batch) values need."""
@@ -84,8 +97,8 @@ def test_every_access_of_big_tensors_is_wide(kernel: str, target: str, dtype: st
 
 
 @for_each_dtype
-@pytest.mark.parametrize("target", NVIDIA)
-@pytest.mark.parametrize("kernel", DATA_PATH)
+@for_each_target(NVIDIA)
+@for_each_kernel("elbo_stats", "elbo_grads")
 def test_occupancy(kernel: str, target: str, dtype: str) -> None:
     launch, row = bench.launch_of(kernel, dtype, target), bench.row(kernel, dtype, target)
     warps = launch.kwargs["num_warps"]
@@ -99,8 +112,8 @@ def test_occupancy(kernel: str, target: str, dtype: str) -> None:
 
 
 @for_each_dtype
-@pytest.mark.parametrize("target", NVIDIA)
-@pytest.mark.parametrize("kernel", STEP)
+@for_each_target(NVIDIA)
+@for_each_kernel("elbo_step")
 def test_a_program_of_the_step_fits_on_every_sm(kernel: str, target: str, dtype: str) -> None:
     """Its launcher counts on one for each SM; programs that wait for one another hang if one is missing."""
     launch, row = bench.launch_of(kernel, dtype, target), bench.row(kernel, dtype, target)
@@ -147,7 +160,9 @@ def test_the_reading_of_machine_code() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("kernel", ["elbo_stats", "elbo_grads"])
+@pytest.mark.parametrize(
+    "kernel", [pytest.param(k, marks=pytest.mark.xdist_group(k)) for k in ("elbo_stats", "elbo_grads")]
+)
 def test_the_committed_table_is_of_this_code(kernel: str, dtype: str) -> None:
     """A few of its rows, compiled anew: `python bench/compiled.py --out bench` writes them all."""
     folder = Path(bench.__file__).parent

@@ -16,6 +16,7 @@ import fused_elbo
 from fused_elbo import backends, decoupled_elbo, gaussian_kl, gaussian_nll, ops, reference
 from fused_elbo.sigma import Optimal
 
+pytestmark = pytest.mark.ptx
 F64 = torch.float64
 
 

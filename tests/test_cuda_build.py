@@ -118,6 +118,7 @@ KERNEL = """
 
 
 @needs_nvcc
+@pytest.mark.check("the CUDA library, compiled by nvcc")
 def test_nvcc_builds_it_without_a_gpu_and_a_cpu_torch_is_told_why_it_does_not_load(
     shop: Workshop, monkeypatch: pytest.MonkeyPatch, unloaded: None
 ) -> None:

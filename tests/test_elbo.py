@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import INSIDE_A_SAMPLE, MODES, REDUCTIONS, Call, allowed
+from cases import FEW, INSIDE_A_SAMPLE, MODES, REDUCTIONS, Call, allowed
 from literal import literal_elbo
 from torch import Tensor
 
@@ -41,20 +41,36 @@ def compare(call: Call, tolerance: float) -> None:
         assert error(got, true) <= min(error(same_dtype, true), 10 * rounding) + tolerance + rounding
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(
+    "reduction", [pytest.param(r, marks=pytest.mark.ptx if r == "none" else ()) for r in REDUCTIONS]
+)
 @pytest.mark.parametrize("mode", MODES)
 def test_fp64_equals_the_literal_formulas(mode: str, reduction: str) -> None:
     if allowed(mode, reduction):
         compare(Call(mode, reduction, dtype=torch.float64), tolerance=1e-12)
 
 
-@pytest.mark.schedules
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("mode", MODES)
+def repeated(mode: str, dtype: torch.dtype) -> list[pytest.MarkDecorator]:
+    """As PTX: what it is run for once more."""
+    each = [pytest.mark.ptx_each] if dtype == torch.bfloat16 or mode in FEW else []
+    return [*each, pytest.mark.schedules] if mode in FEW else each
+
+
+@pytest.mark.ptx
+@pytest.mark.parametrize(
+    ("mode", "dtype"),
+    [
+        pytest.param(mode, dtype, marks=repeated(mode, dtype))
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        for mode in MODES
+    ],
+    ids=str,
+)
 def test_no_worse_than_eager_in_its_own_dtype(mode: str, dtype: torch.dtype) -> None:
     compare(Call(mode, dtype=dtype), tolerance=2e-6)
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize(
     "dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)]
 )
@@ -73,22 +89,33 @@ def test_fp64_anywhere_makes_fp64_results() -> None:
 
 # Sizes around a vector (16), a block (1024) and a chunk (16384), and shapes of every rank.
 SIZES = [(), (1,), (15,), (17,), (784,), (1023,), (1025,), (16384,), (16385,), (3, 75, 150), (2, 3, 5, 4), (3, 9, 7)]
+SMALL_SIZES = [(), (17,), (1025,), (2, 3, 5, 4)]
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("data", SIZES, ids=str)
+@pytest.mark.parametrize(
+    "data", [pytest.param(s, marks=pytest.mark.ptx if s in SMALL_SIZES else ()) for s in SIZES], ids=str
+)
 def test_sizes(data: tuple[int, ...], batch: int) -> None:
     for mode in ("optimal", "per-image", *(INSIDE_A_SAMPLE if data else [])):
         compare(Call(mode, data=data, latent=data[-1:], batch=batch, dtype=torch.float64), tolerance=1e-11)
 
 
-@pytest.mark.parametrize("latent", [(), (1,), (3,), (130,), (4, 16, 16), (2, 3, 4, 5), (20000,)], ids=str)
+LATENTS = [(), (1,), (3,), (130,), (4, 16, 16), (2, 3, 4, 5), (20000,)]
+
+
+@pytest.mark.parametrize(
+    "latent",
+    [pytest.param(s, marks=pytest.mark.ptx if s in ((3,), (130,), (4, 16, 16)) else ()) for s in LATENTS],
+    ids=str,
+)
 @pytest.mark.parametrize("mode", ["optimal", "free-bits", "prior", "prior-shared"])
 def test_latent_shapes(mode: str, latent: tuple[int, ...]) -> None:
     compare(Call(mode, latent=latent, dtype=torch.float64), tolerance=1e-11)
     compare(Call(mode, latent=latent, dtype=torch.float32), tolerance=2e-6)
 
 
+@pytest.mark.ptx
 def test_rate_near_the_prior_does_not_cancel() -> None:
     """exp(l) − 1 − l is l²/2 there; the literal formula in fp32 loses everything, bf16 KL even turns negative."""
     for size in (1e-1, 1e-2, 1e-3, 1e-4):
@@ -101,6 +128,7 @@ def test_rate_near_the_prior_does_not_cancel() -> None:
         assert error(rate, 0.5 * series.sum(1)) < 3e-7  # type: ignore[union-attr]
 
 
+@pytest.mark.ptx
 def test_logvar_far_out() -> None:
     """exp(l) at both ends: no overflow before fp32's own, and none from fp16 inputs (exp(12) > 65504)."""
     logvar = torch.tensor([[-100.0, -20.0, 12.0, 60.0]])
@@ -110,6 +138,7 @@ def test_logvar_far_out() -> None:
         assert error(got, 0.5 * (logvar.double().exp() - 1 - logvar.double()).sum()) < 1e-6
 
 
+@pytest.mark.ptx
 def test_half_precision_sums_do_not_overflow() -> None:
     """Σe² over 3×256² is 2e5 and overflows fp16."""
     x = torch.zeros(1, 3, 256, 256, dtype=torch.float16)
@@ -118,6 +147,7 @@ def test_half_precision_sums_do_not_overflow() -> None:
     assert error(elbo.distortion, torch.tensor(3 * 256**2 * (0.5 + 0.9189385332046727), dtype=torch.float64)) < 1e-6
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("mode", ["optimal", "per-image", "softclip", "constant", "learned-pixel"])
 def test_nan_passes(mode: str) -> None:
     """A floor or a clamp that turned NaN into a number would hide a diverged model."""

@@ -23,7 +23,12 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "cropped": lambda t: torch.nn.functional.pad(t, (1, 1, 1, 1))[:, :, 1:-1, 1:-1],
     "every_other": lambda t: t.repeat_interleave(2, 3)[..., ::2],
 }
+TARGET_LAYOUTS = ["contiguous", "channels_last", "cropped"]
 MODES = ["optimal", "per-image", "learned-channel", "learned-channel-image", "learned-map", "learned-pixel"]
+# Every pair of a layout, a target's layout and a mode, in a third of the combinations.
+PAIRS = [
+    (layout, TARGET_LAYOUTS[(i + j) % 3], mode) for i, layout in enumerate(LAYOUTS) for j, mode in enumerate(MODES)
+]
 
 
 def lay(t: Tensor, layout: str) -> Tensor:
@@ -31,10 +36,9 @@ def lay(t: Tensor, layout: str) -> Tensor:
     return LAYOUTS[layout](t.detach()).requires_grad_()
 
 
+@pytest.mark.ptx
 @pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("target_layout", ["contiguous", "channels_last", "cropped"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "target_layout", "mode"), PAIRS)
 def test_every_layout_gives_the_same(layout: str, target_layout: str, mode: str) -> None:
     call = Call(mode, data=(3, 6, 10), latent=(4, 3, 5), dtype=torch.float64)
     expected = call(decoupled_elbo)
@@ -51,6 +55,13 @@ def test_every_layout_gives_the_same(layout: str, target_layout: str, mode: str)
         assert a.stride() == torch.empty_like(leaf).stride()
 
 
+def test_every_pair_is_there() -> None:
+    for places in ((0, 1), (0, 2), (1, 2)):
+        sizes = [len(set(values)) for values in zip(*PAIRS, strict=True)]
+        assert len({(p[places[0]], p[places[1]]) for p in PAIRS}) == sizes[places[0]] * sizes[places[1]]
+
+
+@pytest.mark.ptx
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
 def test_video(layout: torch.memory_format) -> None:
@@ -61,6 +72,7 @@ def test_video(layout: torch.memory_format) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.ptx
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("latent", [(8,), (4, 6, 6)], ids=str)
 def test_chunks_of_a_packed_tensor(latent: tuple[int, ...]) -> None:
@@ -76,6 +88,8 @@ def test_chunks_of_a_packed_tensor(latent: tuple[int, ...]) -> None:
     torch.testing.assert_close(g_packed, torch.cat(expected[2:4], 1))
 
 
+@pytest.mark.ptx
+@pytest.mark.ptx_each
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("offset", [0, 1, 4])
 @pytest.mark.parametrize("latent", [5, 6, 12, 72])

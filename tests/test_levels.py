@@ -133,7 +133,6 @@ def test_latents_are_read_where_they_lie() -> None:
         assert a.stride() == torch.empty_like(leaf).stride()
 
 
-@pytest.mark.one_target
 @pytest.mark.usefixtures("backend")
 def test_first_and_second_derivatives() -> None:
     case = Hierarchy(torch.float64, batch=2, shapes=((2,), (1, 2), (3,)))

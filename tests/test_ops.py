@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import MODES, Call, allowed
+from cases import MODES, Call, modes_for_operators
 from torch import Tensor
 
 from fused_elbo import autograd, decoupled_elbo, ops, reference
@@ -37,22 +37,40 @@ def full_mask(args: tuple[Any, ...]) -> int:
     return sum(1 << i for i in range(8) if args[i] is not None)
 
 
-@pytest.mark.parametrize("reduction", ["batchmean", "none"])
-@pytest.mark.parametrize("mode", MODES)
-def test_opcheck(mode: str, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not allowed(mode, reduction):
-        return
-    args = arguments(Call(mode, reduction, batch=3, data=(2, 3, 4)), monkeypatch)
-    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(ops.forward, args, test_utils=checks)
-    outputs = ops.forward(*args)
-    for mask in (full_mask(args), 1, 4):
-        torch.library.opcheck(ops.grads, grads_arguments(args, outputs, mask), test_utils=checks)
-        if reduction != "none":
-            for scale in (None, torch.tensor(3.0)):
-                torch.library.opcheck(ops.step, step_arguments(args, scale, 2.0, mask), test_utils=checks)
+OPCHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def of_call(mode: str, reduction: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
+    return arguments(Call(mode, reduction, batch=3, data=(2, 3, 4)), monkeypatch)
+
+
+@pytest.mark.parametrize("mode", modes_for_operators())
+def test_opcheck(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = of_call(mode, "batchmean", monkeypatch)
+    mask, scale = full_mask(args), torch.tensor(3.0)
+    torch.library.opcheck(ops.forward, args, test_utils=OPCHECKS)
+    torch.library.opcheck(ops.grads, grads_arguments(args, ops.forward(*args), mask), test_utils=OPCHECKS)
+    torch.library.opcheck(ops.step, step_arguments(args, scale, 2.0, mask), test_utils=OPCHECKS)
     element = args[4] if args[9] == ops.Kind.ELEMENT else None
-    torch.library.opcheck(ops.stats, (*args[:4], element, *args[5:7], 0.0), test_utils=checks)
+    torch.library.opcheck(ops.stats, (*args[:4], element, *args[5:7], 0.0), test_utils=OPCHECKS)
+
+
+@pytest.mark.parametrize("mode", ["optimal", "learned-pixel", "prior-shared"])
+def test_opcheck_of_some_gradients(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not asked for is empty, whatever the mode."""
+    args = of_call(mode, "batchmean", monkeypatch)
+    for mask in (1, 4):
+        torch.library.opcheck(ops.grads, grads_arguments(args, ops.forward(*args), mask), test_utils=OPCHECKS)
+        torch.library.opcheck(ops.step, step_arguments(args, None, 2.0, mask), test_utils=OPCHECKS)
+
+
+@pytest.mark.parametrize("mode", ["optimal", "per-image", "learned-channel", "beta-sample", "prior-shared"])
+def test_opcheck_of_each_sample(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`step` has no such reduction."""
+    args = of_call(mode, "none", monkeypatch)
+    torch.library.opcheck(ops.forward, args, test_utils=OPCHECKS)
+    outputs = ops.forward(*args)
+    torch.library.opcheck(ops.grads, grads_arguments(args, outputs, full_mask(args)), test_utils=OPCHECKS)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

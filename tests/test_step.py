@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fused_elbo import decoupled_elbo, decoupled_elbo_backward
 
-pytestmark = pytest.mark.usefixtures("backend")
+pytestmark = [pytest.mark.usefixtures("backend"), pytest.mark.ptx]
 
 # -------------------------------------------------------------------------------------------------------- the numbers
 
@@ -23,6 +23,7 @@ def test_equals_loss_backward(mode: str) -> None:
         compare(lambda reduction=reduction: Call(mode, reduction))
 
 
+@pytest.mark.ptx_each
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("mode", ["optimal", "per-image", "learned-image", "learned-pixel", "beta-sample", "prior"])
 def test_dtypes(mode: str, dtype: torch.dtype) -> None:
@@ -42,7 +43,6 @@ def test_mixed_dtypes(mode: str) -> None:
     compare(wide_logvar)
 
 
-@pytest.mark.one_target
 @pytest.mark.parametrize("mode", ["optimal", "per-image", "learned", "learned-channel"])
 @pytest.mark.parametrize(
     ("data", "latent", "batch"),

@@ -15,8 +15,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fused_elbo import autograd, backends, decoupled_elbo, decoupled_elbo_backward
 
-pytestmark = pytest.mark.one_target  # the graph is the same for every architecture
-
 
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2, 3), (0, 2, 3), (3,), (4,), (0, 4)], ids=str)

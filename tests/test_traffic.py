@@ -20,6 +20,7 @@ from fused_elbo import decoupled_elbo, decoupled_elbo_backward
 
 pytest.importorskip("triton", reason="Triton is not installed (it is for Linux)")
 
+pytestmark = pytest.mark.ptx
 Launch = tuple[str, tuple[int, ...], int, dict[str, int]]  # kernel, grid, warps, what it did
 
 LATENTS = 128

@@ -14,6 +14,7 @@ import fused_elbo
 from fused_elbo import BackendUnavailable, backends, decoupled_elbo, ops
 
 pytest.importorskip("triton", reason="Triton is not installed (it is for Linux)")
+pytestmark = pytest.mark.ptx
 on_cpu = pytest.mark.skipif(
     not backends.triton.runs_on_cpu(), reason="Triton runs on no CPU here: needs TRITON_INTERPRET=1 or such a driver"
 )

@@ -27,6 +27,7 @@ from fused_elbo.kernels.elbo_finalize import Knobs
 from fused_elbo.kernels.elbo_step import Plan
 from fused_elbo.sigma import Kind
 
+pytestmark = pytest.mark.ptx
 SMS = {"A100": 108, "H100": 132, "B200": 148}
 ON_CHIP = 2**15  # elements of a program at most
 compiled = pytest.mark.skipif(
@@ -148,6 +149,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
 
 
 @compiled
+@pytest.mark.ptx_each
 @pytest.mark.schedules
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
@@ -174,6 +176,7 @@ def test_five_programs_that_wait(
 
 
 @compiled
+@pytest.mark.ptx_each
 @pytest.mark.schedules
 @pytest.mark.parametrize("mode", ["per-image", "learned-image", "beta-sample"])
 def test_programs_that_do_not_wait(mode: str, launches: Launches) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from fused_elbo import ELBO
+from fused_elbo import ELBO, gaussian_kl
 
 from . import ranks
 from .checkpoint import save_checkpoint
@@ -117,6 +117,8 @@ class Trainer:
         """Train to the last epoch; a checkpoint after each, and on Ctrl-C, which then raises KeyboardInterrupt."""
         total, done = self.epochs * self.steps_per_epoch, self.epoch * self.steps_per_epoch + self.step
         self.save()
+        # The first call on a machine compiles the kernels, and says so: before the bar, which would stand still.
+        gaussian_kl(*torch.zeros(2, 1, 1, device=self.device))
         # Where the bar is not redrawn in place (a log file) it is printed seldom.
         interval = 0.2 if sys.stderr.isatty() else 15.0
         bar = tqdm(

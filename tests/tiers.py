@@ -1,0 +1,89 @@
+"""Which tests run when: `make test` proves the library in minutes, `make check` has the rest, but for what only a
+release needs, which `make check-release` has.
+
+    pytest                    what `make test` runs; where files are named, all that they have
+    pytest --tier=check       the files of CHECK, and the tests that are marked `check`, with the reason
+    pytest --tier=release     the tests that are marked `release`, likewise
+    pytest --tier=all         everything
+
+Each run says at its end what it left out, and how to run that. conftest.py takes these hooks up.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+COMMANDS = {"test": "make test", "check": "make check", "release": "make check-release"}
+# Files whose tests all wait for `make check`, and why. `make test` does not even import them.
+CHECK = {
+    "the examples: what they claim, how they resume, what they refuse": (
+        "calibrated_decoders", "examples", "frechet", "learned_vs_fixed_sigma", "likelihoods", "linear", "mmd",
+        "objective_slices", "rd_curve", "sparse_representation", "sweep",
+    ),
+    "the benchmark and the GPU check": ("bench", "gpu_check"),
+    "the machine code of Triton's kernels": ("compiled",),
+    "packages: sdist, wheel": ("packaging", "packaged_library", "wheel"),
+}  # fmt: skip
+_REASONS = {f"test_{stem}.py": reason for reason, stems in CHECK.items() for stem in stems}
+_LEFT_OUT = pytest.StashKey[Counter[tuple[str, str]]]()  # (tier, what)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--tier", choices=(*COMMANDS, "all"), help="which tests to run: see tests/tiers.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_LEFT_OUT] = Counter()
+    if config.option.tier is None:
+        named = any(Path(argument.partition("::")[0]).is_file() for argument in config.args)
+        config.option.tier = "all" if named else "test"
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if config.option.tier == "test" and (reason := _REASONS.get(collection_path.name)):
+        config.stash[_LEFT_OUT]["check", f"{reason} (files)"] += 1
+        return True
+    return None
+
+
+def tier_of(item: pytest.Item) -> tuple[str, str]:
+    """Its tier, and why it is no earlier one."""
+    for tier in ("release", "check"):
+        if mark := item.get_closest_marker(tier):
+            return tier, mark.args[0]
+    if reason := _REASONS.get(item.path.name):
+        return "check", reason
+    return "test", "the tests that prove the library"
+
+
+def select(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keeps the tests of the tier that is asked for."""
+    if config.option.tier == "all":
+        return
+    left = [item for item in items if tier_of(item)[0] != config.option.tier]
+    config.stash[_LEFT_OUT].update(map(tier_of, left))
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if item not in set(left)]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # of pytest-xdist: each worker has collected the same tests
+        session.config.workeroutput["left_out"] = list(session.config.stash[_LEFT_OUT].elements())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    node.config.stash[_LEFT_OUT] = Counter(map(tuple, getattr(node, "workeroutput", {}).get("left_out", [])))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    for tier, command in COMMANDS.items():
+        left = {reason: n for (other, reason), n in config.stash[_LEFT_OUT].most_common() if other == tier}
+        if left:
+            terminalreporter.section(f"left to `{command}`", sep="-")
+            for reason, count in left.items():
+                terminalreporter.write_line(f"{count:5}  {reason}")
