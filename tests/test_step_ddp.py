@@ -48,6 +48,7 @@ def train(rank: int, folder: str, at_once: bool) -> None:
     os._exit(0)
 
 
+@pytest.mark.check("decoupled_elbo_backward under DistributedDataParallel")
 def test_gradients_are_averaged_as_after_loss_backward(tmp_path: Path) -> None:
     for at_once in (True, False):
         mp.spawn(train, args=(str(tmp_path), at_once), nprocs=RANKS)
