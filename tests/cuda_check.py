@@ -2,15 +2,19 @@
 
     python tests/cuda_check.py LIBRARY
 
-prints, as JSON, what the checks say of it under every schedule: null, or the fault. Those of kernel_check.py are for
-stages, the ones here for the step.
+answers each line [mutant, first] of JSON with one: the fault that the cases notice of that mutant (0: of the library as
+it is) under every schedule, or null. `first`, a schedule and a case or null, is tried first. The cases of
+kernel_check.py are for stages, the ones here for the step.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import resource
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,8 +27,10 @@ from torch import Tensor
 
 from fused_elbo import reference
 
-SCHEDULES = (("ascending", 0), ("descending", 0), ("random", 1), ("random", 2))
+SCHEDULES = ("ascending", "descending", "random:1", "random:2")
 GRAD_SCALE = 3.0
+LONGEST = 600  # seconds of CPU for a mutant: one that loops for ever is ended
+TOLD = "told: "
 
 
 class StepCase:
@@ -116,32 +122,64 @@ def stage_cases() -> dict[str, Case]:
     return {name: Case(arguments(call)) for name, call in calls.items()}
 
 
-def fault_of(operators: SimpleNamespace, every: dict[str, Any]) -> str | None:
-    for name, case in every.items():
-        try:
-            case.check(operators)
-        except Exception as error:
-            return f"{name}: {type(error).__name__}: {error}"
-    return None
+class Every:
+    """All cases under every schedule. A case draws the same schedule whatever ran before it."""
+
+    def __init__(self, shim: Shim, stages: dict[str, Case]) -> None:
+        self.shim = shim
+        namespace = torch.ops.fused_elbo_cuda
+        self.operators = SimpleNamespace(
+            forward=namespace.forward.default, grads=namespace.grads.default, step=namespace.step.default, shim=shim
+        )
+        steps = {name: make() for name, make in step_cases().items()}
+        self.cases: dict[str, tuple[int, Any]] = {
+            **{name: (1, case) for name, case in stages.items()},
+            **{name: (3, case) for name, case in steps.items()},
+        }
+        assert len(self.cases) == len(stages) + len(steps), "two cases have one name"
+
+    def fault_of(self, mutant: int, first: tuple[str, str] | None) -> str | None:
+        """What is said by the first case that notices something: `first`, a schedule and a case, then the others."""
+        self.shim.mutant(mutant)
+        every = [(schedule, name) for schedule in SCHEDULES for name in self.cases]
+        assert first is None or first in every, f"there is no case {first}"
+        for schedule, name in sorted(every, key=lambda case: case != first):
+            multiprocessors, case = self.cases[name]
+            self.shim.schedule(schedule)
+            self.shim.multiprocessors(multiprocessors)
+            try:
+                case.check(self.operators)
+            except Exception as error:
+                return f"{schedule}, {name}: {type(error).__name__}: {error}"
+        return None
+
+
+def in_a_child(function: Callable[[], str | None]) -> str | None:
+    """What it returns in a forked process, which may crash: then how it ended, and what it wrote to stderr."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.dup2(write, 2)
+        resource.setrlimit(resource.RLIMIT_CPU, (LONGEST, LONGEST))
+        os.write(write, (TOLD + json.dumps(function())).encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read, errors="replace") as pipe:
+        said, _, told = pipe.read().partition(TOLD)
+    _, status = os.waitpid(child, 0)
+    # What was written out of bounds may end the process after the fault was told.
+    return json.loads(told) if told else f"the process ended with {os.waitstatus_to_exitcode(status)}: {said}"
 
 
 def main() -> None:
+    torch.set_num_threads(1)  # a forked process has none of the threads
     shim = Shim(Path(sys.argv[1]))
-    namespace = torch.ops.fused_elbo_cuda
-    operators = SimpleNamespace(
-        forward=namespace.forward.default, grads=namespace.grads.default, step=namespace.step.default, shim=shim
-    )
-    steps = {name: make() for name, make in step_cases().items()}
     with cases() as stages:
-        stages |= stage_cases()
-        for name, seed in SCHEDULES:
-            shim.schedule(name, seed)
-            for multiprocessors, every in ((1, stages), (3, steps)):
-                shim.multiprocessors(multiprocessors)
-                if fault := fault_of(operators, every):
-                    print(json.dumps(f"{name} {seed}, {fault}"))
-                    return
-    print(json.dumps(None))
+        every = Every(shim, stages | stage_cases())
+        for line in sys.stdin:
+            mutant, first = json.loads(line)
+            fault = in_a_child(partial(every.fault_of, mutant, tuple(first) if first else None))
+            print(json.dumps(fault), flush=True)
 
 
 if __name__ == "__main__":

@@ -24,14 +24,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cuda-library", type=Path, help="a library that is compiled already, see cuda_shim.build")
 
 
+def kept_folder(config: pytest.Config) -> Path:
+    """Where what is compiled stays for the next run, and for all processes of this one: in pytest's cache."""
+    cache = getattr(config, "cache", None)
+    if cache is not None:
+        return Path(cache.mkdir("cuda_shim"))
+    folder = tempfile.TemporaryDirectory()  # -p no:cacheprovider
+    config.add_cleanup(folder.cleanup)
+    return Path(folder.name)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     library = config.getoption("--cuda-library")
-    with tempfile.TemporaryDirectory() as folder:
-        shim = cuda_shim.Shim(library or cuda_shim.build(Path(folder)))
-    name, _, seed = config.getoption("--cuda-schedule").partition(":")
-    shim.schedule(name, int(seed or 0))
+    shim = cuda_shim.Shim(library or cuda_shim.build(kept_folder(config)))
+    schedule = config.getoption("--cuda-schedule")
+    shim.schedule(schedule)
     cuda = backends.cuda
-    cuda.library.loaded, cuda.device = f"the shim in {cuda_shim.HERE.name}, {name} {seed}".rstrip(), "cpu"
+    cuda.library.loaded, cuda.device = f"the shim in {cuda_shim.HERE.name}, {schedule}", "cpu"
     cuda.require()
     backends.cpp.library.failure = BackendUnavailable("The CUDA kernels have the place of the C++ ones in this run.")
     ops.register(cuda.operators(), "CPU")
