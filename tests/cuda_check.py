@@ -2,9 +2,9 @@
 
     python tests/cuda_check.py LIBRARY
 
-answers each line [mutant, first] of JSON with one: the fault that the cases notice of that mutant (0: of the library as
-it is) under every schedule, or null. `first`, a schedule and a case or null, is tried first. The cases of
-kernel_check.py are for stages, the ones here for the step.
+answers each line [mutant, first] of JSON with a line [fault, end]: what the cases notice of that mutant (0: of the
+library as it is) under every schedule, and how the process that ran them ended if it told nothing; or null. `first`, a
+schedule and a case, or null, is tried first. The cases of kernel_check.py are for stages, the ones here for the step.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import os
 import resource
 import sys
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -138,12 +139,10 @@ class Every:
         }
         assert len(self.cases) == len(stages) + len(steps), "two cases have one name"
 
-    def fault_of(self, mutant: int, first: tuple[str, str] | None) -> str | None:
-        """What is said by the first case that notices something: `first`, a schedule and a case, then the others."""
+    def fault_of(self, mutant: int, order: list[tuple[str, str]]) -> str | None:
+        """What is said by the first case that notices something; `order`: schedules and cases."""
         self.shim.mutant(mutant)
-        every = [(schedule, name) for schedule in SCHEDULES for name in self.cases]
-        assert first is None or first in every, f"there is no case {first}"
-        for schedule, name in sorted(every, key=lambda case: case != first):
+        for schedule, name in order:
             multiprocessors, case = self.cases[name]
             self.shim.schedule(schedule)
             self.shim.multiprocessors(multiprocessors)
@@ -153,22 +152,31 @@ class Every:
                 return f"{schedule}, {name}: {type(error).__name__}: {error}"
         return None
 
+    def order(self, first: tuple[str, str] | None) -> list[tuple[str, str]]:
+        every = [(schedule, name) for schedule in SCHEDULES for name in self.cases]
+        assert first is None or first in every, f"there is no case {first}"
+        return sorted(every, key=lambda case: case != first)
 
-def in_a_child(function: Callable[[], str | None]) -> str | None:
-    """What it returns in a forked process, which may crash: then how it ended, and what it wrote to stderr."""
+
+def in_a_child(function: Callable[[], str | None]) -> tuple[str | None, str | None]:
+    """What it returns in a forked process; or, where that has ended before, how, and what it wrote to stderr."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         os.dup2(write, 2)
         resource.setrlimit(resource.RLIMIT_CPU, (LONGEST, LONGEST))
-        os.write(write, (TOLD + json.dumps(function())).encode())
-        os._exit(0)
+        try:
+            os.write(write, (TOLD + json.dumps(function())).encode())
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)
     os.close(write)
     with os.fdopen(read, errors="replace") as pipe:
         said, _, told = pipe.read().partition(TOLD)
     _, status = os.waitpid(child, 0)
-    # What was written out of bounds may end the process after the fault was told.
-    return json.loads(told) if told else f"the process ended with {os.waitstatus_to_exitcode(status)}: {said}"
+    if told:  # what was written out of bounds might have ended it later
+        return json.loads(told), None
+    return None, f"the process ended with {os.waitstatus_to_exitcode(status)}: {said}"
 
 
 def main() -> None:
@@ -178,8 +186,8 @@ def main() -> None:
         every = Every(shim, stages | stage_cases())
         for line in sys.stdin:
             mutant, first = json.loads(line)
-            fault = in_a_child(partial(every.fault_of, mutant, tuple(first) if first else None))
-            print(json.dumps(fault), flush=True)
+            order = every.order(tuple(first) if first else None)
+            print(json.dumps(in_a_child(partial(every.fault_of, mutant, order))), flush=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ KEPT = {"test_ops.py", "test_compile.py", "test_cuda_shim.py", "test_cuda_compil
 def pytest_addoption(parser: pytest.Parser) -> None:
     names = "|".join(cuda_shim.SCHEDULES)
     parser.addoption("--cuda-schedule", default="ascending", help=f"{names}, or random:SEED (default ascending)")
-    parser.addoption("--cuda-library", type=Path, help="a library that is compiled already, see cuda_shim.build")
 
 
 def kept_folder(config: pytest.Config) -> Path:
@@ -35,8 +34,7 @@ def kept_folder(config: pytest.Config) -> Path:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    library = config.getoption("--cuda-library")
-    shim = cuda_shim.Shim(library or cuda_shim.build(kept_folder(config)))
+    shim = cuda_shim.Shim(cuda_shim.build(kept_folder(config)))
     schedule = config.getoption("--cuda-schedule")
     shim.schedule(schedule)
     cuda = backends.cuda
