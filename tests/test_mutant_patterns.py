@@ -76,5 +76,5 @@ __device__ inline A& sum(Places& places, int n) {
     thrice = "(m == 4 ? (places.at[k] * 3) : (places.at[k] * 2))"
     assert (folder / "f.cuh").read_text() == expected.replace("ONCE", f"(m == 3 ? (places.at[k]) : ({thrice}))")
     mutants["more"] = Mutant("f.cuh", "sum", "$K > $N", "$N")
-    with pytest.raises(AssertionError, match="more: '.K > .N' matches 0 times"):
+    with pytest.raises(AssertionError, match=r"more: '.K > .N' matches 0 times"):
         switch_in(copy(tmp_path / "csrc", tmp_path / "again"), mutants, "m")
