@@ -7,6 +7,20 @@ from pathlib import Path
 import pytest
 from mutants import Mutant, copy, mutated, switch_in
 
+MEMBERS = """
+struct Part {
+  const Span& span;
+  char* at;  // null: there is no such tensor
+
+  __device__ Part(const Span& span, const Piece& p)
+      : span(span), at(span.base ? span.at(p.sample, p.first) : nullptr) {}
+
+  __device__ int vector() const {
+    const unsigned address = static_cast<unsigned>(reinterpret_cast<uintptr_t>(at)) | 16;
+    return at == nullptr ? 16 : address;
+  }
+};
+"""
 PYTHON = """
 def sums(rows, n):
     inside = rows < n
@@ -33,6 +47,11 @@ def test_a_rename_costs_nothing() -> None:
     assert "load(data.rows, tile.mask & (data.rows <= 4))" in mutated(renamed, mutant)
     mutant = Mutant("f.cuh", "sum", "$K < $N", "$K < $N - 1")
     assert "k < batch.size - 1;" in mutated(CUDA.replace("< n", "< batch.size"), mutant)
+
+
+def test_a_member_with_cudas_macros() -> None:
+    mutant = Mutant("f.cuh", "vector", "$A | 16", "$A")
+    assert "reinterpret_cast<uintptr_t>(at));" in mutated(MEMBERS, mutant)
 
 
 @pytest.mark.parametrize(
