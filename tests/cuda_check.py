@@ -1,10 +1,11 @@
 """What the CUDA kernels must satisfy, for a library that tests/cuda_shim compiled: run by test_cuda_shim.py.
 
-    python tests/cuda_check.py LIBRARY
+    python tests/cuda_check.py LIBRARY [SCHEDULE ...]
 
 answers each line [mutant, first] of JSON with a line [fault, end]: what the cases notice of that mutant (0: of the
-library as it is) under every schedule, and how the process that ran them ended if it told nothing; or null. `first`, a
-schedule and a case, or null, is tried first. The cases of kernel_check.py are for stages, the ones here for the step.
+library as it is) under every schedule (default: all), and how the process that ran them ended if it told nothing; or
+null. `first`, a schedule and a case, or null, is tried first. The cases of kernel_check.py are for stages, the ones
+here for the step.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import resource
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -124,10 +125,10 @@ def stage_cases() -> dict[str, Case]:
 
 
 class Every:
-    """All cases under every schedule. A case draws the same schedule whatever ran before it."""
+    """All cases under some schedules. A case draws the same schedule whatever ran before it."""
 
-    def __init__(self, shim: Shim, stages: dict[str, Case]) -> None:
-        self.shim = shim
+    def __init__(self, shim: Shim, stages: dict[str, Case], schedules: Sequence[str] = SCHEDULES) -> None:
+        self.shim, self.schedules = shim, schedules
         namespace = torch.ops.fused_elbo_cuda
         self.operators = SimpleNamespace(
             forward=namespace.forward.default, grads=namespace.grads.default, step=namespace.step.default, shim=shim
@@ -153,7 +154,7 @@ class Every:
         return None
 
     def order(self, first: tuple[str, str] | None) -> list[tuple[str, str]]:
-        every = [(schedule, name) for schedule in SCHEDULES for name in self.cases]
+        every = [(schedule, name) for schedule in self.schedules for name in self.cases]
         assert first is None or first in every, f"there is no case {first}"
         return sorted(every, key=lambda case: case != first)
 
@@ -183,7 +184,7 @@ def main() -> None:
     torch.set_num_threads(1)  # a forked process has none of the threads
     shim = Shim(Path(sys.argv[1]))
     with cases() as stages:
-        every = Every(shim, stages | stage_cases())
+        every = Every(shim, stages | stage_cases(), sys.argv[2:] or SCHEDULES)
         for line in sys.stdin:
             mutant, first = json.loads(line)
             order = every.order(tuple(first) if first else None)

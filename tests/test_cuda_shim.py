@@ -225,9 +225,9 @@ Check = Callable[..., "str | None"]  # of a mutant's name, if any, and what is k
 
 
 @contextmanager
-def checked(library: Path, numbers: Mapping[str, int], **environment: str) -> Iterator[Check]:
+def checked(library: Path, numbers: Mapping[str, int], *schedules: str, **environment: str) -> Iterator[Check]:
     """A process that has the library and the cases."""
-    command = [sys.executable, str(HERE / "cuda_check.py"), str(library)]
+    command = [sys.executable, str(HERE / "cuda_check.py"), str(library), *schedules]
     streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, env=os.environ | environment, text=True, **streams) as process:
 
@@ -243,20 +243,18 @@ def checked(library: Path, numbers: Mapping[str, int], **environment: str) -> It
 
 
 @contextmanager
-def checked_with(
-    mutants: Mapping[str, Mutant], config: pytest.Config, folder: Path, *flags: str, **environment: str
-) -> Iterator[Check]:
-    """The same for a library that has all of the mutants, in few and small pieces."""
+def with_mutants(
+    mutants: Mapping[str, Mutant], config: pytest.Config, folder: Path, *flags: str
+) -> tuple[Path, dict[str, int]]:
+    """The library with all of them, in few and small pieces, and their numbers."""
     csrc = copy(cuda_shim.CSRC, folder / "csrc", *SMALL)
     numbers = switch_in(csrc, mutants, "shim::mutant")
-    library = cuda_shim.build(kept_folder(config), csrc, ("-include", "cuda_runtime.h", *flags))
-    with checked(library, numbers, **environment) as check:
-        yield check
+    return cuda_shim.build(kept_folder(config), csrc, ("-include", "cuda_runtime.h", *flags)), numbers
 
 
 @pytest.fixture(scope="module")
 def check(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Check]:
-    with checked_with(MUTANTS, pytestconfig, tmp_path_factory.mktemp("cuda")) as check:
+    with checked(*with_mutants(MUTANTS, pytestconfig, tmp_path_factory.mktemp("cuda"))) as check:
         yield check
 
 
@@ -284,16 +282,14 @@ def test_a_mutant_is_noticed(name: str, check: Check) -> None:
 
 @pytest.fixture(scope="module")
 def sanitized(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Check]:
-    """Under AddressSanitizer."""
+    """Under AddressSanitizer, and one schedule: which addresses a thread takes does not depend on who is next."""
     asked = [cuda_shim.compiler() or "", "-print-file-name=libasan.so"]
     runtime = Path(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip())
     if not runtime.is_absolute():
         pytest.skip("the compiler has no AddressSanitizer")
-    folder, environment = (
-        tmp_path_factory.mktemp("asan"),
-        {"LD_PRELOAD": str(runtime), "ASAN_OPTIONS": "detect_leaks=0"},
-    )
-    with checked_with(OUT_OF_BOUNDS, pytestconfig, folder, "-fsanitize=address", **environment) as check:
+    environment = {"LD_PRELOAD": str(runtime), "ASAN_OPTIONS": "detect_leaks=0"}
+    built = with_mutants(OUT_OF_BOUNDS, pytestconfig, tmp_path_factory.mktemp("asan"), "-fsanitize=address")
+    with checked(*built, "ascending", **environment) as check:
         yield check
 
 
