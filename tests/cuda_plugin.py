@@ -7,7 +7,6 @@ takes are spent in this run alone.
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 import cuda_shim
@@ -24,13 +23,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def kept_folder(config: pytest.Config) -> Path:
-    """Where what is compiled stays for the next run, and for all processes of this one: in pytest's cache."""
-    cache = getattr(config, "cache", None)
-    if cache is not None:
-        return Path(cache.mkdir("cuda_shim"))
-    folder = tempfile.TemporaryDirectory()  # -p no:cacheprovider
-    config.add_cleanup(folder.cleanup)
-    return Path(folder.name)
+    """Where what is compiled stays for the next run, and for all processes of this one. Not where pytest's own cache
+    would put it, which each of the processes clears for --cache-clear."""
+    return config.rootpath / ".pytest_cache" / "cuda_shim"
 
 
 def pytest_configure(config: pytest.Config) -> None:
