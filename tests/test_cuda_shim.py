@@ -242,7 +242,6 @@ def checked(library: Path, numbers: Mapping[str, int], *schedules: str, **enviro
         yield check
 
 
-@contextmanager
 def with_mutants(
     mutants: Mapping[str, Mutant], config: pytest.Config, folder: Path, *flags: str
 ) -> tuple[Path, dict[str, int]]:
