@@ -185,6 +185,7 @@ def main() -> None:
     shim = Shim(Path(sys.argv[1]))
     with cases() as stages:
         every = Every(shim, stages | stage_cases(), sys.argv[2:] or SCHEDULES)
+        every.fault_of(0, every.order(None)[:1])  # loads what PyTorch loads at first use, once for all forked processes
         for line in sys.stdin:
             mutant, first = json.loads(line)
             order = every.order(tuple(first) if first else None)
