@@ -55,6 +55,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             "test_triton.py",
             "test_triton_step.py",
             "test_triton_step_mutants.py",
+            "test_mutants.py",
             "test_traffic.py",
             "test_ops.py",
             "test_compile.py",

@@ -1,16 +1,22 @@
 """What the CUDA kernels must satisfy, for a library that tests/cuda_shim compiled: run by test_cuda_shim.py.
 
-    python tests/cuda_check.py LIBRARY
+    python tests/cuda_check.py LIBRARY [SCHEDULE ...]
 
-prints, as JSON, what the checks say of it under every schedule: null, or the fault. Those of kernel_check.py are for
-stages, the ones here for the step.
+answers each line [mutant, first] of JSON with a line [fault, end]: what the cases notice of that mutant (0: of the
+library as it is) under every schedule (default: all), and how the process that ran them ended if it told nothing; or
+null. `first`, a schedule and a case, or null, is tried first. The cases of kernel_check.py are for stages, the ones
+here for the step.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import resource
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,8 +29,10 @@ from torch import Tensor
 
 from fused_elbo import reference
 
-SCHEDULES = (("ascending", 0), ("descending", 0), ("random", 1), ("random", 2))
+SCHEDULES = ("ascending", "descending", "random:1", "random:2")
 GRAD_SCALE = 3.0
+LONGEST = 600  # seconds of CPU for a mutant: one that loops for ever is ended
+TOLD = "told: "
 
 
 class StepCase:
@@ -116,32 +124,72 @@ def stage_cases() -> dict[str, Case]:
     return {name: Case(arguments(call)) for name, call in calls.items()}
 
 
-def fault_of(operators: SimpleNamespace, every: dict[str, Any]) -> str | None:
-    for name, case in every.items():
+class Every:
+    """All cases under some schedules. A case draws the same schedule whatever ran before it."""
+
+    def __init__(self, shim: Shim, stages: dict[str, Case], schedules: Sequence[str] = SCHEDULES) -> None:
+        self.shim, self.schedules = shim, schedules
+        namespace = torch.ops.fused_elbo_cuda
+        self.operators = SimpleNamespace(
+            forward=namespace.forward.default, grads=namespace.grads.default, step=namespace.step.default, shim=shim
+        )
+        steps = {name: make() for name, make in step_cases().items()}
+        self.cases: dict[str, tuple[int, Any]] = {
+            **{name: (1, case) for name, case in stages.items()},
+            **{name: (3, case) for name, case in steps.items()},
+        }
+        assert len(self.cases) == len(stages) + len(steps), "two cases have one name"
+
+    def fault_of(self, mutant: int, order: list[tuple[str, str]]) -> str | None:
+        """What is said by the first case that notices something; `order`: schedules and cases."""
+        self.shim.mutant(mutant)
+        for schedule, name in order:
+            multiprocessors, case = self.cases[name]
+            self.shim.schedule(schedule)
+            self.shim.multiprocessors(multiprocessors)
+            try:
+                case.check(self.operators)
+            except Exception as error:
+                return f"{schedule}, {name}: {type(error).__name__}: {error}"
+        return None
+
+    def order(self, first: tuple[str, str] | None) -> list[tuple[str, str]]:
+        every = [(schedule, name) for schedule in self.schedules for name in self.cases]
+        assert first is None or first in every, f"there is no case {first}"
+        return sorted(every, key=lambda case: case != first)
+
+
+def in_a_child(function: Callable[[], str | None]) -> tuple[str | None, str | None]:
+    """What it returns in a forked process; or, where that has ended before, how, and what it wrote to stderr."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.dup2(write, 2)
+        resource.setrlimit(resource.RLIMIT_CPU, (LONGEST, LONGEST))
         try:
-            case.check(operators)
-        except Exception as error:
-            return f"{name}: {type(error).__name__}: {error}"
-    return None
+            os.write(write, (TOLD + json.dumps(function())).encode())
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)
+    os.close(write)
+    with os.fdopen(read, errors="replace") as pipe:
+        said, _, told = pipe.read().partition(TOLD)
+    _, status = os.waitpid(child, 0)
+    if told:  # what was written out of bounds might have ended it later
+        return json.loads(told), None
+    return None, f"the process ended with {os.waitstatus_to_exitcode(status)}: {said}"
 
 
 def main() -> None:
+    torch.set_num_threads(1)  # a forked process has none of the threads
     shim = Shim(Path(sys.argv[1]))
-    namespace = torch.ops.fused_elbo_cuda
-    operators = SimpleNamespace(
-        forward=namespace.forward.default, grads=namespace.grads.default, step=namespace.step.default, shim=shim
-    )
-    steps = {name: make() for name, make in step_cases().items()}
     with cases() as stages:
-        stages |= stage_cases()
-        for name, seed in SCHEDULES:
-            shim.schedule(name, seed)
-            for multiprocessors, every in ((1, stages), (3, steps)):
-                shim.multiprocessors(multiprocessors)
-                if fault := fault_of(operators, every):
-                    print(json.dumps(f"{name} {seed}, {fault}"))
-                    return
-    print(json.dumps(None))
+        every = Every(shim, stages | stage_cases(), sys.argv[2:] or SCHEDULES)
+        every.fault_of(0, every.order(None)[:1])  # loads what PyTorch loads at first use, once for all forked processes
+        for line in sys.stdin:
+            mutant, first = json.loads(line)
+            order = every.order(tuple(first) if first else None)
+            print(json.dumps(in_a_child(partial(every.fault_of, mutant, order))), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ takes are spent in this run alone.
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 import cuda_shim
@@ -21,17 +20,20 @@ KEPT = {"test_ops.py", "test_compile.py", "test_cuda_shim.py", "test_cuda_compil
 def pytest_addoption(parser: pytest.Parser) -> None:
     names = "|".join(cuda_shim.SCHEDULES)
     parser.addoption("--cuda-schedule", default="ascending", help=f"{names}, or random:SEED (default ascending)")
-    parser.addoption("--cuda-library", type=Path, help="a library that is compiled already, see cuda_shim.build")
+
+
+def kept_folder(config: pytest.Config) -> Path:
+    """Where what is compiled stays for the next run, and for all processes of this one. Not where pytest's own cache
+    would put it, which each of the processes clears for --cache-clear."""
+    return config.rootpath / ".pytest_cache" / "cuda_shim"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    library = config.getoption("--cuda-library")
-    with tempfile.TemporaryDirectory() as folder:
-        shim = cuda_shim.Shim(library or cuda_shim.build(Path(folder)))
-    name, _, seed = config.getoption("--cuda-schedule").partition(":")
-    shim.schedule(name, int(seed or 0))
+    shim = cuda_shim.Shim(cuda_shim.build(kept_folder(config)))
+    schedule = config.getoption("--cuda-schedule")
+    shim.schedule(schedule)
     cuda = backends.cuda
-    cuda.library.loaded, cuda.device = f"the shim in {cuda_shim.HERE.name}, {name} {seed}".rstrip(), "cpu"
+    cuda.library.loaded, cuda.device = f"the shim in {cuda_shim.HERE.name}, {schedule}", "cpu"
     cuda.require()
     backends.cpp.library.failure = BackendUnavailable("The CUDA kernels have the place of the C++ ones in this run.")
     ops.register(cuda.operators(), "CPU")

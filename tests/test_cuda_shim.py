@@ -1,32 +1,30 @@
 """The CUDA kernels as CPU code, thread for thread: under several schedules, under AddressSanitizer, and with faults.
 
-A mutant is a copy of csrc with one replacement; tests/cuda_check.py must notice every one. Not here, because the shim
-cannot tell: a missing __threadfence, and accesses out of bounds that change no value (AddressSanitizer sees them).
+The faults (tests/mutants.py) are compiled into one library, in which a number says which one runs, and
+tests/cuda_check.py must notice each. Not here, because the shim cannot tell: a missing __threadfence, and accesses out
+of bounds that change no value (AddressSanitizer sees them).
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import cuda_shim
 import pytest
+from mutants import Mutant, copy, switch_in
 
 if "cuda_plugin" not in sys.modules:
     pytest.skip("minutes of compiling, which `make test-cuda` takes", allow_module_level=True)
+from cuda_plugin import kept_folder
+
 pytestmark = pytest.mark.skipif(cuda_shim.compiler() is None, reason="there is no C++ compiler")
 HERE = Path(__file__).parent
-
-# Few elements then make many pieces, several for a warp, and pieces of several times the least size.
-SMALL = (
-    ("cuda/elbo_stats.cu", "kPiece = 4096", "kPiece = 512"),
-    ("cuda/elbo_stats.cu", "kMany = 8192", "kMany = 16"),
-    ("cuda/launch.h", "kBlocksPerSm = 2048 / kThreads", "kBlocksPerSm = 1"),
-)
 
 DEVICE, ELEMENTS = "cuda/device.cuh", "cuda/elements.cuh"
 STATS, FINALIZE, GRADS, STEP, EACH = (
@@ -34,112 +32,245 @@ STATS, FINALIZE, GRADS, STEP, EACH = (
 )
 INPUTS, BINDINGS, MATH, SPAN = "cuda/inputs.h", "cuda/bindings.cpp", "elbo_math.h", "span.h"
 
-# name -> file, what is replaced (it occurs exactly once), by what
-MUTANTS: dict[str, tuple[str, str, str]] = {
+# Few elements then make many pieces, several for a warp, and pieces of several times the least size.
+SMALL = (
+    Mutant("cuda/elbo_stats.cu", "", "constexpr int64_t kPiece = $N;", "constexpr int64_t kPiece = 512;"),
+    Mutant("cuda/elbo_stats.cu", "", "constexpr int64_t kMany = $N;", "constexpr int64_t kMany = 16;"),
+    Mutant("cuda/launch.h", "", "constexpr int kBlocksPerSm = $N;", "constexpr int kBlocksPerSm = 1;"),
+)
+
+MUTANTS = {
     # barriers and shuffles
-    "no_barrier_before_the_block_sums_up": (DEVICE, "] = x;\n  __syncthreads();", "] = x;"),
-    "no_barrier_before_the_next_block_sum": (DEVICE, "  __syncthreads();  // or the next", "  // or the next"),
-    "no_barrier_before_the_total": (FINALIZE, "  __syncthreads();\n  double own", "  double own"),
-    "half_a_warp_is_summed": (DEVICE, "step > 0; step /= 2", "step > 1; step /= 2"),
-    "a_barrier_in_a_branch": (DEVICE, "] = x;\n  __syncthreads();", "] = x;\n  if (warp() == 0) __syncthreads();"),
+    "no_barrier_before_the_block_sums_up": Mutant(
+        DEVICE, "block_sum", "__syncthreads();", "", ("descending", "optimal, none"), place=(0, 2),
+    ),
+    "no_barrier_before_the_next_block_sum": Mutant(
+        DEVICE, "block_sum", "__syncthreads();", "", ("descending", "optimal, none"), place=(1, 2),
+    ),
+    "no_barrier_before_the_total": Mutant(
+        FINALIZE, "sum_pieces", "__syncthreads();", "", ("ascending", "step, given, several pieces"), place=(1, 2),
+    ),
+    "half_a_warp_is_summed": Mutant(DEVICE, "warp_sum", "$STEP > 0", "$STEP > 1", ("random:1", "far apart")),
+    "a_barrier_in_a_branch": Mutant(
+        DEVICE, "block_sum", "__syncthreads();", "if (warp() == 0) __syncthreads();", ("random:1", "far apart"),
+        place=(0, 2),
+    ),
     # tails
-    "no_elements_after_the_last_vector": (DEVICE, "walk_groups<Turns>(n - between,", "walk_groups<Turns>(head,"),
-    "an_element_too_many": (DEVICE, "walk_groups<Turns>(n - between,", "walk_groups<Turns>(n - between + 1,"),
-    "the_head_is_taken_for_the_tail": (DEVICE, "return g < head ? g : g + between;", "return g + between;"),
-    "a_vector_too_few": (DEVICE, "; first < groups; first +=", "; first < groups - 1; first +="),
-    "vectors_off_their_place": (DEVICE, "return head + g * N;", "return g * N;"),
-    "one_turn_of_two": (DEVICE, "first += Turns * kWarpSize", "first += 2 * Turns * kWarpSize"),
+    "no_elements_after_the_last_vector": Mutant(
+        DEVICE, "walk", "$N - $X", "$HEAD", ("descending", "per-image-softclip, none"), place=(1, 2),
+        beside="($ALL - $HEAD) / $V",
+    ),
+    "an_element_too_many": Mutant(
+        DEVICE, "walk", "$N - $X", "$N - $X + 1", ("descending", "per-image-softclip, none"), place=(1, 2),
+    ),
+    "the_head_is_taken_for_the_tail": Mutant(
+        DEVICE, "walk", "$G < $HEAD ? $G : $G + $X", "$G + $X", ("descending", "per-image-softclip, none"),
+    ),
+    "a_vector_too_few": Mutant(
+        DEVICE, "walk_groups", "$G < $N", "$G < $N - 1", ("descending", "per-image-softclip, none"), place=(3, 4),
+    ),
+    "vectors_off_their_place": Mutant(
+        DEVICE, "walk", "$HEAD + $G * $N", "$G * $N", ("descending", "per-image-softclip, none"),
+    ),
+    "one_turn_of_two": Mutant(
+        DEVICE, "walk_groups", "$G += $T * $W", "$G += 2 * $T * $W", ("ascending", "step, per image, of 75 kB"),
+    ),
     # latents
-    "vectors_of_latents_at_any_address": (ELEMENTS, "(reinterpret_cast<uintptr_t>(at)) | 16", "(0) | 16"),
-    "vectors_of_gradients_at_any_address": (GRADS, "min(mu.vector(), logvar.vector())", "16"),
-    "no_latents_after_the_last_vector": (ELEMENTS, "i = groups * vector + lane(); i < n", "i = lane(); i < 0"),
-    "the_first_turn_again": (DEVICE, "words.value[k - n] = words.value[k]", "words.value[k] = words.value[k]"),
-    "the_halves_of_64_bits_swapped": (DEVICE, "{words.value[2], words.value[3]}", "{words.value[3], words.value[2]}"),
-    "one_of_the_vectors_alone": (ELEMENTS, "g < groups; g += kWarpSize", "g < groups; g += groups"),
+    "vectors_of_latents_at_any_address": Mutant(
+        ELEMENTS, "vector", "$ADDRESS | 16", "0u | 16", ("descending", "per-image-softclip, none"),
+    ),
+    "vectors_of_gradients_at_any_address": Mutant(
+        GRADS, "latent_gradient", "min($A.vector(), $B.vector())", "16",
+        ("descending", "latents of one sample for all"), place=(0, 2),
+    ),
+    "no_latents_after_the_last_vector": Mutant(
+        ELEMENTS, "walk", "$I < $N", "$I < 0", ("descending", "per-image-softclip, none"), place=(2, 3),
+    ),
+    "the_first_turn_again": Mutant(
+        DEVICE, "take", "$W[$K - $N] = $W[$K]", "$W[$K] = $W[$K]", ("random:1", "far apart"),
+    ),
+    "the_halves_of_64_bits_swapped": Mutant(
+        DEVICE, "write", "Few<uint32_t, 2>{$A, $B}", "Few<uint32_t, 2>{$B, $A}",
+        ("descending", "variances of 0 and infinity"),
+    ),
+    "one_of_the_vectors_alone": Mutant(
+        ELEMENTS, "walk", "$G += kWarpSize", "$G += 1 << 20", ("ascending", "step, given, several pieces"),
+        place=(0, 2),
+    ),
     # pieces and partial sums
-    "a_dropped_partial": (FINALIZE, "p < pieces; p += width", "p < pieces - 1; p += width"),
-    "one_round_of_the_grid": (DEVICE, "i < all; i += warps", "i < all; i += all"),
-    "samples_beyond_the_block": (FINALIZE, "begin < batch; begin += together", "begin < 1; begin += together"),
-    "a_piece_too_long": (DEVICE, "min(dims - first, pieces.size)", "min(dims - first + 1, pieces.size)"),
-    "32_bits_for_an_offset": (SPAN, "(sample * batch_stride", "(static_cast<int32_t>(sample * batch_stride)"),
+    "a_dropped_partial": Mutant(
+        FINALIZE, "sum_pieces", "for (int64_t $P = threadIdx.x % $W; $P < $N; $P += $W) $BODY",
+        "for (int64_t $P = threadIdx.x % $W; $P < $N - 1; $P += $W) $BODY", ("random:1", "far apart"),
+    ),
+    "one_round_of_the_grid": Mutant(
+        DEVICE, "for_pieces", "$I += $WARPS", "$I += int64_t{1} << 40", ("ascending", "step, waits"),
+    ),
+    "samples_beyond_the_block": Mutant(
+        FINALIZE, "sum_pieces", "for (int64_t $I = 0; $I < $N; $I += $TOGETHER) $BODY",
+        "for (int64_t $I = 0; $I < 1; $I += $TOGETHER) $BODY", ("ascending", "more samples than finalize has threads"),
+    ),
+    "a_piece_too_long": Mutant(
+        DEVICE, "for_pieces", "min($N - $I, $SIZE)", "min($N - $I + 1, $SIZE)", ("random:1", "far apart"),
+    ),
+    "32_bits_for_an_offset": Mutant(
+        SPAN, "at", "$I * $S + $E", "static_cast<int32_t>($I * $S) + $E", ("random:1", "far apart"),
+    ),
     # factors
-    "no_scale_by_the_reduction": (GRADS, "return {args.scale * at(g.loss, i)", "return {at(g.loss, i)"),
-    "no_scale_by_grad_distortion": (GRADS, "args.scale * at(g.distortion, i)", "args.scale"),
-    "no_scale_by_grad_rate": (GRADS, "args.scale * at(g.rate, i)", "args.scale"),
-    "one_grad_loss_for_all": (GRADS, "at(g.loss, i)", "at(g.loss, 0)"),
-    "no_scale_by_beta": (MATH, "weight.loss * beta,", "weight.loss,"),
-    "no_coupling_by_a_shared_sigma": (GRADS, "f.error += shared.through;", ""),
-    "weights_are_taken_for_equal": (BINDINGS, "!unequal(grad_loss) && !un", "unequal(grad_loss) || !un"),
-    "no_coupling_by_the_sigma_of_an_image": (MATH, "f.error += sigma.slope * f.log_sigma / s", "f.error += 0"),
-    "sign_of_g_target": (GRADS, "return -g[j].recon;", "return g[j].recon;"),
-    "sign_of_the_capacity_gap": (MATH, "(gap > 0) - (gap < 0)", "(gap > 0)"),
-    "free_bits_mask_inverted": (GRADS, ">= free_bits ? through_loss", "< free_bits ? through_loss"),
-    "free_bits_hide_nan": (STATS, "nats < free_bits ? free_bits : nats", "nats >= free_bits ? nats : free_bits"),
+    "no_scale_by_the_reduction": Mutant(
+        GRADS, "weight_of", "$S * at($G, $I)", "at($G, $I)", ("ascending", "step, learned-channel"), place=(0, 3),
+    ),
+    "no_scale_by_grad_distortion": Mutant(
+        GRADS, "weight_of", "$S * at($G, $I)", "$S", ("descending", "per-image-softclip, none"), place=(1, 3),
+    ),
+    "no_scale_by_grad_rate": Mutant(
+        GRADS, "weight_of", "$S * at($G, $I)", "$S", ("random:1", "far apart"), place=(2, 3),
+    ),
+    "one_grad_loss_for_all": Mutant(
+        GRADS, "weight_of", "$S * at($G, $I)", "$S * at($G, 0)", ("random:1", "far apart"), place=(0, 3),
+    ),
+    "no_scale_by_beta": Mutant(
+        MATH, "factors", "$LOSS * $BETA", "$LOSS", ("descending", "beta-sample, none"), place=(0, 5),
+    ),
+    "no_coupling_by_a_shared_sigma": Mutant(GRADS, "factors_of", "$E += $X;", "", ("descending", "optimal, none")),
+    "weights_are_taken_for_equal": Mutant(
+        BINDINGS, "grads", "!unequal($A) && !unequal($B)", "unequal($A) || !unequal($B)",
+        ("descending", "optimal, none"),
+    ),
+    "no_coupling_by_the_sigma_of_an_image": Mutant(
+        MATH, "factors", "$E += $S * $X / $Y", "$E += 0", ("descending", "per-image-softclip, none"),
+    ),
+    "sign_of_g_target": Mutant(
+        GRADS, "data_gradient", "return -$G;", "return $G;", ("descending", "per-image-softclip, none"),
+    ),
+    "sign_of_the_capacity_gap": Mutant(
+        MATH, "limit_by_capacity", "($G > 0) - ($G < 0)", "($G > 0)", ("ascending", "capacity-above"),
+    ),
+    "free_bits_mask_inverted": Mutant(
+        GRADS, "latent_gradient", "$X >= $F", "$X < $F", ("descending", "free-bits, none"),
+    ),
+    "free_bits_hide_nan": Mutant(
+        STATS, "rates", "$X < $F ? $F : $X", "$X >= $F ? $X : $F", ("ascending", "NaN in the latents"),
+    ),
     # σ inside a sample, and layouts
-    "log_sigma_does_not_wrap": (ELEMENTS, "element / level.divisor % level.size", "element / level.divisor"),
-    "one_level_of_log_sigma_only": (ELEMENTS, "l < inside.levels; ++l", "l < 1; ++l"),
-    "the_samples_log_sigma_is_the_first_ones": (INPUTS, "span_of(log_sigma, stride_of(0))", "span_of(log_sigma, 0)"),
-    "log_sigma_is_rounded_to_the_targets_dtype": (INPUTS, "alike &= element_log", "alike |= element_log"),
-    "orders_are_taken_for_equal": ("layout.h", "if (same_order(t, lead) && t", "if (t"),
+    "log_sigma_does_not_wrap": Mutant(ELEMENTS, "offset_of", "$I / $D % $N", "$I / $D", ("ascending", "learned-rows")),
+    "one_level_of_log_sigma_only": Mutant(ELEMENTS, "offset_of", "$L < $N", "$L < 1", ("ascending", "learned-rows")),
+    "the_samples_log_sigma_is_the_first_ones": Mutant(
+        INPUTS, "set_levels", "span_of($T, $S)", "span_of($T, 0)", ("ascending", "learned-channel-image"),
+    ),
+    "log_sigma_is_rounded_to_the_targets_dtype": Mutant(
+        INPUTS, "set_data", "$A &= $B", "$A |= $B", ("descending", "a log σ of another dtype"),
+    ),
+    "orders_are_taken_for_equal": Mutant(
+        "layout.h", "in_order_of", "same_order($A, $B) && $X", "$X", ("ascending", "two orders"),
+    ),
     # the step
-    "the_leader_does_not_wait": (STEP, "  grid.sync();\n  if (blockIdx.x ==", "  if (blockIdx.x =="),
-    "data_do_not_wait_for_the_leader": (STEP, "  grid.sync();  // and has told what follows\n", ""),
-    "nobody_waits_for_the_leader": (STEP, "lead(args);\n  grid.sync();", "lead(args);"),
-    "a_row_too_few_in_registers": (STEP, "k < rows; ++k) sum += square", "k < rows - 1; ++k) sum += square"),
-    "one_place_in_shared_memory_for_all": (STEP, "(k * vector + j) * kStepThreads + threadIdx.x", "k * vector + j"),
-    "a_dropped_block": (STEP, "b < args.plan.data_blocks; b", "b < args.plan.data_blocks - 1; b"),
-    "no_grad_scale": (STEP, "w = scale * at(args.grads.grad_outputs.loss, 0)", "w = scale"),
-    "what_does_not_fit_is_tried": ("cuda/step_plan.h", "plan.shared_bytes <= shared_limit", "true"),
-    "no_barrier_before_the_next_sample": (EACH, "  __syncthreads();  // in the next sample, v", "  // v"),
-    "one_sample_of_a_block": (EACH, "sample += data_blocks", "sample += batch.size"),
-    "all_warps_keep_at_one_place": (EACH, "kept = on_chip + first", "kept = on_chip"),
-    "no_grad_scale_for_each": (EACH, "{args.scale * at(args.grad_outputs.loss, i)", "{args.scale"),
-    "too_large_a_sample_is_tried": ("cuda/elbo_step_each.cu", "* 4 <= shared_for_differences()", "* 4 > 0"),
-    "batches_are_taken_for_dense": ("cuda/elbo_step.cu", "span.batch_stride == data.dims", "true"),
+    "the_leader_does_not_wait": Mutant(
+        STEP, "latent_role", "$GRID.sync();", "", ("ascending", "step, beta-tensor"), place=(0, 2),
+    ),
+    "data_do_not_wait_for_the_leader": Mutant(
+        STEP, "data_role", "$GRID.sync();", "", ("ascending", "step, beta-tensor"), place=(1, 2),
+    ),
+    "nobody_waits_for_the_leader": Mutant(
+        STEP, "latent_role", "$GRID.sync();", "", ("ascending", "step, beta-tensor"), place=(1, 2),
+    ),
+    "a_row_too_few_in_registers": Mutant(
+        STEP, "read", "for (int $K = 0; $K < $N; ++$K) $SUM += square($E);",
+        "for (int $K = 0; $K < $N - 1; ++$K) $SUM += square($E);", ("random:1", "step, in shared memory, fp16"),
+    ),
+    "one_place_in_shared_memory_for_all": Mutant(
+        STEP, "beyond", "($K * $V + $J) * $N + $X", "$K * $V + $J", ("random:1", "step, in shared memory, fp16"),
+    ),
+    "a_dropped_block": Mutant(
+        STEP, "lead", "for (int $B = threadIdx.x; $B < $N; $B += $D) $BODY",
+        "for (int $B = threadIdx.x; $B < $N - 1; $B += $D) $BODY", ("ascending", "step, beta-tensor"),
+    ),
+    "no_grad_scale": Mutant(STEP, "lead", "$S * at($G, 0)", "$S", ("ascending", "step, beta-tensor"), place=(0, 2)),
+    "what_does_not_fit_is_tried": Mutant(
+        "cuda/step_plan.h", "step_plan", "$N <= $LIMIT", "true", ("random:1", "step, too large"),
+    ),
+    "no_barrier_before_the_next_sample": Mutant(
+        EACH, "own_sample", "__syncthreads();", "", ("ascending", "step, per image, several for a block"),
+    ),
+    "one_sample_of_a_block": Mutant(
+        EACH, "run_step_each", "$I += $N", "$I += int64_t{1} << 40",
+        ("ascending", "step, per image, several for a block"),
+    ),
+    "all_warps_keep_at_one_place": Mutant(
+        EACH, "own_sample", "$KEPT + $I", "$KEPT", ("ascending", "step, per image, of 75 kB"), place=(2, 5),
+    ),
+    "no_grad_scale_for_each": Mutant(EACH, "own_factors", "$S * at($G, $I)", "$S", ("ascending", "step, constant")),
+    "too_large_a_sample_is_tried": Mutant(
+        "cuda/elbo_step_each.cu", "elbo_step_each_fits", "$N * 4 <= $M", "$N * 4 > 0",
+        ("descending", "step, per image, too large"),
+    ),
+    "batches_are_taken_for_dense": Mutant(
+        "cuda/elbo_step.cu", "one_block_of_memory", "$B == 1 || $S == $N", "true",
+        ("descending", "step, samples apart"),
+    ),
 }  # fmt: skip
 
+# Which AddressSanitizer alone can see: they change no value.
+OUT_OF_BOUNDS = {
+    "an_element_too_many_of_the_data": Mutant(
+        GRADS,
+        "data_gradient",
+        "walk<$A, $B>($N, $$$X)",
+        "walk<$A, $B>($N + 1, $$$X)",
+        ("ascending", "softclip, none"),
+    ),
+    "a_row_beyond_the_end": Mutant(STEP, "Row", "$K < $N && $I < $M", "$K < $N", ("ascending", "step, optimal")),
+}
 
-def copy(folder: Path, *replacements: tuple[str, str, str]) -> Path:
-    shutil.copytree(cuda_shim.CSRC, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for name, old, new in replacements:
-        text = (folder / name).read_text(encoding="utf-8")
-        assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times in {name}; the code has changed"
-        (folder / name).write_text(text.replace(old, new), encoding="utf-8")
-    return folder
+Check = Callable[..., "str | None"]  # of a mutant's name, if any, and what is known to notice it: the fault
 
 
-def check(library: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(HERE / "cuda_check.py"), str(library)]
-    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+@contextmanager
+def checked(library: Path, numbers: Mapping[str, int], *schedules: str, **environment: str) -> Iterator[Check]:
+    """A process that has the library and the cases."""
+    command = [sys.executable, str(HERE / "cuda_check.py"), str(library), *schedules]
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=os.environ | environment, text=True, **streams) as process:
+
+        def check(mutant: str | None = None, first: tuple[str, str] | None = None) -> str | None:
+            print(json.dumps([numbers[mutant] if mutant else 0, first]), file=process.stdin, flush=True)
+            answer = process.stdout.readline()
+            assert answer, f"{' '.join(command)} has ended"
+            fault, end = json.loads(answer)
+            assert end is None, end
+            return fault
+
+        yield check
 
 
-def fault_of(library: Path, **environment: str) -> str | None:
-    done = check(library, **environment)
-    fault = json.loads(done.stdout.splitlines()[-1]) if done.stdout else None
-    # What was written out of bounds may end the process after the fault was told.
-    assert fault is not None or done.returncode == 0, f"{done.args}:\n{done.stdout}\n{done.stderr}"
-    return fault
+def with_mutants(
+    mutants: Mapping[str, Mutant], config: pytest.Config, folder: Path, *flags: str
+) -> tuple[Path, dict[str, int]]:
+    """The library with all of them, in few and small pieces, and their numbers."""
+    csrc = copy(cuda_shim.CSRC, folder / "csrc", *SMALL)
+    numbers = switch_in(csrc, mutants, "shim::mutant")
+    return cuda_shim.build(kept_folder(config), csrc, ("-include", "cuda_runtime.h", *flags)), numbers
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cuda")
+def check(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Check]:
+    with checked(*with_mutants(MUTANTS, pytestconfig, tmp_path_factory.mktemp("cuda"))) as check:
+        yield check
 
 
-def test_the_kernels_as_they_are_pass(workshop: Path) -> None:
-    assert fault_of(cuda_shim.build(workshop / "as_they_are")) is None
+def test_the_kernels_as_they_are_pass(pytestconfig: pytest.Config) -> None:
+    with checked(cuda_shim.build(kept_folder(pytestconfig)), {}) as check:
+        assert check() is None
 
 
-def test_many_pieces(workshop: Path) -> None:
-    assert fault_of(cuda_shim.build(workshop / "small", copy(workshop / "csrc", *SMALL))) is None
+def test_many_pieces(check: Check) -> None:
+    assert check() is None
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_a_mutant_is_noticed(name: str, workshop: Path) -> None:
-    folder = workshop / name
-    fault = fault_of(cuda_shim.build(folder, copy(folder / "csrc", *SMALL, MUTANTS[name])))
+def test_a_mutant_is_noticed(name: str, check: Check) -> None:
+    fault = check(name, MUTANTS[name].killer)
     assert fault is not None, "nothing was noticed"
-    # A copy that does not even run would pass for a noticed one; a launch that fails says why.
+    # A library that does not even run would pass for a noticed fault; a launch that fails says why.
     assert (
         "AssertionError" in fault
         or "threads wait at a barrier" in fault
@@ -148,34 +279,26 @@ def test_a_mutant_is_noticed(name: str, workshop: Path) -> None:
     )
 
 
-@pytest.fixture
-def sanitizer() -> dict[str, str]:
-    """The environment in which AddressSanitizer watches a library."""
+@pytest.fixture(scope="module")
+def sanitized(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Check]:
+    """Under AddressSanitizer, and one schedule: which addresses a thread takes does not depend on who is next."""
     asked = [cuda_shim.compiler() or "", "-print-file-name=libasan.so"]
     runtime = Path(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip())
     if not runtime.is_absolute():
         pytest.skip("the compiler has no AddressSanitizer")
-    return {"LD_PRELOAD": str(runtime), "ASAN_OPTIONS": "detect_leaks=0"}
+    environment = {"LD_PRELOAD": str(runtime), "ASAN_OPTIONS": "detect_leaks=0"}
+    built = with_mutants(OUT_OF_BOUNDS, pytestconfig, tmp_path_factory.mktemp("asan"), "-fsanitize=address")
+    with checked(*built, "ascending", **environment) as check:
+        yield check
 
 
-ASAN = ("-fsanitize=address",)
+@pytest.mark.xdist_group("sanitized")
+def test_no_access_out_of_bounds(sanitized: Check) -> None:
+    assert sanitized() is None
 
 
-def test_no_access_out_of_bounds(workshop: Path, sanitizer: dict[str, str]) -> None:
-    library = cuda_shim.build(workshop / "asan", copy(workshop / "asan_csrc", *SMALL), ASAN)
-    assert fault_of(library, **sanitizer) is None
-
-
-OUT_OF_BOUNDS = {
-    "an_element_too_many_of_the_data": (GRADS, "p.n, head, [&](int i", "p.n + 1, head, [&](int i"),
-    "a_row_beyond_the_end": (STEP, " && first < args.elements", ""),
-}
-
-
+@pytest.mark.xdist_group("sanitized")
 @pytest.mark.parametrize("name", OUT_OF_BOUNDS)
-def test_an_access_out_of_bounds_is_seen(name: str, workshop: Path, sanitizer: dict[str, str]) -> None:
-    folder = workshop / f"{name}_asan"
-    library = cuda_shim.build(folder, copy(folder / "csrc", *SMALL, OUT_OF_BOUNDS[name]), ASAN)
-    done = check(library, **sanitizer)
-    assert done.returncode != 0
-    assert "heap-buffer-overflow" in done.stderr
+def test_an_access_out_of_bounds_is_seen(name: str, sanitized: Check) -> None:
+    with pytest.raises(AssertionError, match="heap-buffer-overflow"):
+        sanitized(name, OUT_OF_BOUNDS[name].killer)

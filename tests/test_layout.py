@@ -10,7 +10,7 @@ from cases import Call
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from fused_elbo import ELBO, backends, decoupled_elbo, decoupled_elbo_backward
+from fused_elbo import ELBO, decoupled_elbo, decoupled_elbo_backward
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda t: t.contiguous(),
@@ -90,14 +90,12 @@ def test_chunks_of_a_packed_tensor(latent: tuple[int, ...]) -> None:
 
 @pytest.mark.ptx
 @pytest.mark.ptx_each
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("offset", [0, 1, 4])
 @pytest.mark.parametrize("latent", [5, 6, 12, 72])
-def test_half_latents_at_any_address(latent: int, offset: int, dtype: torch.dtype, backend: str) -> None:
+def test_half_latents_at_any_address(latent: int, offset: int, dtype: torch.dtype) -> None:
     """As chunks of one tensor, where vectors of 8, 4, 2 elements or none begin, which do not all divide the size."""
-    if backend == "triton" and latent > 64 and backends.triton.runs_on_cpu() == "a driver for the CPU":
-        # LLVM compares −l_p with exp's limits as two halves at once, from two elements a thread on.
-        pytest.skip("what runs PTX on the CPU takes setp.f16x2, a comparison of two numbers, for one of one")
     batch, chunks = 3, 4
     memory = torch.randn(offset + batch * chunks * latent).mul(0.5).to(dtype)
     latents = memory[offset:].view(batch, chunks * latent).chunk(chunks, 1)

@@ -4,16 +4,15 @@ in order or with the threads interleaved at random. (test_mutants.py has those t
 from __future__ import annotations
 
 import importlib
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from cases import Call
+from mutants import Mutant, copy
 
 from fused_elbo import autograd, decoupled_elbo, ops
 
@@ -23,23 +22,33 @@ from test_triton_step import compiled, let_threads_agree, small_programs
 
 from fused_elbo.kernels import elbo_step
 
-# name -> what is replaced in _grid.py (it occurs once), and by what
+GRID, STEP = "_grid.py", "elbo_step.py"
+IN_ORDER = None  # or the seed by which the threads are interleaved
+SCHEDULES = (IN_ORDER, 1, 2, 3)
+MASK = "($R < $B)[:, None] & ($C < $N)"
+
 BARRIER_MUTANTS = {
-    "nobody_waits": ("while now == before:", "while now != now:"),
-    "the_last_but_one_is_taken_for_the_last": ("== programs - 1\n    if is_last", "== programs - 2\n    if is_last"),
-    "the_count_is_not_reset": ("tl.atomic_xchg(barrier, 0,", "tl.atomic_xchg(barrier, 1,"),
-    "nobody_is_let_through": ("tl.atomic_add(barrier + 1, 1,", "tl.atomic_add(barrier + 1, 0,"),
-}
-MUTANTS = {  # in elbo_step.py
-    "a_program_is_left_out_of_the_sum": ("sum_of(totals, programs,", "sum_of(totals, programs - 1,"),
-    "the_second_tile_is_left_out_of_the_sum": ("tl.sum(s, 0) + tl.sum(s1, 0)", "tl.sum(s, 0)"),
-    "the_tail_is_a_column_short": ("(cols < dims)", "(cols < dims - 1)"),
-    "the_tail_is_a_column_long": ("(cols < dims)", "(cols <= dims)"),
-    "a_row_too_many": ("(rows < batch)[:, None]", "(rows <= batch)[:, None]"),
-    "latents_of_the_first_round_only": (
-        "latent_programs, programs):\n        clamped_total", "programs, programs):\n        clamped_total",
+    "nobody_waits": Mutant(GRID, "meet", "$A == $B", "$A != $A", 1),
+    "the_last_but_one_is_taken_for_the_last": Mutant(GRID, "arrive", "$A == $N - 1", "$A == $N - 2", 1),
+    "the_count_is_not_reset": Mutant(GRID, "arrive", "tl.atomic_xchg($B, 0, $$$X)", "tl.atomic_xchg($B, 1, $$$X)", 1),
+    "nobody_is_let_through": Mutant(
+        GRID, "meet", "tl.atomic_add($B + 1, 1, $$$X)", "tl.atomic_add($B + 1, 0, $$$X)", IN_ORDER
     ),
-    "gradients_are_not_scaled": ("HAS_GRAD_SCALE=grad_scale is not None", "HAS_GRAD_SCALE=False"),
+}
+MUTANTS = {
+    "a_program_is_left_out_of_the_sum": Mutant(
+        STEP, "elbo_step_kernel", "sum_of($T, $N, $M)", "sum_of($T, $N - 1, $M)", IN_ORDER, place=(0, 2),
+    ),
+    "the_second_tile_is_left_out_of_the_sum": Mutant(
+        STEP, "elbo_step_kernel", "tl.sum($A, 0) + tl.sum($B, 0)", "tl.sum($A, 0)", IN_ORDER,
+    ),
+    "the_tail_is_a_column_short": Mutant(STEP, "tile_of", MASK, "($R < $B)[:, None] & ($C < $N - 1)", IN_ORDER),
+    "the_tail_is_a_column_long": Mutant(STEP, "tile_of", MASK, "($R < $B)[:, None] & ($C <= $N)", IN_ORDER),
+    "a_row_too_many": Mutant(STEP, "tile_of", MASK, "($R <= $B)[:, None] & ($C < $N)", IN_ORDER),
+    "latents_of_the_first_round_only": Mutant(
+        STEP, "elbo_step_kernel", "range($I, $N, $P)", "range($I, $P, $P)", IN_ORDER, place=(0, 2),
+    ),
+    "gradients_are_not_scaled": Mutant(STEP, "elbo_step", "$X is not None", "False", IN_ORDER, place=(0, 2)),
 }  # fmt: skip
 
 # In a copy of the kernels: program 0 is late by `turns` of a loop, and all read what all have written.
@@ -63,32 +72,25 @@ def late_kernel(written, read, barrier, turns, PROGRAMS: tl.constexpr):
 
 
 @pytest.fixture
-def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
-    """Makes a copy of the kernels' package in which one thing is replaced."""
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
+    """Makes a copy of the kernels' package with a mutant, or none."""
     monkeypatch.syspath_prepend(tmp_path)
 
-    def make(name: str, file: str, old: str, new: str) -> str:
-        package = f"kernels_{name}"
-        shutil.copytree(
-            Path(elbo_step.__file__).parent, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__")
-        )
-        source = tmp_path / package / file
-        text = source.read_text(encoding="utf-8")
-        assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times; the kernel has changed"
-        source.write_text(text.replace(old, new), encoding="utf-8")
-        (tmp_path / package / "late.py").write_text(LATE_PROGRAM, encoding="utf-8")
-        return package
+    def make(mutant: Mutant | None) -> str:
+        folder = copy(Path(elbo_step.__file__).parent, tmp_path / "mutated_kernels", *filter(None, [mutant]))
+        (folder / "late.py").write_text(LATE_PROGRAM, encoding="utf-8")
+        return folder.name
 
     yield make
-    for module in [m for m in sys.modules if m.startswith("kernels_")]:
+    for module in [m for m in sys.modules if m.partition(".")[0] == "mutated_kernels"]:
         del sys.modules[module]
 
 
-def fault_of(check: Callable[[], str | None], monkeypatch: pytest.MonkeyPatch) -> str | None:
-    """The first fault that shows in order, or with the threads interleaved at random by one of a few seeds."""
+def fault_of(check: Callable[[], str | None], first: int | None, monkeypatch: pytest.MonkeyPatch) -> str | None:
+    """The first fault that shows under a few schedules: `first`, then the others."""
     executor = sys.modules["triton_emu"].CFG
     monkeypatch.setitem(executor, "limit", 30_000)  # instructions: a program that waits for ever is a fault too
-    for seed in (None, 1, 2, 3):
+    for seed in sorted(SCHEDULES, key=lambda seed: seed != first):
         monkeypatch.setitem(executor, "seed", seed)
         let_threads_agree(monkeypatch)
         try:
@@ -101,12 +103,11 @@ def fault_of(check: Callable[[], str | None], monkeypatch: pytest.MonkeyPatch) -
 
 
 @compiled
-@pytest.mark.one_target
+@pytest.mark.ptx
 @pytest.mark.parametrize("name", ["unchanged", *BARRIER_MUTANTS])
-def test_a_late_program_is_waited_for(name: str, copy: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    late = importlib.import_module(
-        copy(name, "_grid.py", *BARRIER_MUTANTS.get(name, ("def meet", "def meet"))) + ".late"
-    )
+def test_a_late_program_is_waited_for(name: str, package: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    mutant = BARRIER_MUTANTS.get(name)
+    late = importlib.import_module(f"{package(mutant)}.late")
 
     def check() -> str | None:
         barrier = torch.zeros(2, dtype=torch.int32)
@@ -126,16 +127,17 @@ def test_a_late_program_is_waited_for(name: str, copy: Callable[..., str], monke
                 return f"{read.tolist()} programs were there"
         return None
 
-    fault = fault_of(check, monkeypatch)
+    fault = fault_of(check, mutant.killer if mutant else IN_ORDER, monkeypatch)
     assert (fault is not None) == (name != "unchanged"), fault
 
 
 @compiled
-@pytest.mark.one_target
+@pytest.mark.ptx
 @pytest.mark.parametrize("name", ["unchanged", *MUTANTS])
-def test_a_mutant_is_noticed(name: str, copy: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    package = copy(name, "elbo_step.py", *MUTANTS.get(name, ("class Plan", "class Plan")))
-    operators, step, layout = (importlib.import_module(f"{package}.{m}") for m in ("operators", "elbo_step", "_layout"))
+def test_a_mutant_is_noticed(name: str, package: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    mutant = MUTANTS.get(name)
+    copied = package(mutant)
+    operators, step, layout = (importlib.import_module(f"{copied}.{m}") for m in ("operators", "elbo_step", "_layout"))
     small_programs(monkeypatch.setattr, operators, step, layout)
     call = Call("optimal", batch=6, data=(3300,), latent=(300,))  # five programs, nearly full
     with mock.patch.object(autograd, "elbo", return_value=(None,) * 5) as operator:
@@ -151,5 +153,5 @@ def test_a_mutant_is_noticed(name: str, copy: Callable[..., str], monkeypatch: p
             torch.testing.assert_close(got, true, rtol=1e-4, atol=1e-5)
         return None
 
-    fault = fault_of(check, monkeypatch)
+    fault = fault_of(check, mutant.killer if mutant else IN_ORDER, monkeypatch)
     assert (fault is not None) == (name != "unchanged"), fault

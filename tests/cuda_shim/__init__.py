@@ -10,9 +10,12 @@ import hashlib
 import os
 import shutil
 import subprocess
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
@@ -43,22 +46,41 @@ def compiler() -> str | None:
 
 
 def build(folder: Path, csrc: Path = CSRC, flags: tuple[str, ...] = ()) -> Path:
-    """The library, compiled from a folder like csrc; 10 s on two cores. Objects are kept beside `folder`, so that one
-    which differs in a line compiles only what that line is part of."""
-    sources = [*sorted(csrc.glob("cuda/*.cu")), *sorted(csrc.glob("cuda/*.cpp")), *sorted(HERE.glob("*.cpp"))]
-    # -x c++, for the compiler takes a .cu for something to be linked
-    command = [*(compiler() or "").split(), *_FLAGS, *flags, f"-I{HERE}", "-isystem", str(_TORCH / "include")]
-    command += ["-x", "c++"]
-    folder.mkdir(parents=True, exist_ok=True)
-    texts = run_all([[*command, "-E", "-P", str(source)] for source in sources])
-    keys = [hashlib.sha256(repr((flags, text)).encode()).hexdigest()[:16] for text in texts]
-    objects = [folder.parent / f"{source.name}-{key}.o" for source, key in zip(sources, keys, strict=True)]
-    todo = [(s, o) for s, o in zip(sources, objects, strict=True) if not o.exists()]
-    run_all([[*command, "-c", str(source), "-o", str(o)] for source, o in todo])
-    library = folder / "fused_elbo_cuda_shim.so"
-    link = [*command[:1], *flags, "-shared", *map(str, objects), f"-L{_TORCH / 'lib'}", "-ltorch_cpu"]
-    run_all([[*link, "-o", str(library)]])
-    return library
+    """The library of a folder like csrc: the one in `folder`, if that has it, else compiled, in 10 s on two cores."""
+    made_from = (compiler(), _FLAGS, flags, torch.__version__, code(csrc), code(HERE))
+    library = folder / f"shim-{digest(*made_from)}.so"
+
+    def compile_(scratch: Path) -> None:
+        sources = [*sorted(csrc.glob("cuda/*.cu")), *sorted(csrc.glob("cuda/*.cpp")), *sorted(HERE.glob("*.cpp"))]
+        objects = [scratch.with_name(f"{source.name}.o") for source in sources]
+        command = [*(compiler() or "").split(), *_FLAGS, *flags, f"-I{HERE}", "-isystem", str(_TORCH / "include")]
+        # -x c++, for the compiler takes a .cu for something to be linked
+        run_all([[*command, "-x", "c++", "-c", str(s), "-o", str(o)] for s, o in zip(sources, objects, strict=True)])
+        link = [*command[:1], *flags, "-shared", *map(str, objects), f"-L{_TORCH / 'lib'}", "-ltorch_cpu"]
+        run_all([[*link, "-o", str(scratch)]])
+
+    return made_once(library, compile_)
+
+
+def code(folder: Path) -> list[tuple[str, bytes]]:
+    """Its C++ and CUDA files, with what is in them."""
+    paths = [path for path in sorted(folder.rglob("*.*")) if path.suffix in (".cu", ".cuh", ".cpp", ".h")]
+    return [(str(path.relative_to(folder)), path.read_bytes()) for path in paths]
+
+
+def digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def made_once(path: Path, make: Callable[[Path], None]) -> Path:
+    """The file, unless it is there made by `make(scratch)`, in a folder of its own. Several processes may ask."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                make(Path(folder) / path.name)
+                os.replace(Path(folder) / path.name, path)
+    return path
 
 
 def run_all(commands: list[list[str]]) -> list[str]:
@@ -77,9 +99,14 @@ class Shim:
         torch.ops.load_library(library)
         self._functions = ctypes.CDLL(str(library))
 
-    def schedule(self, name: str, seed: int = 0) -> None:
-        """In which order blocks and threads run: one of SCHEDULES."""
-        self._functions.shim_schedule(SCHEDULES.index(name), seed)
+    def schedule(self, schedule: str) -> None:
+        """In which order blocks and threads run from now on: one of SCHEDULES, or random:SEED."""
+        name, _, seed = schedule.partition(":")
+        self._functions.shim_schedule(SCHEDULES.index(name), int(seed or 0))
+
+    def mutant(self, number: int) -> None:
+        """Which of the faults runs that mutants.with_switches has put into the code; 0: none."""
+        self._functions.shim_mutant(number)
 
     def multiprocessors(self, count: int) -> None:
         """Of the device, which the launchers size their grids by."""

@@ -29,6 +29,9 @@ struct dim3 : uint3 {
 
 namespace shim {
 
+// Which one runs of the faults that tests/mutants.py has written into the code; 0: none.
+extern int mutant;
+
 void check_aligned(const void* p, size_t bytes);
 
 // Words that one access moves.

@@ -7,6 +7,9 @@
 #include "block.h"
 
 namespace shim {
+
+int mutant = 0;
+
 namespace {
 
 constexpr int kSharedBytes = 227 << 10;  // that a block may ask for: an H100's
@@ -174,6 +177,10 @@ extern "C" __attribute__((visibility("default"))) void shim_schedule(int kind, u
 
 extern "C" __attribute__((visibility("default"))) void shim_multiprocessors(int count) {
   shim::multiprocessors = count;
+}
+
+extern "C" __attribute__((visibility("default"))) void shim_mutant(int number) {
+  shim::mutant = number;
 }
 
 extern "C" __attribute__((visibility("default"))) int shim_launches() {
