@@ -26,7 +26,17 @@ def load() -> ModuleType:
 bench = load()
 pytestmark = pytest.mark.skipif(bench.nvcc() is None, reason="no nvcc on this machine (PATH, /usr/local/cuda)")
 ROWS = [(k, d, t) for k in bench.KERNELS for t in bench.TARGETS for d in bench.dtypes_of(k)]
-DATA_PATH = [row for row in ROWS if row[0] != "elbo_finalize"]
+
+
+def for_each(rows: list[tuple[str, str, str]]) -> pytest.MarkDecorator:
+    """`make check` compiles for one target, since others differ little; and each kernel in one process."""
+    seldom = pytest.mark.release("the machine code of the CUDA kernels for every target")
+    marked = [
+        pytest.param(*row, marks=[pytest.mark.xdist_group(row[0]), *([] if row[2] == "sm_90" else [seldom])])
+        for row in rows
+    ]
+    return pytest.mark.parametrize(("kernel", "dtype", "target"), marked)
+
 
 # 128-bit accesses. Of the latents, whatever their dtype: elbo_stats reads four tensors, elbo_grads writes four too, and
 # a step does both. Of the data: recon and target in a loop of two turns and in one for what is left, and as many
@@ -47,7 +57,7 @@ def wide_at_least(kernel: str, dtype: str) -> int:
     return of_data + OF_LATENTS[stem]
 
 
-@pytest.mark.parametrize(("kernel", "dtype", "target"), ROWS)
+@for_each(ROWS)
 def test_compiles_without_spills(kernel: str, dtype: str, target: str) -> None:
     row = bench.row(kernel, dtype, target)
     assert row.spill_bytes == 0
@@ -55,7 +65,7 @@ def test_compiles_without_spills(kernel: str, dtype: str, target: str) -> None:
     assert row.shared_bytes <= 1024  # of a block's sum: the step plans with it
 
 
-@pytest.mark.parametrize(("kernel", "dtype", "target"), DATA_PATH)
+@for_each([row for row in ROWS if row[0] != "elbo_finalize"])
 def test_large_tensors_have_wide_accesses(kernel: str, dtype: str, target: str) -> None:
     row = bench.row(kernel, dtype, target)
     assert row.wide_accesses >= wide_at_least(kernel, dtype)

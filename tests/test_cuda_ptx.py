@@ -57,7 +57,11 @@ def compiled(config: pytest.Config, arch: int, csrc: Path = CSRC) -> dict[str, A
     return ptxemu.Module(ptx.read_text()).kernels
 
 
-@pytest.fixture(scope="module", params=[80, 90, 100], ids="sm_{}".format)
+seldom = pytest.mark.release("nvcc's PTX for every architecture")
+ARCHITECTURES = [pytest.param(arch, marks=() if arch == 90 else seldom, id=f"sm_{arch}") for arch in (80, 90, 100)]
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
 def kernels(request: pytest.FixtureRequest) -> dict[str, Any]:
     return compiled(request.config, request.param)
 
