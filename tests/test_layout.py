@@ -89,9 +89,8 @@ def test_chunks_of_a_packed_tensor(latent: tuple[int, ...]) -> None:
 
 
 @pytest.mark.ptx
-@pytest.mark.ptx_each
 @pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.ptx_each)], ids=str)
 @pytest.mark.parametrize("offset", [0, 1, 4])
 @pytest.mark.parametrize("latent", [5, 6, 12, 72])
 def test_half_latents_at_any_address(latent: int, offset: int, dtype: torch.dtype) -> None:

@@ -12,24 +12,26 @@ from torch import Tensor, nn
 
 from fused_elbo import decoupled_elbo, decoupled_elbo_backward
 
-pytestmark = [pytest.mark.usefixtures("backend"), pytest.mark.ptx]
+pytestmark = pytest.mark.usefixtures("backend")
 
 # -------------------------------------------------------------------------------------------------------- the numbers
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("mode", MODES)
 def test_equals_loss_backward(mode: str) -> None:
     for reduction in REDUCTIONS[:3]:
         compare(lambda reduction=reduction: Call(mode, reduction))
 
 
-@pytest.mark.ptx_each
+@pytest.mark.ptx
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("mode", ["optimal", "per-image", "learned-image", "learned-pixel", "beta-sample", "prior"])
 def test_dtypes(mode: str, dtype: torch.dtype) -> None:
     compare(lambda: Call(mode, dtype=dtype))
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("mode", ["optimal", "per-image"])
 def test_mixed_dtypes(mode: str) -> None:
     compare(lambda: Call(mode, dtype=torch.bfloat16, target_dtype=torch.float32))
@@ -47,11 +49,11 @@ def test_mixed_dtypes(mode: str) -> None:
 @pytest.mark.parametrize(
     ("data", "latent", "batch"),
     [
-        ((1,), (1,), 1),
-        ((17,), (3,), 3),
-        ((1025,), (130,), 2),
+        *(
+            pytest.param(*sizes, marks=pytest.mark.ptx)
+            for sizes in (((1,), (1,), 1), ((17,), (3,), 3), ((1025,), (130,), 2), ((3, 5, 8, 8), (), 2))
+        ),
         ((3, 75, 150), (4, 9), 3),
-        ((3, 5, 8, 8), (), 2),
         ((17000,), (3,), 9),
     ],
     ids=str,
@@ -66,6 +68,7 @@ def laid_out(mode: str, layout: Callable[[Tensor], Tensor], data: tuple[int, ...
     return call
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("mode", ["optimal", "per-image", "learned-pixel"])
 def test_layouts(mode: str) -> None:
     image, video = (3, 6, 10), (3, 4, 6, 10)
@@ -78,6 +81,7 @@ def test_layouts(mode: str) -> None:
         compare(lambda layout=layout, data=data: laid_out(mode, layout, data))
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize(
     "scale", [0.0, -1.5, 65536.0, torch.tensor(3.0), torch.tensor([0.1]), torch.tensor(2.0).half()]
 )
@@ -89,6 +93,7 @@ def test_grad_scale(scale: float | Tensor) -> None:
     same(call(lambda *t, **kw: decoupled_elbo_backward(*t, **kw, grad_scale=scale)).loss, unscaled.detach())
 
 
+@pytest.mark.ptx
 def test_infinity_and_nan_come_out() -> None:
     for value in (float("inf"), float("nan")):
         for mode in ("optimal", "per-image"):
