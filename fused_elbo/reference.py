@@ -13,7 +13,7 @@ Everything is computed in fp32, or in fp64 if any input is fp64, and is differen
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +80,7 @@ def stats(
     dtype = compute_dtype(recon, target, mu, logvar)
     x = recon if recon is not None else mu
     assert x is not None
-    s = rate = clamped = torch.zeros(x.shape[0], dtype=dtype, device=x.device)
+    s = rate = clamped = torch.zeros_like(rows(x, dtype)[:, 0])  # of x, so that vmap maps it too
     if recon is not None and target is not None:
         e = rows(recon, dtype) - rows(target, dtype)
         if log_sigma is None:
@@ -102,9 +102,11 @@ def stats(
 def optimal_log_sigma(total: Tensor, n: float | Tensor, min_log_sigma: float, softclip: bool) -> Tensor:
     """½ log(total/n), bounded from below. S is clamped, not its logarithm, so that the gradient at 0 is 0, not NaN;
     `clamp` lets NaN through, so that a diverged model shows."""
+    mse = total / n
     if softclip:
-        return min_log_sigma + F.softplus(0.5 * (total / n).log() - min_log_sigma)
-    return 0.5 * (total / n).clamp(min=math.exp(2 * min_log_sigma)).log()
+        x = 0.5 * torch.where(mse == 0, 1.0, mse).log() - min_log_sigma
+        return min_log_sigma + torch.where(mse == 0, 0.0, F.softplus(x))
+    return 0.5 * mse.clamp(min=math.exp(2 * min_log_sigma)).log()
 
 
 def reduction_weight(reduction: int, batch: int | Tensor, dims: int | Tensor) -> float | Tensor:
@@ -150,8 +152,9 @@ def forward(
     batch, dims = s.shape[0], dims_of(recon, mu)
     d = dims if recon is not None else 0
     r = reduction_weight(reduction, batch, dims)
+    n = cast(float, torch.sym_float(batch * d))  # a SymInt has no derivative under torch.func.jacrev
     outputs = finalize(
-        st, s.sum(), batch * d, kl_clamped.mean(), d, r, log_sigma, beta, capacity,
+        st, s.sum(), n, kl_clamped.mean(), d, r, log_sigma, beta, capacity,
         sigma_mode, softclip, log_sigma_value, min_log_sigma, beta_value, capacity_value, reduction,
     )  # fmt: skip
     return (*outputs, st)
@@ -211,8 +214,7 @@ def inverse_variance(total: Tensor, n: float, min_log_sigma: float, softclip: bo
     if softclip:
         x = 0.5 * torch.where(mse == 0, 1.0, mse).log() - min_log_sigma
         slope = torch.where(mse == 0, 0.0, torch.sigmoid(x))
-        log_sigma = min_log_sigma + torch.where(mse == 0, 0.0, F.softplus(x))
-        return (-2 * log_sigma).exp(), slope
+        return (-2 * optimal_log_sigma(total, n, min_log_sigma, softclip)).exp(), slope
     floor = math.exp(2 * min_log_sigma)
     return 1 / mse.clamp(min=floor), (mse > floor).to(mse.dtype)
 
