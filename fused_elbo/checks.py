@@ -219,8 +219,8 @@ def device_served(x: Tensor) -> None:
         raise ValueError(f'backend: "cuda" was asked for, which serves CUDA tensors, but the tensors are on {x.device}')
     if backends.forced != "reference" and tracing.transforms_traced():
         raise ValueError(
-            f'backend: "{backends.forced}" was asked for, but where torch.func\'s transforms are compiled, exported or '
-            'traced the loss is plain PyTorch: ask for "reference", or for none'
+            f'backend: "{backends.forced}" was asked for, but where torch.func\'s transforms are compiled or exported '
+            'the loss is plain PyTorch: ask for "reference", or for none'
         )
     if backends.forced == "triton":
         if device not in ("cpu", "cuda"):

@@ -126,6 +126,11 @@ def dims_of(recon: Tensor | None, mu: Tensor | None) -> int:
     return x.shape[1:].numel()
 
 
+def elements(batch: int, d: int) -> float:
+    """Of the batch. A float, since torch.func.jacrev cannot divide by the SymInt that a traced size is."""
+    return cast(float, torch.sym_float(batch * d))
+
+
 def forward(
     recon: Tensor | None,
     target: Tensor | None,
@@ -152,9 +157,8 @@ def forward(
     batch, dims = s.shape[0], dims_of(recon, mu)
     d = dims if recon is not None else 0
     r = reduction_weight(reduction, batch, dims)
-    n = cast(float, torch.sym_float(batch * d))  # a SymInt has no derivative under torch.func.jacrev
     outputs = finalize(
-        st, s.sum(), n, kl_clamped.mean(), d, r, log_sigma, beta, capacity,
+        st, s.sum(), elements(batch, d), kl_clamped.mean(), d, r, log_sigma, beta, capacity,
         sigma_mode, softclip, log_sigma_value, min_log_sigma, beta_value, capacity_value, reduction,
     )  # fmt: skip
     return (*outputs, st)
@@ -304,7 +308,7 @@ def _data_grads(
         # σ depends on x̂ through the sum of squares: w_i e/σ² and, through log σ, slope · Σ_j w_j (D − S_j/σ²) e/ΣS.
         shared = sigma_mode == Kind.BATCH
         total = s.sum() if shared else s
-        inv_var, slope = inverse_variance(total, d * batch if shared else d, min_log_sigma, softclip)
+        inv_var, slope = inverse_variance(total, elements(batch, d) if shared else d, min_log_sigma, softclip)
         through = w * (d - s * inv_var)
         through = through.sum() if shared else through
         through = slope * through / torch.where(total == 0, 1.0, total)

@@ -29,8 +29,8 @@ def of_grads_batched(grad: Tensor) -> bool:
 
 
 def transforms_traced() -> bool:
-    """Whether torch.compile, torch.export or make_fx trace the loss inside one of torch.func's transforms; refused
-    where the graph would be wrong."""
+    """Whether torch.compile or torch.export trace the loss inside one of torch.func's transforms; refused where the
+    graph would be wrong, of make_fx too."""
     if not torch._C._are_functorch_transforms_active():
         return False
     if torch.compiler.is_compiling():
@@ -41,15 +41,13 @@ def transforms_traced() -> bool:
             )
         return True
     modes = torch._C._TorchDispatchModeKey
-    if torch._C._get_dispatch_mode(modes.PROXY) is None:
-        return False
-    fake = torch._C._get_dispatch_mode(modes.FAKE)
-    if "Vmap" in _transforms() and fake is not None and fake.shape_env is not None:
+    tracing, fake = (torch._C._get_dispatch_mode(key) for key in (modes.PROXY, modes.FAKE))
+    if tracing is not None and fake is not None and fake.shape_env is not None and "Vmap" in _transforms():
         raise RuntimeError(
             "make_fx: inside torch.vmap sizes are numbers, which would stay in the graph in spite of "
             'tracing_mode="symbolic": use tracing_mode="real" or "fake", or torch.compile'
         )
-    return True
+    return False
 
 
 def _transforms() -> list[str]:
