@@ -34,7 +34,7 @@ def transforms_traced() -> bool:
     if not torch._C._are_functorch_transforms_active():
         return False
     if torch.compiler.is_compiling():
-        if torch.compiler.is_exporting() and any(kind != "Vmap" for kind in _transforms()):
+        if _exporting() and any(kind != "Vmap" for kind in _transforms()):
             raise RuntimeError(
                 "torch.export makes no graph of torch.func.grad, vjp or jacrev that runs, whatever they differentiate: "
                 "export the loss alone, or use torch.compile"
@@ -55,5 +55,10 @@ def _transforms() -> list[str]:
     return [interpreter.key().name for interpreter in _functorch.get_interpreter_stack() or ()]
 
 
-# Dynamo calls it as it traces. What torch.compiler.assume_constant_result does, less its import of Dynamo: seconds.
+def _exporting() -> bool:
+    return torch.compiler._is_exporting_flag  # Dynamo of torch 2.11 makes True of is_exporting() in torch.compile too
+
+
+# Dynamo calls them as it traces. What torch.compiler.assume_constant_result does, less its import of Dynamo: seconds.
 _transforms._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
