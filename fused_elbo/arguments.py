@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, tracing
 from . import sigma as modes
 from .reference import compute_dtype
 from .sigma import Constant, Kind, Optimal
@@ -64,7 +64,7 @@ def of_sigma(
             raise ValueError(f"sigma and log_sigma exclude each other, got sigma={sigma!r} beside a log_sigma")
         checks.log_sigma(log_sigma, recon)
         batch = recon.shape[0]
-        if log_sigma.numel() == 1:
+        if tracing.known(log_sigma.numel() == 1):
             return log_sigma.reshape(()), Kind.GIVEN, False, 0.0, min_log_sigma
         of_one = log_sigma.shape[1:].numel() == 1
         per_image = of_one and log_sigma.shape[0] == batch and log_sigma.dim() in (1, recon.dim())

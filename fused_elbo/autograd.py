@@ -2,17 +2,21 @@
 
 Two classes share one backward. functorch (vmap, torch.func.grad) demands a forward without ctx and a separate
 `setup_context`; that style costs about 27 µs more per call than the plain one, so it is used only when it is needed.
+
+torch.compile and torch.export see neither class, but one operator that applies it under the dispatcher: what Dynamo
+makes of an autograd.Function has been wrong for arguments that are one tensor (torch 2.11, 2.12), and is wrong or fails
+for torch.func's transforms around it. Those they see as plain PyTorch: no operator of ours is differentiable there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
 
-from . import backends, ops, reference
+from . import backends, ops, reference, tracing
 
 # apply()'s arguments: seven tensors of `ops._INPUTS`, beta, capacity; then the plain values as one tuple, since each
 # argument of apply costs time; then the backend.
@@ -22,8 +26,20 @@ _BETA = 7
 
 def elbo(*args: Any) -> tuple[Tensor, ...]:
     """(loss, distortion, rate, sigma, …), differentiable, for what `arguments.of_forward` returns."""
+    if plain():
+        return reference.forward(*args[:-1], *args[-1])
+    if torch.compiler.is_compiling():
+        return _operator(*args[:-1], *args[-1], backends.forced)
     function = _FunctorchElbo if torch._C._are_functorch_transforms_active() else _Elbo
     return cast(Any, function).apply(*args, backends.forced)
+
+
+def plain() -> bool:
+    """Whether the loss is made of PyTorch's own operators, which all tracers and transforms see through."""
+    if tracing.transforms_traced():
+        return True
+    transformed, compiling = torch._C._are_functorch_transforms_active(), torch.compiler.is_compiling()
+    return backends.forced == "reference" and (transformed or compiling)
 
 
 def elbo_backward(
@@ -66,6 +82,13 @@ def _mask(needs: tuple[bool, ...]) -> int:
     return a | b << 1 | c << 2 | d << 3 | e << 4 | f << 5 | g << 6 | h << 7
 
 
+def refuse_forward_mode() -> NoReturn:
+    raise NotImplementedError(
+        "fused_elbo has no forward-mode derivative (jvp, jacfwd, hessian): use torch.func.jacrev, for a Hessian "
+        'jacrev(jacrev(f)), or the transforms of torch.func inside `with fused_elbo.backend("reference"):`'
+    )
+
+
 class Shared(torch.autograd.Function):
     @staticmethod
     def _forward(args: tuple[Any, ...]) -> tuple[Tensor, ...]:
@@ -91,6 +114,10 @@ class Shared(torch.autograd.Function):
             grads = implementation(ctx.backend, inputs).grads
         gradients = grads(*grad_outputs[:3], *inputs, stats, *values, _mask(needs))
         return (*[g if needed else None for g, needed in zip(gradients, needs, strict=False)], None, None, None)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        refuse_forward_mode()
 
 
 class _Elbo(Shared):
@@ -136,3 +163,30 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         return (*[g if needed else None for g, needed in zip(gradients, ctx.needs, strict=False)], *[None] * 4)
+
+
+ops._library.define(
+    f"elbo({ops._INPUTS}, {ops._KNOBS}, {ops._VALUES}, str? backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_operator = torch.ops.fused_elbo.elbo.default
+
+
+@torch.library.register_fake("fused_elbo::elbo", lib=ops._library)
+def _elbo_fake(*args: Any) -> tuple[Tensor, ...]:
+    return ops._forward_fake(*args[:-1])[:4]
+
+
+def _differentiable(*args: Any) -> tuple[Tensor, ...]:
+    if torch._C._are_functorch_transforms_active():  # around an exported program: as in plain()
+        return reference.forward(*args[:-1])[:4]
+    return cast(Any, _Elbo).apply(*args[:_TENSORS], args[_TENSORS:-1], args[-1])
+
+
+def _without_gradients(*args: Any) -> tuple[Tensor, ...]:
+    return implementation(args[-1], args[:_TENSORS]).forward(*args[:-1])[:4]
+
+
+ops._library.impl("elbo", _differentiable, "Autograd")
+ops._library.impl("elbo", _without_gradients, "CompositeExplicitAutograd")
+torch.library.register_vmap("fused_elbo::elbo", ops.vmap_rule(_operator), lib=ops._library)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import backends
+from . import backends, tracing
 from .reference import REDUCTIONS
 from .sigma import LOG_SIGMA_RANGE
 
@@ -47,7 +47,7 @@ def pair(name_a: str, a: Tensor, name_b: str, b: Tensor, may_be_empty: bool = Fa
         raise ValueError(f"{name_a} and {name_b} must have the same shape, got {shape(a)} and {shape(b)}")
     if a.dim() == 0:
         raise ValueError(f"{name_a}: expected a batch dimension, got a 0-d tensor; use {name_a}.unsqueeze(0)")
-    if a.numel() == 0 and not (may_be_empty and a.shape[1:].numel()):
+    if tracing.known(a.numel() == 0) and not (may_be_empty and a.shape[1:].numel()):
         what = "an empty batch" if a.shape[0] == 0 and not may_be_empty else "no elements in a sample"
         raise ValueError(f"{name_a}: {what}, shape {shape(a)}")
 
@@ -104,7 +104,7 @@ def capacity(value: object, beta: object, reduction: str, like: Tensor) -> None:
     tensor("capacity", value, like)
     if value.dim() > 0:
         raise ValueError(f"capacity: expected a number or a 0-d tensor, got shape {shape(value)}")
-    if value.requires_grad:
+    if tracing.requires_grad(value):
         raise ValueError("capacity: has no gradient here; pass capacity.detach()")
 
 
@@ -217,6 +217,11 @@ def device_served(x: Tensor) -> None:
         raise ValueError(f'backend: "cpp" was asked for, which serves CPU tensors, but the tensors are on {x.device}')
     if backends.forced == "cuda" and device != backends.cuda.device:
         raise ValueError(f'backend: "cuda" was asked for, which serves CUDA tensors, but the tensors are on {x.device}')
+    if backends.forced != "reference" and tracing.transforms_traced():
+        raise ValueError(
+            f'backend: "{backends.forced}" was asked for, but where torch.func\'s transforms are compiled or exported '
+            'the loss is plain PyTorch: ask for "reference", or for none'
+        )
     if backends.forced == "triton":
         if device not in ("cpu", "cuda"):
             raise ValueError(f'backend: "triton" was asked for, which serves GPU tensors; these are on {x.device}')

@@ -91,8 +91,10 @@ def decoupled_elbo(
     all-reduce of four numbers in forward, none in backward; torch.compile breaks its graph there. reduction="none" and
     second derivatives are refused.
 
-    A second derivative goes through plain PyTorch and is not available inside torch.compile; there is no forward-mode
-    derivative. "optimal" looks at the target: for test-time likelihoods use a σ from training
+    A second derivative goes through plain PyTorch; torch.compile has it by torch.func.jacrev alone. There is no
+    forward-mode derivative. Compiled or exported inside torch.func's transforms the loss is plain PyTorch.
+
+    "optimal" looks at the target: for test-time likelihoods use a σ from training
     (`fused_elbo.DecoupledELBO(momentum=…)`), and note that with "optimal-per-image" the distortion is no valid bound.
 
     Source: Rybkin, Daniilidis, Levine, "Simple and Effective VAE Training with Calibrated Decoders", ICML 2021, for

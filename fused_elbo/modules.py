@@ -192,8 +192,10 @@ class LearnedSigmaELBO(_Criterion):
         self._warned = False
 
     def _options(self) -> dict[str, Any]:
-        frozen = self.training and not self.log_sigma.requires_grad
-        if frozen and not self._warned and not torch.compiler.is_compiling():
+        # Inside torch.func's transforms requires_grad tells of the innermost one alone: vmap hides that σ is trained.
+        tells = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+        frozen = tells and self.training and not self.log_sigma.requires_grad
+        if frozen and not self._warned:
             self._warned = True
             warnings.warn("LearnedSigmaELBO: log_sigma is frozen (requires_grad=False): σ stays as it is", stacklevel=3)
         return {

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from . import backends, reference
 from .sigma import Kind
@@ -155,19 +156,21 @@ def _default(name: str) -> Callable[..., Any]:
 # ------------------------------------------------------------------------------------------------------------- vmap
 
 
-def _vmap_rule(operator: Any) -> Callable[..., Any]:
+def vmap_rule(operator: Any) -> Callable[..., Any]:
     """One fused call per slice of the mapped dimension: every slice is a batch with sums and a σ of its own."""
 
-    def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
-        def at(i: int) -> list[Any]:
-            return [a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)]
-
+    def rule(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
+        if isinstance(info.batch_size, torch.SymInt):  # the slices of this one call would be all that a graph has
+            raise RuntimeError(f"vmap over {operator}: a tracer keeps the mapped dimension's size open; make it static")
         if info.batch_size == 0:
             raise ValueError(f"vmap over {operator}: the mapped dimension has size 0")
+        (flat, spec), dims = tree_flatten(args), tree_leaves(in_dims)
+
+        def at(i: int) -> Any:
+            return tree_unflatten([a if d is None else a.select(d, i) for a, d in zip(flat, dims, strict=True)], spec)
+
         slices = [operator(*at(i)) for i in range(info.batch_size)]
-        if isinstance(slices[0], Tensor):
-            return torch.stack(slices), 0
-        return tuple(map(torch.stack, zip(*slices, strict=True))), (0,) * len(slices[0])
+        return tree_map(lambda *each: torch.stack(each), *slices), tree_map(lambda _: 0, slices[0])
 
     return rule
 
@@ -183,9 +186,9 @@ def describe(namespace: str) -> None:
     for name in SCHEMAS:
         operator = getattr(getattr(torch.ops, namespace), name).default
         torch.library.register_fake(f"{namespace}::{name}", globals()[f"_{name}_fake"])
-        torch.library.register_vmap(f"{namespace}::{name}", _vmap_rule(operator))
+        torch.library.register_vmap(f"{namespace}::{name}", vmap_rule(operator))
 
 
 for _name in SCHEMAS:
     _library.impl(_name, _default(_name), "CompositeExplicitAutograd")
-    torch.library.register_vmap(f"fused_elbo::{_name}", _vmap_rule(globals()[_name]), lib=_library)
+    torch.library.register_vmap(f"fused_elbo::{_name}", vmap_rule(globals()[_name]), lib=_library)

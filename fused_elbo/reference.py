@@ -13,7 +13,7 @@ Everything is computed in fp32, or in fp64 if any input is fp64, and is differen
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +80,7 @@ def stats(
     dtype = compute_dtype(recon, target, mu, logvar)
     x = recon if recon is not None else mu
     assert x is not None
-    s = rate = clamped = torch.zeros(x.shape[0], dtype=dtype, device=x.device)
+    s = rate = clamped = torch.zeros_like(rows(x, dtype)[:, 0])  # of x, so that vmap maps it too
     if recon is not None and target is not None:
         e = rows(recon, dtype) - rows(target, dtype)
         if log_sigma is None:
@@ -102,9 +102,11 @@ def stats(
 def optimal_log_sigma(total: Tensor, n: float | Tensor, min_log_sigma: float, softclip: bool) -> Tensor:
     """½ log(total/n), bounded from below. S is clamped, not its logarithm, so that the gradient at 0 is 0, not NaN;
     `clamp` lets NaN through, so that a diverged model shows."""
+    mse = total / n
     if softclip:
-        return min_log_sigma + F.softplus(0.5 * (total / n).log() - min_log_sigma)
-    return 0.5 * (total / n).clamp(min=math.exp(2 * min_log_sigma)).log()
+        x = 0.5 * torch.where(mse == 0, 1.0, mse).log() - min_log_sigma
+        return min_log_sigma + torch.where(mse == 0, 0.0, F.softplus(x))
+    return 0.5 * mse.clamp(min=math.exp(2 * min_log_sigma)).log()
 
 
 def reduction_weight(reduction: int, batch: int | Tensor, dims: int | Tensor) -> float | Tensor:
@@ -122,6 +124,11 @@ def dims_of(recon: Tensor | None, mu: Tensor | None) -> int:
     x = recon if recon is not None else mu
     assert x is not None
     return x.shape[1:].numel()
+
+
+def elements(batch: int, d: int) -> float:
+    """Of the batch. A float, since torch.func.jacrev cannot divide by the SymInt that a traced size is."""
+    return cast(float, torch.sym_float(batch * d))
 
 
 def forward(
@@ -151,7 +158,7 @@ def forward(
     d = dims if recon is not None else 0
     r = reduction_weight(reduction, batch, dims)
     outputs = finalize(
-        st, s.sum(), batch * d, kl_clamped.mean(), d, r, log_sigma, beta, capacity,
+        st, s.sum(), elements(batch, d), kl_clamped.mean(), d, r, log_sigma, beta, capacity,
         sigma_mode, softclip, log_sigma_value, min_log_sigma, beta_value, capacity_value, reduction,
     )  # fmt: skip
     return (*outputs, st)
@@ -211,8 +218,7 @@ def inverse_variance(total: Tensor, n: float, min_log_sigma: float, softclip: bo
     if softclip:
         x = 0.5 * torch.where(mse == 0, 1.0, mse).log() - min_log_sigma
         slope = torch.where(mse == 0, 0.0, torch.sigmoid(x))
-        log_sigma = min_log_sigma + torch.where(mse == 0, 0.0, F.softplus(x))
-        return (-2 * log_sigma).exp(), slope
+        return (-2 * optimal_log_sigma(total, n, min_log_sigma, softclip)).exp(), slope
     floor = math.exp(2 * min_log_sigma)
     return 1 / mse.clamp(min=floor), (mse > floor).to(mse.dtype)
 
@@ -302,7 +308,7 @@ def _data_grads(
         # σ depends on x̂ through the sum of squares: w_i e/σ² and, through log σ, slope · Σ_j w_j (D − S_j/σ²) e/ΣS.
         shared = sigma_mode == Kind.BATCH
         total = s.sum() if shared else s
-        inv_var, slope = inverse_variance(total, d * batch if shared else d, min_log_sigma, softclip)
+        inv_var, slope = inverse_variance(total, elements(batch, d) if shared else d, min_log_sigma, softclip)
         through = w * (d - s * inv_var)
         through = through.sum() if shared else through
         through = slope * through / torch.where(total == 0, 1.0, total)

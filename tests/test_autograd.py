@@ -196,8 +196,29 @@ def test_forward_mode_says_that_it_is_absent() -> None:
     with fwAD.dual_level():
         recon, *others = (t.detach() for t in call.tensors)
         dual = fwAD.make_dual(recon, torch.ones_like(recon))
-        with pytest.raises((RuntimeError, NotImplementedError), match="jvp"):
-            decoupled_elbo(dual, *others)
+        for loss in (lambda: decoupled_elbo(dual, *others), lambda: gaussian_kl([dual], [others[0]])):
+            with pytest.raises(NotImplementedError, match=r"no forward-mode derivative .* use torch\.func\.jacrev"):
+                loss()
+
+
+def test_forward_mode_of_transforms_is_the_references_alone() -> None:
+    """What the error advises."""
+    mu, logvar = torch.randn(1, 3, dtype=torch.float64), torch.randn(1, 3, dtype=torch.float64)
+
+    def hessian() -> Tensor:
+        return torch.func.hessian(lambda l: gaussian_kl(mu, l))(logvar).reshape(3, 3)
+
+    if backends.forced == "reference":
+        torch.testing.assert_close(hessian(), torch.diag(0.5 * logvar[0].exp()))
+    else:
+        with pytest.raises(NotImplementedError, match=r"for a Hessian jacrev\(jacrev\(f\)\)"):
+            hessian()
+
+
+def test_capacity_takes_no_gradient_inside_transforms_either() -> None:
+    call, capacities = Call(), torch.ones(2, requires_grad=True)
+    with pytest.raises(ValueError, match="capacity: has no gradient here"):
+        torch.vmap(lambda c: decoupled_elbo(*call.tensors, capacity=c).loss)(capacities)
 
 
 def test_autocast_leaves_the_loss_alone() -> None:

@@ -241,6 +241,19 @@ def test_transforms() -> None:
     torch.testing.assert_close(mapped, torch.stack([rate(mu[0]), rate(2 * mu[0])]))
 
 
+@pytest.mark.usefixtures("backend")
+def test_vmap_of_a_backward() -> None:
+    """is_grads_batched, which jacobian(vectorize=True) takes too, and torch.vmap of autograd.grad."""
+    case = Hierarchy(torch.float64, batch=4, shapes=((2,), (3,)))
+    rates, literal = case.rate(reduction="none"), case.literal()
+    wanted, eye = [case.mu[1], case.prior[1][1]], torch.eye(4, dtype=torch.float64)
+    expected = [torch.autograd.grad(literal, wanted, row, retain_graph=True) for row in eye]
+    batched = torch.autograd.grad(rates, wanted, eye, is_grads_batched=True, retain_graph=True)
+    mapped = torch.vmap(lambda row: torch.autograd.grad(rates, wanted, row, retain_graph=True))(eye)
+    for got in (batched, mapped):
+        torch.testing.assert_close(list(got), [torch.stack(each) for each in zip(*expected, strict=True)])
+
+
 T = torch.zeros(2, 3)
 
 

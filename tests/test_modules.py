@@ -147,3 +147,18 @@ def test_a_frozen_sigma_is_warned_about_once() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         module(*call.tensors)
+
+
+def test_a_sigma_that_trains_inside_a_transform_is_not_called_frozen() -> None:
+    """vmap hides that the stacked parameters require a gradient."""
+    module, call = LearnedSigmaELBO(), Call()
+    stacked = torch.tensor([-1.0, 0.0], requires_grad=True)
+
+    def loss(log_sigma: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(module, {"log_sigma": log_sigma}, tuple(call.tensors)).loss
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.vmap(loss)(stacked).sum().backward()
+    for i, log_sigma in enumerate(stacked.detach()):
+        torch.testing.assert_close(stacked.grad[i], torch.func.grad(loss)(log_sigma))

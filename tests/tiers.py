@@ -28,6 +28,7 @@ CHECK = {
     "the machine code of Triton's kernels": ("compiled",),
     "packages: sdist, wheel": ("packaging", "packaged_library", "wheel"),
     "the finding of mutants": ("mutant_patterns",),
+    "compilers and exporters of transforms, all combinations": ("transforms",),
 }  # fmt: skip
 _REASONS = {f"test_{stem}.py": reason for reason, stems in CHECK.items() for stem in stems}
 _LEFT_OUT = pytest.StashKey[Counter[tuple[str, str]]]()  # (tier, what)

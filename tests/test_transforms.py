@@ -1,0 +1,294 @@
+"""torch.compile, torch.export, make_fx of torch.func's transforms of the loss: the right value or one clear error.
+
+A new transform or tracer is a line in a table. All of it depends on PyTorch's release: `torch_versions`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.config
+from cases import Call
+from literal import literal_elbo
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import fused_elbo
+from fused_elbo import autograd, decoupled_elbo, gaussian_kl, gaussian_nll, levels
+from fused_elbo.sigma import Optimal
+
+pytestmark = pytest.mark.torch_versions
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+Function = Callable[[Tensor], Tensor]
+
+
+def data(a: Tensor) -> tuple[Tensor, ...]:
+    """recon, target, mu, logvar, each a function of one leaf."""
+    return torch.cat([a, a.cos()], -1), torch.cat([a.sin(), a * a], -1), a, 0.5 * a
+
+
+def both_levels(a: Tensor) -> Tensor:
+    return gaussian_kl([a, 2 * a], [0.5 * a, a.sin()], prior=[None, (a.cos(), 0.1 * a)])
+
+
+def literal_levels(a: Tensor) -> Tensor:
+    first = literal_elbo(a, a + 1, a, 0.5 * a)[2]
+    return first + literal_elbo(a, a + 1, 2 * a, a.sin(), prior=(a.cos(), 0.1 * a))[2]
+
+
+# What is called, and the same by torch.distributions.
+FUNCTIONS: dict[str, tuple[Function, Function]] = {
+    "tensor": (lambda a: gaussian_kl(a, 0.5 * a), lambda a: literal_elbo(a, a + 1, a, 0.5 * a)[2]),
+    "list": (both_levels, literal_levels),
+    "elbo": (lambda a: decoupled_elbo(*data(a), beta=2.0).loss, lambda a: literal_elbo(*data(a), beta=2.0)[0]),
+}
+TRANSFORMS: dict[str, Callable[[Function], Function]] = {
+    "none": lambda f: f,
+    "vmap": torch.vmap,
+    "grad": torch.func.grad,
+    "vjp": lambda f: lambda a: torch.func.vjp(f, a)[1](a.new_ones(()))[0],
+    "jacrev": torch.func.jacrev,
+    "hessian": lambda f: torch.func.jacrev(torch.func.jacrev(f)),
+    "vmap of grad": lambda f: torch.vmap(torch.func.grad(f)),
+    "grad of vmap": lambda f: torch.func.grad(lambda a: torch.vmap(f)(a).sum()),
+}
+
+
+def compiled(backend: str) -> Callable[[Function, Tensor], Function]:
+    return lambda f, _: torch.compile(f, backend=backend, fullgraph=True)
+
+
+class Module(nn.Module):
+    def __init__(self, function: Function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, a: Tensor) -> Tensor:
+        return self.function(a)
+
+
+def exported(strict: bool) -> Callable[..., Function]:
+    def export(f: Function, a: Tensor, **options: Any) -> Function:
+        return torch.export.export(Module(f), (a,), strict=strict, **options).module()
+
+    return export
+
+
+TRACERS: dict[str, Callable[[Function, Tensor], Function]] = {
+    "compile, eager": compiled("eager"),
+    "compile, aot_eager": compiled("aot_eager"),
+    "export": exported(strict=False),
+    "export, strict": exported(strict=True),
+    "make_fx": lambda f, a: make_fx(f)(a),
+    "make_fx, symbolic": lambda f, a: make_fx(f, tracing_mode="symbolic")(a),
+}
+
+
+def refused(tracer: str, transform: str) -> str | None:
+    """The words of the error, where there is no right value."""
+    if tracer.startswith("export") and transform not in ("none", "vmap"):
+        return "torch.export makes no graph of torch.func.grad"
+    if tracer == "make_fx, symbolic" and "vmap" in transform:
+        return "make_fx: inside torch.vmap sizes are numbers"
+    return None
+
+
+def argument(transform: str, batch: int = 4) -> Tensor:
+    mapped = (3,) if "vmap" in transform else ()
+    return torch.randn(*mapped, batch, 2)
+
+
+def close(got: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("tracer", TRACERS)
+def test_each_tracer_of_each_transform(tracer: str, transform: str, function: str) -> None:
+    ours, literal = (TRANSFORMS[transform](f) for f in FUNCTIONS[function])
+    a, words = argument(transform), refused(tracer, transform)
+    if words:
+        with pytest.raises(Exception, match=re.escape(words)):
+            TRACERS[tracer](ours, a)
+        return
+    traced = TRACERS[tracer](ours, a)
+    close(traced(a), literal(a.double()))
+    if tracer.startswith("compile") or (tracer == "make_fx, symbolic" and transform != "hessian"):
+        other = argument(transform, batch=5)
+        close(traced(other), literal(other.double()))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("tracer", ["export", "export, strict"])
+def test_an_exported_batch_may_be_of_any_size(tracer: str, function: str) -> None:
+    ours, literal = FUNCTIONS[function]
+    export = exported("strict" in tracer)
+    shapes = ({0: torch.export.Dim("B", min=2)},)
+    traced, other = export(ours, argument("none"), dynamic_shapes=shapes), argument("none", batch=7)
+    close(traced(other), literal(other.double()))
+    sizes = ({0: torch.export.Dim("E", min=2)},)
+    with pytest.raises(torch._dynamo.exc.UserError, match="Constraints violated"):
+        export(torch.vmap(ours), argument("vmap"), dynamic_shapes=sizes)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_an_exported_loss_is_differentiable(function: str) -> None:
+    ours, literal = FUNCTIONS[function]
+    a = argument("none").requires_grad_()
+    program, expected = exported(strict=False)(ours, a), torch.func.grad(literal)(a.detach().double())
+    close(torch.autograd.grad(program(a), a)[0], expected)
+    close(torch.func.grad(program)(a.detach()), expected)
+    stacked = torch.stack([a.detach(), 2 * a.detach()])
+    close(torch.vmap(program)(stacked), torch.vmap(literal)(stacked.double()))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_transforms_around_compiled_code(compiler: str, function: str) -> None:
+    ours, literal = FUNCTIONS[function]
+    fast = torch.compile(ours, backend=compiler)
+    a, stacked = argument("none"), argument("vmap")
+    close(fast(a), literal(a.double()))
+    close(torch.vmap(fast)(stacked), torch.vmap(literal)(stacked.double()))
+    close(torch.func.grad(fast)(a), torch.func.grad(literal)(a.double()))
+    close(torch.autograd.functional.jacobian(fast, a, vectorize=True), torch.func.grad(literal)(a.double()))
+
+
+@pytest.mark.release("inductor's code of a transformed loss")
+def test_inductor_compiles_transforms() -> None:
+    ours, literal = FUNCTIONS["elbo"]
+    a = argument("vmap")
+    got = torch.compile(torch.vmap(torch.func.grad(ours)), fullgraph=True)(a)
+    close(got, torch.vmap(torch.func.grad(literal))(a.double()))
+
+
+def test_a_transform_of_a_perfect_reconstruction_compiles_to_no_nan() -> None:
+    """The derivative of log 0 is not the loss's, which is flat there."""
+    x = torch.zeros(2, 3)
+    for sigma in ("optimal", Optimal(softclip=True), Optimal(per_image=True, softclip=True)):
+        torch._dynamo.reset()
+        gradient = torch.compile(torch.func.grad(lambda r, s=sigma: gaussian_nll(r, x, sigma=s)), backend="eager")
+        assert not gradient(x).any()
+
+
+def test_a_backend_that_was_asked_for_is_not_replaced_in_silence(cpp: None) -> None:
+    a = argument("vmap")
+    with pytest.raises(Exception, match="the loss is plain PyTorch"):
+        torch.compile(torch.vmap(both_levels), backend="eager", fullgraph=True)(a)
+    with fused_elbo.backend("reference"):
+        close(torch.vmap(both_levels)(a), torch.vmap(literal_levels)(a.double()))
+
+
+# ------------------------------------------------------------------------------------------- one tensor in two places
+
+NAMES = ("recon", "target", "mu", "logvar", "mu_p", "logvar_p", "log_sigma", "beta", "capacity")
+PAIRS = [
+    *itertools.combinations(NAMES[:7], 2),  # (B, D) all
+    *itertools.product(("log_sigma",), NAMES[7:]),
+    ("beta", "capacity"),
+]
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=" is ".join)
+def test_one_tensor_as_two_arguments(pair: tuple[str, str]) -> None:
+    full = set(pair) <= set(NAMES[:7])
+    values = {name: torch.randn(3, 4, dtype=torch.float64) for name in NAMES[:6]}
+    values["log_sigma"] = torch.randn((3, 4) if full else (), dtype=torch.float64)
+    values |= {name: torch.rand((), dtype=torch.float64) for name in NAMES[7:]}
+    held = "capacity" in pair  # which takes no gradient
+    leaves = {name: t.requires_grad_(name != "capacity" and not (held and name in pair)) for name, t in values.items()}
+    leaves[pair[1]] = leaves[pair[0]]
+
+    def loss(v: dict[str, Tensor], function: Callable[..., Any] = decoupled_elbo) -> Tensor:
+        options = {name: v[name] for name in NAMES[6:]}
+        return function(*(v[name] for name in NAMES[:4]), prior=(v["mu_p"], v["logvar_p"]), **options)[0]
+
+    wanted = [t for name, t in leaves.items() if name != pair[1] and t.requires_grad]
+    got = torch.autograd.grad(torch.compile(loss, backend="eager", fullgraph=True)(leaves), wanted, allow_unused=True)
+    expected = torch.autograd.grad(loss(leaves, literal_elbo), wanted, allow_unused=True)
+    for g, e in zip(got, expected, strict=True):
+        torch.testing.assert_close(torch.zeros(()) if g is None else g, torch.zeros_like(g) if e is None else e)
+
+
+# For two levels: mu, logvar, mu_p, logvar_p of the first, then of the second.
+@pytest.mark.parametrize("pair", [*itertools.combinations(range(4), 2), *itertools.product(range(4), range(4, 8))])
+def test_one_tensor_in_two_places_of_the_levels(pair: tuple[int, int]) -> None:
+    leaves = list(torch.randn(8, 3, 4, dtype=torch.float64).unbind(0))
+    leaves = [t.clone().requires_grad_() for t in leaves]
+    leaves[pair[1]] = leaves[pair[0]]
+
+    def rate(t: list[Tensor]) -> Tensor:
+        return gaussian_kl([t[0], t[4]], [t[1], t[5]], prior=[(t[2], t[3]), (t[6], t[7])])
+
+    def literal(t: list[Tensor]) -> Tensor:
+        each = (literal_elbo(l[0], l[0] + 1, l[0], l[1], prior=(l[2], l[3]))[2] for l in (t[:4], t[4:]))
+        return sum(each, torch.zeros(()))
+
+    wanted = [t for i, t in enumerate(leaves) if i != pair[1]]
+    got = torch.autograd.grad(torch.compile(rate, backend="eager", fullgraph=True)(leaves), wanted)
+    torch.testing.assert_close(got, torch.autograd.grad(literal(leaves), wanted))
+
+
+def test_one_prior_of_all_levels_through_aot_autograd() -> None:
+    tensors = [torch.randn(4, 3, dtype=torch.float64) for _ in range(4)]
+
+    def rate(prior: tuple[Tensor, Tensor]) -> Tensor:
+        return gaussian_kl(tensors[:2], tensors[2:], prior=[prior, prior])
+
+    prior = tuple(torch.zeros(4, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    got = torch.autograd.grad(torch.compile(rate, backend="aot_eager", fullgraph=True)(prior), prior)
+    by_hand = [
+        -(tensors[0] + tensors[1]) / 4,
+        sum((1 - tensors[i + 2].exp() - tensors[i].square()) / 8 for i in (0, 1)),
+    ]
+    torch.testing.assert_close(list(got), by_hand)
+
+
+# ------------------------------------------------------------------------------------ sizes that only the run will know
+
+
+@pytest.mark.parametrize("reduction", ["batchmean", "none"])
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_a_batch_that_a_mask_selects(compiler: str, reduction: str) -> None:
+    """As with F.mse_loss, in one graph for any number of samples."""
+
+    def loss(keep: Tensor, *tensors: Tensor) -> Tensor:
+        recon, target, mu, logvar = (t[keep] for t in tensors)
+        elbo = decoupled_elbo(recon, target, mu, logvar, log_sigma=recon * 0.1, reduction=reduction)
+        optimal = decoupled_elbo(recon, target, mu, logvar, beta=mu[:, 0], reduction=reduction)
+        level = gaussian_kl([mu, logvar], [logvar, mu], prior=[(logvar, mu), None], reduction=reduction)
+        return (elbo.loss + optimal.loss + level).sum()
+
+    tensors = [t.detach().requires_grad_() for t in Call(data=(3,)).tensors]
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        fast = torch.compile(loss, backend=compiler, fullgraph=True)
+        for keep in (torch.tensor([True, False, True, True]), torch.tensor([False, True, False, False])):
+            got, expected = fast(keep, *tensors), loss(keep, *tensors)
+            torch.testing.assert_close(got, expected)
+            pairs = (torch.autograd.grad(value, tensors) for value in (got, expected))
+            torch.testing.assert_close(*pairs)
+
+
+# ---------------------------------------------------------------------------------------------------------- operators
+
+
+def test_the_operators_that_tracers_see() -> None:
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    tensors = [t.detach().requires_grad_() for t in Call(data=(3,)).tensors]
+    values = (1, False, 0.0, -7.0, 0.0, 1.0, None, 0)
+    torch.library.opcheck(autograd._operator, (*tensors, *[None] * 5, *values, None), test_utils=checks)
+    torch.library.opcheck(levels._rates_operator, ([tensors[2], tensors[3], None, None], 0.0, None), test_utils=checks)
