@@ -1,5 +1,7 @@
 // The operators of fused_elbo/ops.py for CPU tensors, against LibTorch's stable ABI: tensors in, plain structures to
 // the kernels, tensors out. Arguments were validated in Python; the order of arguments is the schema's.
+#include "../errors.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
