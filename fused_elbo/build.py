@@ -113,7 +113,8 @@ def resolve(spec: BuildSpec) -> Target:
     """Where the spec's library lies or will lie, without compiling: a few milliseconds, and no process when warm.
 
     A compiler's version is part of the key, since a better compiler may make a better library. Where there is no
-    compiler, or none that runs, the library of an earlier one is as good as ever: the latest is taken.
+    compiler, or none that runs, or the cache is root's, the library of another one is as good as ever: the latest is
+    taken.
     """
     if os.name == "nt":
         raise BackendUnavailable(
@@ -125,12 +126,21 @@ def resolve(spec: BuildSpec) -> Target:
     try:
         compiler = find_compiler(spec.language, settings)
     except BackendUnavailable:
-        found = [Target(spec, None, folder) for folder in settings.cache_dir.glob(f"{prefix}-*")]
-        built = [target for target in found if target.is_built()]
-        if not built:
-            raise
-        return max(built, key=lambda target: target.library.stat().st_mtime)
-    return Target(spec, compiler, settings.cache_dir / f"{prefix}-{digest([compiler.command, compiler.version])}")
+        if latest := _latest(spec, settings.cache_dir, prefix):
+            return latest
+        raise
+    key = digest([compiler.command, compiler.version])
+    target = Target(spec, compiler, settings.cache_dir / f"{prefix}-{key}")
+    if target.is_built() or os.access(settings.cache_dir, os.W_OK):
+        return target
+    return _latest(spec, settings.cache_dir, prefix) or target
+
+
+def _latest(spec: BuildSpec, cache_dir: Path, prefix: str) -> Target | None:
+    """Of the libraries of any compiler."""
+    found = [Target(spec, None, folder) for folder in cache_dir.glob(f"{prefix}-*")]
+    built = [target for target in found if target.is_built()]
+    return max(built, key=lambda target: target.library.stat().st_mtime, default=None)
 
 
 def _locked(lock: Path) -> BackendUnavailable:

@@ -113,6 +113,9 @@ def test_what_root_has_built_serves_all(shop: Workshop, monkeypatch: pytest.Monk
     assert builder.build(shop.spec).library == library
     monkeypatch.setenv("CXX", "no-such-g++")
     assert builder.build(shop.spec).library == library
+    monkeypatch.setenv("CXX", f"{shop.cxx} -O1")  # another compiler is no better there: nothing can be added
+    monkeypatch.setattr(os, "access", lambda path, mode: path != shop.cache)
+    assert builder.build(shop.spec).library == library
     for path in (shop.cache, library.parent):
         assert stat.S_IMODE(path.stat().st_mode) & 0o555 == 0o555 & ~umask()
 

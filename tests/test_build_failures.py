@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from workshop import USE, Workshop, finish, needs_compiler, python
+from workshop import USE, Workshop, finish, needs_compiler, python, tiny
 
 import fused_elbo
 from fused_elbo import backends, build_tools
@@ -170,9 +170,11 @@ def test_a_compiler_s_words_in_any_encoding(shop: Workshop, locale: dict[str, st
 @needs_compiler
 def test_a_path_of_any_bytes(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which Python has as surrogates, and UTF-8 does not know."""
-    cache = os.fsdecode(os.fsencode(shop.folder) + b"/caf\xe9")
-    monkeypatch.setenv("FUSED_ELBO_CACHE_DIR", cache)
-    assert ctypes.CDLL(os.fsencode(builder.build(shop.spec).library)).two() == 2
+    odd = shop.folder / os.fsdecode(b"caf\xe9")
+    monkeypatch.setenv("FUSED_ELBO_CACHE_DIR", str(odd / "cache"))
+    odd.mkdir()
+    shop.root.rename(odd / "src")
+    assert ctypes.CDLL(os.fsencode(builder.build(tiny(odd / "src")).library)).two() == 2
 
 
 @needs_compiler

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -47,7 +48,8 @@ def build(folder: Path, csrc: Path = CSRC, flags: tuple[str, ...] = ()) -> Path:
     which differs in a line compiles only what that line is part of."""
     sources = [*sorted(csrc.glob("cuda/*.cu")), *sorted(csrc.glob("cuda/*.cpp")), *sorted(HERE.glob("*.cpp"))]
     # -x c++, for the compiler takes a .cu for something to be linked
-    command = [*(compiler() or "").split(), *_FLAGS, *flags, f"-I{HERE}", "-isystem", str(_TORCH / "include")]
+    words = shlex.split(compiler() or "")
+    command = [*words, *_FLAGS, *flags, f"-I{HERE}", "-isystem", str(_TORCH / "include")]
     command += ["-x", "c++"]
     folder.mkdir(parents=True, exist_ok=True)
     texts = run_all([[*command, "-E", "-P", str(source)] for source in sources])
@@ -56,7 +58,7 @@ def build(folder: Path, csrc: Path = CSRC, flags: tuple[str, ...] = ()) -> Path:
     todo = [(s, o) for s, o in zip(sources, objects, strict=True) if not o.exists()]
     run_all([[*command, "-c", str(source), "-o", str(o)] for source, o in todo])
     library = folder / "fused_elbo_cuda_shim.so"
-    link = [*command[:1], *flags, "-shared", *map(str, objects), f"-L{_TORCH / 'lib'}", "-ltorch_cpu"]
+    link = [*words, *flags, "-shared", *map(str, objects), f"-L{_TORCH / 'lib'}", "-ltorch_cpu"]
     run_all([[*link, "-o", str(library)]])
     return library
 
