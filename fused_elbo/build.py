@@ -15,7 +15,7 @@ Layout of the cache, one folder for each key (PyTorch, machine, flags, sources a
 Environment variables, all read in `Settings.read`, when a library is asked for:
 
     FUSED_ELBO_CACHE_DIR   the cache; else $XDG_CACHE_HOME/fused_elbo, else fused_elbo in ~/.cache or ~/Library/Caches
-    CXX                    the C++ compiler, with arguments if need be ("ccache g++"); else g++, clang++ or c++
+    CXX                    the C++ compiler, as a shell reads it ("ccache g++"); else g++, clang++ or c++
     CUDA_HOME, CUDA_PATH   where bin/nvcc is looked for first; then on the PATH, then in /usr/local/cuda
     TORCH_CUDA_ARCH_LIST   what CUDA code is compiled for ("8.0;9.0+PTX"); else the GPUs that are visible
     MAX_JOBS               how many compilers run at once
