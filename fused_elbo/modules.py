@@ -148,8 +148,8 @@ class DecoupledELBO(_Criterion):
 
     def _widen(self, values: dict[str, Tensor | None]) -> None:
         """Give the state a dtype that it can accumulate in, with these values, where it has lost it."""
-        for name, buffer in self._buffers.items():
-            value = values[name]
+        for name in ("running_var", "batches_seen"):  # and not what a subclass has besides
+            buffer, value = self._buffers.get(name), values.get(name)
             if buffer is None or value is None:
                 continue
             dtype = torch.long if name == "batches_seen" else _wide(buffer.dtype)

@@ -100,6 +100,20 @@ def test_it_goes_where_half_precision_ends(error: float) -> None:
     assert nats == pytest.approx(37 * (0.5 + 0.5 * math.log(2 * math.pi * error**2)), rel=1e-5)
 
 
+def test_what_a_subclass_has_besides_follows_the_module() -> None:
+    class Scheduled(DecoupledELBO):
+        def __init__(self) -> None:
+            super().__init__(momentum=0.1)
+            self.register_buffer("weights", torch.ones(3))
+            self.register_buffer("steps", torch.zeros((), dtype=torch.int32))
+
+    module = Scheduled().half()
+    module(*Call().tensors)
+    dtypes = {name: t.dtype for name, t in module.named_buffers()}
+    assert (dtypes["weights"], dtypes["steps"]) == (torch.float16, torch.int32)
+    assert (dtypes["running_var"], dtypes["batches_seen"]) == (torch.float32, torch.long)
+
+
 def test_a_double_module_keeps_it_in_double() -> None:
     module = DecoupledELBO(momentum=0.1).double()
     call = Call(dtype=torch.float64)
