@@ -6,6 +6,8 @@
 // one, the leader, decides it, and the others are copied into it if they differ.
 #pragma once
 
+#include "errors.h"
+
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -55,8 +57,14 @@ inline bool samples_are_dense(const Tensor& t) {
   return true;
 }
 
+// Calls f, which makes a tensor of another's size on its device.
+template <class F>
+inline Tensor as_large_as(const Tensor& like, F f) {
+  return elbo_errors::taking(like.numel() * like.element_size(), like.is_cpu(), f);
+}
+
 inline Tensor leader(const Tensor& t) {
-  return samples_are_dense(t) ? t : torch::stable::contiguous(t);
+  return samples_are_dense(t) ? t : as_large_as(t, [&] { return torch::stable::contiguous(t); });
 }
 
 // An uninitialised tensor on another's device. Through a function of the ABI's own: those that call the dispatcher by
@@ -65,11 +73,15 @@ inline Tensor empty_strided(IntArrayRef sizes, IntArrayRef strides, ScalarType d
   int32_t device_type, device_index;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, device_index, &handle));
-  return Tensor(handle);
+  const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  int64_t bytes = aoti_torch_dtype_element_size(type);
+  for (int64_t size : sizes) bytes *= size;
+  return elbo_errors::taking(bytes, like.is_cpu(), [&] {
+    AtenTensorHandle handle;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), type, device_type, device_index, &handle));
+    return Tensor(handle);
+  });
 }
 
 // A dense batch of another tensor's shape and order inside the sample.
@@ -112,7 +124,7 @@ struct Output {
   Output(const Tensor& input, const Tensor& lead, ScalarType written, F empty)
       : result(
             is_dense(input) ? empty(input.sizes(), input.strides(), input.scalar_type(), input)
-                            : torch::stable::empty_like(input)),
+                            : as_large_as(input, [&] { return torch::stable::empty_like(input); })),
         buffer(result) {
     direct = same_order(result, lead) && is_dense(result) && written == input.scalar_type();
     if (!direct) buffer = empty_in_order(lead, written);

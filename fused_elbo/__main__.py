@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import platform
+import sys
 from importlib import metadata
 
 import torch
@@ -17,6 +19,8 @@ GPU_BACKENDS = ("triton", "cuda", "reference")
 
 
 def main() -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may have what the terminal's encoding lacks
     print("\n".join(f"{name:12}{value}" for name, value in facts().items()))
     rows = statuses()
     print("\n" + "\n".join(table(rows)) + "\n")

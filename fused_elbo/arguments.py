@@ -64,12 +64,12 @@ def of_sigma(
             raise ValueError(f"sigma and log_sigma exclude each other, got sigma={sigma!r} beside a log_sigma")
         checks.log_sigma(log_sigma, recon)
         batch = recon.shape[0]
+        of_one = log_sigma.shape[1:].numel() == 1
+        per_image = of_one and log_sigma.dim() in (1, recon.dim()) and tracing.known(log_sigma.shape[0] == batch)
+        if per_image:  # before what follows: a batch may be of one image
+            return log_sigma.reshape(batch), Kind.GIVEN, False, 0.0, min_log_sigma
         if tracing.known(log_sigma.numel() == 1):
             return log_sigma.reshape(()), Kind.GIVEN, False, 0.0, min_log_sigma
-        of_one = log_sigma.shape[1:].numel() == 1
-        per_image = of_one and log_sigma.shape[0] == batch and log_sigma.dim() in (1, recon.dim())
-        if per_image:
-            return log_sigma.reshape(batch), Kind.GIVEN, False, 0.0, min_log_sigma
         shape = (1,) * (recon.dim() - log_sigma.dim()) + tuple(log_sigma.shape)
         return log_sigma.reshape(shape), Kind.ELEMENT, False, 0.0, min_log_sigma
     mode = modes.resolve(sigma)

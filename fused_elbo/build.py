@@ -6,6 +6,7 @@ Layout of the cache, one folder for each key (PyTorch, machine, flags, sources a
 
     <cache>/fused_elbo_cpu-torch2.13.0-avx512-0123456789abcdef-0123456789abcdef/
         fused_elbo_cpu.so     appears by one atomic rename, so that what has this name is whole
+        fused_elbo_cpu.sha256 its digest: a copy that was cut short would kill the process that loads it
         scratch-*/            a build at work, or what a killed one left; the next builder removes it
         lock                  held by the one process that builds
         build.log             what the compiler said, after a failed build
@@ -14,7 +15,7 @@ Layout of the cache, one folder for each key (PyTorch, machine, flags, sources a
 Environment variables, all read in `Settings.read`, when a library is asked for:
 
     FUSED_ELBO_CACHE_DIR   the cache; else $XDG_CACHE_HOME/fused_elbo, else fused_elbo in ~/.cache or ~/Library/Caches
-    CXX                    the C++ compiler, with arguments if need be ("ccache g++"); else g++, clang++ or c++
+    CXX                    the C++ compiler, as a shell reads it ("ccache g++"); else g++, clang++ or c++
     CUDA_HOME, CUDA_PATH   where bin/nvcc is looked for first; then on the PATH, then in /usr/local/cuda
     TORCH_CUDA_ARCH_LIST   what CUDA code is compiled for ("8.0;9.0+PTX"); else the GPUs that are visible
     MAX_JOBS               how many compilers run at once
@@ -40,9 +41,9 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from .backends.base import BackendUnavailable
+from .backends.base import BackendUnavailable, sentence
 from .build_spec import BuildSpec, cpu_spec, cuda_spec
-from .build_tools import Compiler, Settings, digest, digests, find_compiler, find_ninja
+from .build_tools import Compiler, Settings, digest, digests, find_compiler, find_ninja, sha256
 
 __all__ = ["BuildFailed", "BuildSpec", "Settings", "Target", "build", "cpu_spec", "cuda_spec", "ninja_file", "resolve"]
 
@@ -66,6 +67,16 @@ class Target:
     def library(self) -> Path:
         return self.folder / f"{self.spec.name}.so"
 
+    @property
+    def digest(self) -> Path:
+        return self.library.with_suffix(".sha256")
+
+    def is_built(self) -> bool:
+        """Whether the library is there, and whole."""
+        with suppress(OSError):
+            return self.digest.read_bytes() == sha256(self.library).encode()
+        return False
+
 
 class BuildFailed(BackendUnavailable):
     """The compiler refused. str() shows all that it said; `log` is the file that has it too."""
@@ -82,22 +93,20 @@ class BuildFailed(BackendUnavailable):
 def build(spec: BuildSpec) -> Target:
     """The spec's library, compiled unless the cache has it. Any number of processes may ask at once: one compiles."""
     target = resolve(spec)
-    if target.library.exists():  # needs no lock: the name appears when the file is whole
+    if target.is_built():  # needs no lock: the name appears when the file is whole
         return target
     assert target.compiler is not None
     try:
-        target.folder.mkdir(mode=0o700, exist_ok=True)
+        target.folder.mkdir(mode=0o755, exist_ok=True)
         with FileLock(target.folder / "lock", timeout=_LOCK_TIMEOUT):
-            if not target.library.exists():  # whoever held the lock before has built it
+            if not target.is_built():  # whoever held the lock before has built it
                 _compile(target, target.compiler)
     except Timeout as error:
-        raise BackendUnavailable(
-            f"another process has held {target.folder / 'lock'} for {_LOCK_TIMEOUT:.0f} seconds.",
-            "End the process that builds, or set FUSED_ELBO_CACHE_DIR to another directory.",
-        ) from error
+        raise _locked(target.folder / "lock") from error
     except (OSError, NotImplementedError) as error:  # the latter from filelock, where files cannot be locked
         raise BackendUnavailable(
-            f"building in the cache failed: {error}.", "Set FUSED_ELBO_CACHE_DIR to a directory that you can write to."
+            f"building in the cache failed: {sentence(error)}",
+            "Set FUSED_ELBO_CACHE_DIR to a directory that you can write to.",
         ) from error
     return target
 
@@ -106,7 +115,8 @@ def resolve(spec: BuildSpec) -> Target:
     """Where the spec's library lies or will lie, without compiling: a few milliseconds, and no process when warm.
 
     A compiler's version is part of the key, since a better compiler may make a better library. Where there is no
-    compiler, or none that runs, the library of an earlier one is as good as ever: the latest is taken.
+    compiler, or none that runs, or the cache is root's, the library of another one is as good as ever: the latest is
+    taken.
     """
     if os.name == "nt":
         raise BackendUnavailable(
@@ -118,23 +128,48 @@ def resolve(spec: BuildSpec) -> Target:
     try:
         compiler = find_compiler(spec.language, settings)
     except BackendUnavailable:
-        libraries = settings.cache_dir.glob(f"{prefix}-*/{spec.name}.so")
-        latest = max(libraries, key=lambda library: library.stat().st_mtime, default=None)
-        if latest is None:
-            raise
-        return Target(spec, None, latest.parent)
-    return Target(spec, compiler, settings.cache_dir / f"{prefix}-{digest([compiler.command, compiler.version])}")
+        if latest := _latest(spec, settings.cache_dir, prefix):
+            return latest
+        raise
+    key = digest([compiler.command, compiler.version])
+    target = Target(spec, compiler, settings.cache_dir / f"{prefix}-{key}")
+    if target.is_built() or os.access(settings.cache_dir, os.W_OK):
+        return target
+    return _latest(spec, settings.cache_dir, prefix) or target
+
+
+def _latest(spec: BuildSpec, cache_dir: Path, prefix: str) -> Target | None:
+    """Of the libraries of any compiler."""
+    found = [Target(spec, None, folder) for folder in cache_dir.glob(f"{prefix}-*")]
+    built = [target for target in found if target.is_built()]
+    return max(built, key=lambda target: target.library.stat().st_mtime, default=None)
+
+
+def _locked(lock: Path) -> BackendUnavailable:
+    """Why there is nothing to be had from a lock. One of the kernel's ends with its process; where the file system has
+    none, the file is the lock, says whose it is, and outlives a process that was killed, or its machine."""
+    reason = f"another process has held {lock} for {_LOCK_TIMEOUT:.0f} seconds"
+    try:
+        process, host, *_ = lock.read_text(encoding="utf-8", errors="replace").split("\n")
+    except (OSError, ValueError):
+        process = host = ""
+    another = "or set FUSED_ELBO_CACHE_DIR to another directory."
+    if not (process and host):
+        return BackendUnavailable(f"{reason}.", f"End the process that builds, {another}")
+    mend = f"End that process; where it is gone, delete {lock}; {another}"
+    return BackendUnavailable(f"{reason}: process {process} on {host}.", mend)
 
 
 def _make_private(cache_dir: Path) -> None:
-    """Whoever can write to the cache can plant a library that we would load and run."""
+    """Whoever can write to the cache can plant a library that we would load and run. To read it harms nobody, and what
+    root has built, in an image, say, serves its users: who distrusts root cannot trust the interpreter either."""
     remedy = "Set FUSED_ELBO_CACHE_DIR to a directory of your own."
     try:
-        cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        cache_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
         found = cache_dir.stat()
     except OSError as error:
-        raise BackendUnavailable(f"the cache directory cannot be made: {error}.", remedy) from error
-    if found.st_uid != os.geteuid():
+        raise BackendUnavailable(f"the cache directory cannot be made: {sentence(error)}", remedy) from error
+    if found.st_uid not in (os.geteuid(), 0):
         raise BackendUnavailable(f"the cache directory {cache_dir} belongs to another user.", remedy)
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise BackendUnavailable(
@@ -148,8 +183,14 @@ def _key(spec: BuildSpec) -> str:
     files = {path for path in spec.root.rglob("*") if path.suffix in _HEADERS[spec.language]}
     files |= {spec.root / source for part in spec.parts for source in part.sources}
     versions = [torch.__version__, torch.version.git_version]
+    try:
+        contents = digests(files, spec.root)
+    except OSError as error:
+        raise BackendUnavailable(
+            f"the sources cannot be read: {sentence(error)}", "Install fused_elbo anew, as files: not in a zip."
+        ) from error
     # A home may be shared by unlike machines. The ninja file names every flag and every folder.
-    return digest([versions, sys.platform, platform.machine(), ninja_file(spec, ()), digests(files, spec.root)])
+    return digest([versions, sys.platform, platform.machine(), ninja_file(spec, ()), contents])
 
 
 def _compile(target: Target, compiler: Compiler) -> None:
@@ -159,25 +200,29 @@ def _compile(target: Target, compiler: Compiler) -> None:
     # A new name each time: a killed builder's compilers may live on, and on NFS their open files defy removal.
     scratch = Path(tempfile.mkdtemp(prefix="scratch-", dir=target.folder))
     try:
-        (scratch / "build.ninja").write_text(ninja_file(target.spec, compiler.command))
+        text = ninja_file(target.spec, compiler.command)
+        (scratch / "build.ninja").write_text(text, encoding="utf-8", errors="surrogateescape")  # the bytes of the paths
         max_jobs = Settings.read().max_jobs
-        if max_jobs and not max_jobs.isdecimal():
+        if max_jobs and not (max_jobs.isascii() and max_jobs.isdigit() and 0 < int(max_jobs) < 1 << 31):
             raise BackendUnavailable(
                 f"MAX_JOBS is {max_jobs!r}, which is no number of compilers.", "Set it to 1 or more, or unset it."
             )
         command = [find_ninja(), *(["-j", max_jobs] if max_jobs else [])]
         (status, output), log = _run(command, scratch, target), target.folder / "build.log"
-        if status:
-            log.write_text(output)
+        finished = scratch / target.library.name
+        if status or not finished.exists():  # where SIGCHLD is ignored, all that runs seems to succeed
+            log.write_text(output, encoding="utf-8")
             raise BuildFailed(
                 f"compiling {target.spec.name} failed; what the compiler said is in {log} too.",
                 f"Mend what it complains of, or name another compiler in {compiler.variable}.",
                 output,
                 log,
             )
-        with open(scratch / target.library.name, "rb") as finished:
-            os.fsync(finished.fileno())  # else a power cut may leave the new name with nothing behind it
-        os.replace(scratch / target.library.name, target.library)
+        (scratch / target.digest.name).write_bytes(sha256(finished).encode())
+        for name in (target.digest.name, target.library.name):  # the library last: its name says that all is there
+            with open(scratch / name, "rb") as written:
+                os.fsync(written.fileno())  # else a power cut may leave the new name with nothing behind it
+            os.replace(scratch / name, target.folder / name)
         log.unlink(missing_ok=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -204,7 +249,7 @@ def _run(command: list[str], scratch: Path, target: Target) -> tuple[int, str]:
 
 def ninja_file(spec: BuildSpec, compiler: tuple[str, ...]) -> str:
     """The build as ninja reads it: an object for each source of each part, one library."""
-    includes = (f"-I{spec.root}", "-isystem", f"{_TORCH / 'include'}")
+    includes = (f"-I{spec.root}", f"-I{_TORCH / 'include'}")  # -isystem would come after another torch in CPATH
     link = _command(*compiler, "-shared", f"-L{_TORCH / 'lib'}")
     lines = [f"rule link\n  command = {link} $in {_command(*spec.ldflags)} -o $out\n  description = link $out"]
     objects = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from .backends.base import BackendUnavailable
+from .backends.base import BackendUnavailable, sentence
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Settings:
                 cache_dir = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "fused_elbo"
         except RuntimeError as error:  # a user without an entry in the password database, as in some containers
             raise BackendUnavailable(
-                f"the cache directory is unknown: {error}", "Set FUSED_ELBO_CACHE_DIR to a directory of your own."
+                f"the cache directory is unknown: {sentence(error)}",
+                "Set FUSED_ELBO_CACHE_DIR to a directory of your own.",
             ) from error
         homes = (environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH"))
         return cls(
@@ -71,7 +73,7 @@ def find_compiler(language: str, settings: Settings) -> Compiler:
 
 
 def _find_cxx(settings: Settings) -> tuple[str, ...]:
-    for program, *arguments in [settings.cxx.split()] if settings.cxx else [["g++"], ["clang++"], ["c++"]]:
+    for program, *arguments in [_words(settings.cxx)] if settings.cxx else [["g++"], ["clang++"], ["c++"]]:
         if path := shutil.which(program):
             return (os.path.abspath(path), *arguments)
     names = f"CXX is {settings.cxx}" if settings.cxx else "tried g++, clang++, c++"
@@ -79,6 +81,16 @@ def _find_cxx(settings: Settings) -> tuple[str, ...]:
         f"no C++ compiler was found ({names}).",
         "Install g++ (Debian, Ubuntu: apt install g++; conda: conda install gxx), or name one in CXX.",
     )
+
+
+def _words(cxx: str) -> list[str]:
+    """As a shell would read them; a program's path alone needs no quotes, even with a space in it."""
+    if shutil.which(cxx):
+        return [cxx]
+    try:
+        return shlex.split(cxx)
+    except ValueError as error:
+        raise BackendUnavailable(f"CXX is {cxx}, which a shell cannot read: {sentence(error)}", "Mend it.") from error
 
 
 _USUAL_CUDA = "/usr/local/cuda"
@@ -103,14 +115,14 @@ def _version(language: str, command: tuple[str, ...], cache_dir: Path) -> str:
     identity = [command, [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in stats]]
     remembered = cache_dir / f"compiler-{digest(identity)}.txt"
     with suppress(OSError):
-        return remembered.read_text(errors="replace")
+        return remembered.read_text(encoding="utf-8", errors="replace")  # whatever the locale is: the key depends on it
     try:
         environ = {**os.environ, "LC_ALL": "C"}  # another language is not another compiler
         version = subprocess.check_output([*command, "--version"], env=environ, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.CalledProcessError) as error:
         name = "CXX" if language == "C++" else "CUDA_HOME"
         raise BackendUnavailable(
-            f"the {language} compiler does not run: {error}.", f"Mend it, or name another one in {name}."
+            f"the {language} compiler does not run: {sentence(error)}", f"Mend it, or name another one in {name}."
         ) from error
     with suppress(OSError):  # a cache that is read-only may still hold the library
         part = remembered.with_suffix(f".{os.getpid()}")
@@ -120,7 +132,7 @@ def _version(language: str, command: tuple[str, ...], cache_dir: Path) -> str:
 
 
 def find_ninja() -> str:
-    with suppress(ImportError):
+    with suppress(Exception):  # there are other packages of this name, and what they do when imported is their own
         import ninja
 
         if path := shutil.which("ninja", path=ninja.BIN_DIR):
@@ -136,4 +148,8 @@ def digest(facts: object) -> str:
 
 def digests(files: Iterable[Path], root: Path) -> list[tuple[str, str]]:
     """Name and content of each file."""
-    return [(str(file.relative_to(root)), hashlib.sha256(file.read_bytes()).hexdigest()) for file in sorted(files)]
+    return [(str(file.relative_to(root)), sha256(file)) for file in sorted(files)]
+
+
+def sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

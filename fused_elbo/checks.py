@@ -7,6 +7,7 @@ looking at them would wait for the device.
 from __future__ import annotations
 
 import numbers
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,9 @@ def tensor(name: str, value: object, like: Tensor | None = None, called: str = "
     if value.dtype not in DTYPES:
         hint = "; scale images to [0, 1] first: x.float() / 255" if value.dtype == torch.uint8 else ""
         raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {value.dtype}{hint}")
+    if value.is_nested:  # of either layout; before the layout, for to_dense() knows no jagged one
+        advice = f"use torch.nested.to_padded_tensor({name}, 0.0), of which the padding counts as data"
+        raise TypeError(f"{name}: expected a dense tensor, got a nested one, of layout {value.layout}; {advice}")
     if value.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}; use {name}.to_dense()")
     if like is not None and value.device != like.device:
@@ -133,7 +137,11 @@ def process_group(value: object, reduction: int) -> None:
     if value == dist.GroupMember.NON_GROUP_MEMBER:  # what dist.new_group returns to those that are not in it
         raise ValueError("process_group: this process is not a member of the group; its members alone may call")
     if not isinstance(value, dist.ProcessGroup):
-        hint = ": pass mesh.get_group()" if type(value).__name__ == "DeviceMesh" else ""
+        hint = ""
+        if type(value).__name__ == "DeviceMesh":
+            several = getattr(value, "ndim", 1) > 1
+            which = "mesh.get_group(…) of the dimension along which the batch is sharded"
+            hint = f": pass {which if several else 'mesh.get_group()'}"
         raise TypeError(f"process_group: expected a ProcessGroup, as dist.group.WORLD, got {_kind(value)}{hint}")
     if not dist.is_initialized():
         raise RuntimeError("process_group: torch.distributed is not initialised; call dist.init_process_group first")
@@ -148,6 +156,30 @@ def process_group(value: object, reduction: int) -> None:
         )
 
 
+def dtype(value: object) -> None:
+    """Of a module's state; None is the default."""
+    if value is not None and value not in DTYPES:
+        raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16, got {value!r}")
+
+
+def channels(value: object) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:  # NumPy's integers are Integral
+        raise ValueError(f"channels: expected None or a positive integer, got {value!r}")
+    return int(value)
+
+
+def has_channels(channels: int, recon: object) -> None:
+    tensor("recon", recon)
+    assert isinstance(recon, Tensor)
+    if recon.dim() < 2 or recon.shape[1] != channels:
+        raise ValueError(
+            f"channels: {channels} of them, with a σ each, are dimension 1 of recon, got shape {shape(recon)}; for "
+            "another dimension use decoupled_elbo with a log_sigma that broadcasts against recon"
+        )
+
+
 def criterion(reduced: object, group: object) -> None:
     """What a module keeps of both."""
     index = reduction(reduced)
@@ -159,19 +191,41 @@ def log_sigma(value: object, recon: Tensor) -> None:
     """() or (1,): one σ; (B,): one per image; any other shape: broadcasts against recon from the right."""
     tensor("log_sigma", value, recon)
     assert isinstance(value, Tensor)
-    batch = recon.shape[0]
     if value.dim() == 1:
-        if value.shape[0] not in (1, batch):
-            raise ValueError(
-                f"log_sigma: a 1-D log_sigma is one value or one per image, so (1,) or ({batch},), got {shape(value)}; "
-                f"for one per feature or channel give the other dimensions too, as (1, D) or (C, 1, 1)"
-            )
+        _one_dimensional(value, recon)
         return
     fits = value.dim() <= recon.dim() and all(
         a in (1, b) for a, b in zip(reversed(value.shape), reversed(recon.shape), strict=False)
     )
     if not fits:
         raise ValueError(f"log_sigma: shape {shape(value)} does not broadcast to recon's {shape(recon)}")
+
+
+def _one_dimensional(value: Tensor, recon: Tensor) -> None:
+    """One log σ or one per image; of another length it is refused, and of one that is the features' too, asked for."""
+    count, (batch, *data) = value.shape[0], recon.shape
+    if count not in (1, batch):
+        raise ValueError(
+            f"log_sigma: a 1-D log_sigma is one value or one per image, so (1,) or ({batch},), got {shape(value)} for "
+            f"recon of {shape(recon)}; {' or '.join(_along(recon, count)) or 'no dimension of recon is as long'}"
+        )
+    if count == batch > 1 and len(data) in (1, 2) and data[-1] == batch and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"log_sigma: of {shape(value)} is one per image, and recon of {shape(recon)} has as many features; "
+            f"log_sigma.reshape({', '.join(['-1', *['1'] * len(data)])}) says so without this warning, and "
+            f"{_along(recon, count)[-1]}",
+            stacklevel=6,
+        )
+
+
+def _along(recon: Tensor, count: int) -> list[str]:
+    """How to spell a log_sigma of so many values along another dimension of recon than the batch."""
+    ways = []
+    for k in range(1, recon.dim()):
+        if recon.shape[k] == count:
+            sizes = ", ".join(str(count if j == k else 1) for j in range(recon.dim()))
+            ways.append(f"log_sigma.reshape({sizes}) is one for each of dimension {k}")
+    return ways
 
 
 def _kind(value: object) -> str:

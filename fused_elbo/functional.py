@@ -55,8 +55,9 @@ def decoupled_elbo(
         beta: weight of the rate: a number, a 0-d tensor, or (B,), one per sample. A tensor β gets a gradient.
         sigma: where the decoder's σ comes from: "optimal" (σ² = MSE of the batch, in closed form), "optimal-per-image"
             (of each sample), a number (a constant standard deviation), or a mode from `fused_elbo.sigma`.
-        log_sigma: a learned log σ, which takes the place of `sigma`: (), (1,) shared; (B,) per image; any other shape
-            broadcasts against recon from the right: (C, 1, 1) per channel, (1, D) per feature, recon.shape per pixel.
+        log_sigma: a learned log σ, which takes the place of `sigma`: (), (1,) shared; (B,) per image, also where B is
+            the number of features (a warning then asks) or 1; any other shape broadcasts against recon from the right:
+            (C, 1, 1) per channel of images, (1, D) per feature, recon.shape per pixel.
         min_log_sigma: floor of log σ in the optimal modes, within ±40. The default −7 lies just below the quantisation
             noise of 8-bit data in [0, 1], log(1/(255·√12)) = −6.8. Has no part in a constant or learned σ.
         prior: (mu_p, logvar_p), a Gaussian prior in place of N(0, I); each broadcasts to mu's shape. Keep logvar_p, as

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from .sigma import Constant, Optimal
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Self
 
 
 class _Criterion(nn.Module):
@@ -23,7 +25,7 @@ class _Criterion(nn.Module):
     def forward(
         self, recon: Tensor, target: Tensor, mu: Tensor, logvar: Tensor, prior: tuple[Tensor, Tensor] | None = None
     ) -> ELBO:
-        return self._seen(decoupled_elbo(recon, target, mu, logvar, prior=prior, **self._options()))
+        return self._seen(decoupled_elbo(recon, target, mu, logvar, prior=prior, **self._options(recon)))
 
     def backward(
         self,
@@ -37,14 +39,23 @@ class _Criterion(nn.Module):
         retain_graph: bool = False,
     ) -> ELBO:
         """`criterion(…).loss.backward()` in one go: see `fused_elbo.decoupled_elbo_backward`. Runs no forward hooks."""
-        options = self._options() | {"grad_scale": grad_scale, "retain_graph": retain_graph}
+        options = self._options(recon) | {"grad_scale": grad_scale, "retain_graph": retain_graph}
         return self._seen(decoupled_elbo_backward(recon, target, mu, logvar, prior=prior, **options))
 
-    def _options(self) -> dict[str, Any]:
+    def reset_parameters(self) -> None:
+        """Set the module's state, if it has any, as its constructor does: for modules made on the meta device."""
+
+    def _options(self, recon: Tensor) -> dict[str, Any]:
         raise NotImplementedError
 
     def _seen(self, elbo: ELBO) -> ELBO:
         return elbo
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # torch registers a Parameter that is assigned, and from then on refuses a number in its place.
+        if name in ("beta", "capacity") and name in self._parameters and not isinstance(value, nn.Parameter):
+            del self._parameters[name]
+        super().__setattr__(name, value)
 
 
 class DecoupledELBO(_Criterion):
@@ -60,7 +71,10 @@ class DecoupledELBO(_Criterion):
         `running_var` (the first batch sets it, batches that are not finite are left out), and eval mode uses it as one
         constant σ. The optimal σ is computed from the target, so a likelihood reported on test data must not use it: σ
         has to come from training. None (the default) uses the optimal σ in both modes. With a process_group the average
-        is the same on all ranks. Before any training step `running_var` is 1, as in BatchNorm.
+        is the same on all ranks. Before any training step `running_var` is 1, as in BatchNorm, and `reset_parameters`
+        and `reset_running_stats` make it 1 again. It is fp32, in modules of half precision too, since an average that
+        moves by less than half an ulp stands still; in a module that is `.double()` it is fp64.
+    device, dtype: of the running σ²; a dtype of half precision leaves it in fp32.
 
     Raises as `decoupled_elbo` does; ValueError for a momentum outside (0, 1] or beside a constant σ.
 
@@ -85,10 +99,13 @@ class DecoupledELBO(_Criterion):
         reduction: str = "batchmean",
         process_group: ProcessGroup | None = None,
         momentum: float | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         checks.criterion(reduction, process_group)
         checks.configuration(beta, free_bits, capacity, min_log_sigma)
+        checks.dtype(dtype)
         mode = modes.resolve(sigma)
         if momentum is not None:
             checks.number("momentum", momentum)
@@ -96,8 +113,9 @@ class DecoupledELBO(_Criterion):
                 raise ValueError(f"momentum: expected a number in (0, 1], got {momentum!r}")
             if isinstance(mode, Constant):
                 raise ValueError(f"momentum: a constant σ has no running average, got sigma={sigma!r}")
-            self.register_buffer("running_var", torch.ones(()))
-            self.register_buffer("batches_seen", torch.zeros((), dtype=torch.long))
+            wide = _wide(torch.float32 if dtype is None else dtype)  # whatever the default dtype is just now
+            self.register_buffer("running_var", torch.empty((), device=device, dtype=wide))
+            self.register_buffer("batches_seen", torch.empty((), device=device, dtype=torch.long))
         self.beta = beta
         self.sigma = sigma
         self.min_log_sigma = min_log_sigma
@@ -106,8 +124,40 @@ class DecoupledELBO(_Criterion):
         self.reduction = reduction
         self.process_group = process_group
         self.momentum = momentum
+        self.reset_parameters()
 
-    def _options(self) -> dict[str, Any]:
+    def reset_parameters(self) -> None:
+        self.reset_running_stats()
+
+    def reset_running_stats(self) -> None:
+        """As before any training step: `running_var` 1, `batches_seen` 0."""
+        if self.momentum is not None:
+            self.running_var.fill_(1)
+            self.batches_seen.zero_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `to`, `half`, `bfloat16` and so on go through: to half precision the state is not rounded on the way."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        self._widen(before)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._widen(self._buffers)  # with assign=True the buffers have the checkpoint's dtypes
+
+    def _widen(self, values: dict[str, Tensor | None]) -> None:
+        """Give the state a dtype that it can accumulate in, with these values, where it has lost it."""
+        for name in ("running_var", "batches_seen"):  # and not what a subclass has besides
+            buffer, value = self._buffers.get(name), values.get(name)
+            if buffer is None or value is None:
+                continue
+            dtype = torch.long if name == "batches_seen" else _wide(buffer.dtype)
+            if buffer.dtype != dtype:
+                self._buffers[name] = value.to(buffer.device, dtype)
+
+    def _options(self, recon: Tensor) -> dict[str, Any]:
+        self._widen(self._buffers)  # a trainer may cast them by other ways than `_apply`
         evaluating = self.momentum is not None and not self.training
         return {
             "beta": self.beta,
@@ -146,15 +196,24 @@ class DecoupledELBO(_Criterion):
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What an average is kept in, in a module of this dtype."""
+    return dtype if dtype == torch.float64 else torch.float32
+
+
 class LearnedSigmaELBO(_Criterion):
     """`decoupled_elbo` with a learned log σ as a parameter of its own.
 
-    channels: None for one shared σ, parameter shape (); an integer C for one per channel, shape (C, 1, 1), which
-        broadcasts against images (B, C, H, W) from the right.
-    init: the initial log σ. 0 (σ = 1) is the slow, safe start; near ½ log MSE is the fast one.
+    channels: None for one shared σ, parameter shape (); an integer C for one per channel, parameter shape (C, 1, 1).
+        Channels are dimension 1 of recon, whatever its rank: (B, C), (B, C, L), (B, C, H, W), (B, C, T, H, W). C = 1 is
+        one shared σ again, for data of any shape.
+    init: the initial log σ. 0 (σ = 1) is the slow, safe start; near ½ log MSE is the fast one. `reset_parameters` sets
+        it again.
     beta, free_bits, capacity, reduction, process_group: as in `fused_elbo.decoupled_elbo`. The gradient of log_sigma is
         averaged over the ranks if the module lies inside the one that is wrapped. FSDP2 refuses scalar parameters:
-        give it channels.
+        give it channels=1.
+    device, dtype: of log_sigma. It follows `.half()` and the like, as any weight: where steps of half precision are too
+        coarse for it (2⁻⁷ near −1 in bf16), call `criterion.float()` afterwards; the loss takes mixed dtypes.
 
     Give the optimiser `criterion.parameters()` beside the model's. A frozen parameter (requires_grad=False) is warned
     about once, since σ then stays where it is.
@@ -176,14 +235,19 @@ class LearnedSigmaELBO(_Criterion):
         capacity: float | Tensor | None = None,
         reduction: str = "batchmean",
         process_group: ProcessGroup | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         checks.number("init", init)
         checks.criterion(reduction, process_group)
         checks.configuration(beta, free_bits, capacity)
-        if channels is not None and (isinstance(channels, bool) or not isinstance(channels, int) or channels < 1):
-            raise ValueError(f"channels: expected None or a positive integer, got {channels!r}")
-        self.log_sigma = nn.Parameter(torch.full(() if channels is None else (channels, 1, 1), float(init)))
+        checks.dtype(dtype)
+        self.channels = checks.channels(channels)
+        self.init = float(init)
+        shape = () if self.channels is None else (self.channels, 1, 1)
+        self.log_sigma = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.reset_parameters()
         self.beta = beta
         self.free_bits = free_bits
         self.capacity = capacity
@@ -191,7 +255,10 @@ class LearnedSigmaELBO(_Criterion):
         self.process_group = process_group
         self._warned = False
 
-    def _options(self) -> dict[str, Any]:
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.log_sigma, self.init)
+
+    def _options(self, recon: Tensor) -> dict[str, Any]:
         # Inside torch.func's transforms requires_grad tells of the innermost one alone: vmap hides that σ is trained.
         tells = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
         frozen = tells and self.training and not self.log_sigma.requires_grad
@@ -200,12 +267,21 @@ class LearnedSigmaELBO(_Criterion):
             warnings.warn("LearnedSigmaELBO: log_sigma is frozen (requires_grad=False): σ stays as it is", stacklevel=3)
         return {
             "beta": self.beta,
-            "log_sigma": self.log_sigma,
+            "log_sigma": self._along_channels(recon),
             "free_bits": self.free_bits,
             "capacity": self.capacity,
             "reduction": self.reduction,
             "process_group": self.process_group,
         }
+
+    def _along_channels(self, recon: Tensor) -> Tensor:
+        """log σ as it broadcasts against recon; left to itself, (C, 1, 1) would broadcast from the right."""
+        if self.channels is None:
+            return self.log_sigma
+        if self.channels == 1:
+            return self.log_sigma.reshape(())
+        checks.has_channels(self.channels, recon)
+        return self.log_sigma.reshape(1, self.channels, *[1] * (recon.dim() - 2))
 
     def extra_repr(self) -> str:
         return f"log_sigma={tuple(self.log_sigma.shape)}, beta={self.beta!r}, reduction={self.reduction!r}"

@@ -23,7 +23,7 @@ kernels loaded at the first call and then dispatches again, to them; where there
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -54,7 +54,24 @@ SCHEMAS = {
     ),
 }
 
-_library = torch.library.Library("fused_elbo", "DEF")
+
+def _library_of(namespace: str, kind: Literal["DEF", "FRAGMENT"]) -> torch.library.Library:
+    """For registrations, which are the process's, not this module's: where it is imported again, as Spyder does with a
+    user's modules and tests do to be alone, those of before make way, as torch.library.custom_op's do."""
+    known = vars(getattr(torch.ops, namespace))  # which outlives the module
+    if before := known.get("_registered"):
+        # Functions of before may still be called, through operators that are freed with their last kernel: so one, for
+        # tensors that nobody has, stays.
+        keeper, kept = known.setdefault("_kept", (torch.library.Library(namespace, "IMPL"), set()))
+        for name in {qualified.partition("::")[2] for qualified in before._op_defs} - kept:
+            keeper.impl(name, print, "PrivateUse3")
+            kept.add(name)
+        before._destroy()
+    known["_registered"] = torch.library.Library(namespace, kind)
+    return known["_registered"]
+
+
+_library = _library_of("fused_elbo", "DEF")
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -183,10 +200,11 @@ def register(implementations: Any, key: str) -> None:
 
 def describe(namespace: str) -> None:
     """Tell torch.compile and vmap about the operators of another namespace that have these schemas."""
+    library = _library_of(namespace, "FRAGMENT")
     for name in SCHEMAS:
         operator = getattr(getattr(torch.ops, namespace), name).default
-        torch.library.register_fake(f"{namespace}::{name}", globals()[f"_{name}_fake"])
-        torch.library.register_vmap(f"{namespace}::{name}", vmap_rule(operator))
+        torch.library.register_fake(f"{namespace}::{name}", globals()[f"_{name}_fake"], lib=library)
+        torch.library.register_vmap(f"{namespace}::{name}", vmap_rule(operator), lib=library)
 
 
 for _name in SCHEMAS:

@@ -19,6 +19,7 @@ from workshop import REAL, Workshop, build_script, finish, needs_compiler, pytho
 from fused_elbo import build as builder
 from fused_elbo import build_spec
 from fused_elbo.backends import cpp
+from fused_elbo.backends.base import BackendUnavailable
 
 
 @needs_compiler
@@ -100,6 +101,54 @@ def test_odd_paths_and_a_compiler_with_arguments(
     shop.write("one.cpp", '#include "two.h"\nextern "C" int one() { return ARGUMENT + TWO; }\n')
     monkeypatch.setenv("CXX", f"{REAL} -DARGUMENT=40")
     assert ctypes.CDLL(str(builder.build(shop.spec).library)).one() == 42
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "spelling",
+    ["{folder}/my tools/g++", "'{folder}/my tools/g++' -DARGUMENT=40", r"{folder}/my\ tools/g++ '-DARGUMENT=4 * 10'"],
+)
+def test_a_compiler_is_named_as_a_shell_reads_it(
+    shop: Workshop, monkeypatch: pytest.MonkeyPatch, spelling: str
+) -> None:
+    """Quoted, or with a backslash; and a path alone, which a shell would take apart."""
+    shop.write("one.cpp", '#ifndef ARGUMENT\n#define ARGUMENT 40\n#endif\nextern "C" int one() { return ARGUMENT; }\n')
+    (shop.folder / "my tools").mkdir()
+    shop.cxx.rename(shop.folder / "my tools/g++")
+    monkeypatch.setenv("CXX", spelling.format(folder=shop.folder))
+    assert ctypes.CDLL(str(builder.build(shop.spec).library)).one() == 40
+
+
+def test_a_compiler_that_no_shell_could_read(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "'/opt/my tools/g++")
+    with pytest.raises(BackendUnavailable, match=r"CXX is '/opt/my tools/g\+\+, which a shell cannot read: No closing"):
+        builder.build(shop.spec)
+
+
+@needs_compiler
+def test_another_torch_in_cpath_does_not_hide_ours(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    header = shop.folder / "other/torch/headeronly/macros/Macros.h"
+    header.parent.mkdir(parents=True)
+    header.write_text("#error another torch\n")
+    shop.write("one.cpp", '#include <torch/headeronly/macros/Macros.h>\nextern "C" int one() { return 1; }\n')
+    monkeypatch.setenv("CPATH", str(shop.folder / "other"))
+    assert builder.build(shop.spec).library.exists()
+
+
+def test_the_locale_is_no_part_of_the_key(shop: Workshop) -> None:
+    """What the compiler says is written in one process and read in another."""
+    shop.compiler(version="g++ für alle")
+    key = shop.key()
+    script = f"""
+        import pathlib, sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from fused_elbo.build import resolve
+        from workshop import tiny
+        print(resolve(tiny(pathlib.Path({str(shop.root)!r}))).folder.name)
+    """
+    out, _ = finish(python(script, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0"))
+    assert out.strip() == key
+    assert len(shop.calls("version")) == 1
 
 
 @needs_compiler

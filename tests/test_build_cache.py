@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import filelock
 import pytest
 from workshop import REAL, Workshop, build_script, needs_compiler, python, wait_for
 
@@ -68,7 +69,7 @@ def test_cache_is_private(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> No
         builder.resolve(shop.spec)
     finally:
         os.umask(umask)
-    assert stat.S_IMODE(shop.cache.stat().st_mode) == 0o700
+    assert stat.S_IMODE(shop.cache.stat().st_mode) == 0o755  # others may read it: the image's user what root built
 
 
 @needs_compiler
@@ -83,10 +84,76 @@ def test_a_cache_that_others_can_write_is_refused(shop: Workshop, mode: int) -> 
     builder.build(shop.spec)
 
 
+def owned_by(monkeypatch: pytest.MonkeyPatch, folder: Path, owner: int) -> None:
+    """As the file system would say it, whoever runs the tests."""
+    real = Path.stat
+
+    def found(path: Path, **kwargs: bool) -> os.stat_result:
+        values = list(real(path, **kwargs))
+        if path == folder:
+            values[stat.ST_UID] = owner
+        return os.stat_result(values)
+
+    monkeypatch.setattr(Path, "stat", found)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+
+
 def test_a_cache_of_another_user_is_refused(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "geteuid", lambda: shop.folder.stat().st_uid + 1)
+    builder.resolve(shop.spec)
+    owned_by(monkeypatch, shop.cache, 1001)
     with pytest.raises(BackendUnavailable, match="belongs to another user"):
         builder.resolve(shop.spec)
+
+
+@needs_compiler
+def test_what_root_has_built_serves_all(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in an image: built by RUN, used by USER, with no compiler any more."""
+    library = builder.build(shop.spec).library
+    owned_by(monkeypatch, shop.cache, 0)
+    assert builder.build(shop.spec).library == library
+    monkeypatch.setenv("CXX", "no-such-g++")
+    assert builder.build(shop.spec).library == library
+    monkeypatch.setenv("CXX", f"{shop.cxx} -O1")  # another compiler is no better there: nothing can be added
+    monkeypatch.setattr(os, "access", lambda path, mode: path != shop.cache)
+    assert builder.build(shop.spec).library == library
+    for path in (shop.cache, library.parent):
+        assert stat.S_IMODE(path.stat().st_mode) & 0o555 == 0o555 & ~umask()
+
+
+def umask() -> int:
+    os.umask(now := os.umask(0))
+    return now
+
+
+@needs_compiler
+@pytest.mark.parametrize("left", [0, 100, 4096, -1], ids=str)
+def test_a_library_that_was_cut_short_is_not_loaded(shop: Workshop, monkeypatch: pytest.MonkeyPatch, left: int) -> None:
+    """By a copy, or a full disk: dlopen would kill the process."""
+    library = builder.build(shop.spec).library
+    whole = library.read_bytes()
+    library.write_bytes(whole[:left])
+    assert not builder.resolve(shop.spec).is_built()
+    assert ctypes.CDLL(str(builder.build(shop.spec).library)).one() == 1  # built anew
+
+    library.write_bytes(whole[:left])
+    monkeypatch.setenv("CXX", "no-such-g++")
+    with pytest.raises(BackendUnavailable, match="no C"):
+        builder.build(shop.spec)
+
+
+@needs_compiler
+@pytest.mark.parametrize("left", [None, b"", b"\xff", b"0123456789abcdef"], ids=str)
+def test_a_library_of_which_the_digest_is_lost_is_built_anew(shop: Workshop, left: bytes | None) -> None:
+    target = builder.build(shop.spec)
+    if left is None:
+        target.digest.unlink()
+    else:
+        target.digest.write_bytes(left)
+    before = len(shop.calls("link"))
+    builder.build(shop.spec)
+    assert len(shop.calls("link")) == before + 1
+    builder.build(shop.spec)
+    assert len(shop.calls("link")) == before + 1
 
 
 @pytest.mark.parametrize("where", ["cache", "folder"])
@@ -105,6 +172,28 @@ def test_a_lock_that_is_never_released(shop: Workshop, monkeypatch: pytest.Monke
     folder.mkdir()
     with builder.FileLock(folder / "lock"), pytest.raises(BackendUnavailable, match="another process has held"):
         builder.build(shop.spec)
+
+
+def test_a_lock_that_is_a_file_says_whose_it_is(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the file system has no locks: a builder that was killed on another machine leaves one for ever."""
+    monkeypatch.setattr(builder, "_LOCK_TIMEOUT", 0.1)
+    monkeypatch.setattr(builder, "FileLock", filelock.SoftFileLock)
+    lock = builder.resolve(shop.spec).folder / "lock"
+    lock.parent.mkdir()
+    lock.write_text("4321\nnode7\n")
+    with pytest.raises(BackendUnavailable, match=r"another process has held .*: process 4321 on node7\.") as caught:
+        builder.build(shop.spec)
+    assert f"delete {lock}" in caught.value.remedy
+
+
+@needs_compiler
+def test_the_advice_about_such_a_lock_helps(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builder, "FileLock", filelock.SoftFileLock)
+    lock = builder.resolve(shop.spec).folder / "lock"
+    lock.parent.mkdir()
+    lock.write_text("4321\nnode7\n")
+    lock.unlink()
+    assert builder.build(shop.spec).is_built()
 
 
 @needs_compiler

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
+import textwrap
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
-from workshop import USE, Workshop, finish, needs_compiler, python
+from workshop import USE, Workshop, finish, needs_compiler, python, tiny
 
+import fused_elbo
+from fused_elbo import backends, build_tools
 from fused_elbo import build as builder
-from fused_elbo.backends import cpp
-from fused_elbo.backends.base import BackendUnavailable
+from fused_elbo.backends import cpp, cuda, library, triton
+from fused_elbo.backends.base import BackendUnavailable, once
 
 
 def test_no_compiler(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,16 +32,17 @@ def test_no_compiler(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_compiler
-def test_max_jobs_that_is_no_number(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MAX_JOBS", "many")
-    with pytest.raises(BackendUnavailable, match="MAX_JOBS is 'many', which is no number"):
+@pytest.mark.parametrize("jobs", ["many", "0", "00", "-1", "1e3", "٣", "9" * 30])
+def test_max_jobs_that_is_no_number(shop: Workshop, monkeypatch: pytest.MonkeyPatch, jobs: str) -> None:
+    monkeypatch.setenv("MAX_JOBS", jobs)
+    with pytest.raises(BackendUnavailable, match=f"MAX_JOBS is '{jobs}', which is no number"):
         builder.build(shop.spec)
     assert not shop.leftovers()
 
 
 def test_a_compiler_that_does_not_run(shop: Workshop) -> None:
     shop.cxx.write_text("#!/bin/sh\nexit 69\n")
-    with pytest.raises(BackendUnavailable, match="does not run"):
+    with pytest.raises(BackendUnavailable, match=r"does not run: .* exit status 69\. Mend it"):
         builder.build(shop.spec)
 
 
@@ -46,6 +53,169 @@ def test_no_ninja(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
         builder.build(shop.spec)
     assert "pip install ninja" in caught.value.remedy
     assert not shop.leftovers()
+
+
+@needs_compiler
+@pytest.mark.parametrize("package", ["", "BIN_DIR = None", "BIN_DIR = 3", "raise ValueError('settings')"])
+def test_another_package_called_ninja(
+    shop: Workshop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, package: str
+) -> None:
+    """django-ninja, say. A ninja on the PATH serves all the same."""
+    real = build_tools.find_ninja()
+    (tmp_path / "site/ninja").mkdir(parents=True)
+    (tmp_path / "site/ninja/__init__.py").write_text(package)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.delitem(sys.modules, "ninja", raising=False)
+    monkeypatch.setenv("PATH", str(shop.root))
+    with pytest.raises(BackendUnavailable, match="ninja was not found"):
+        builder.build(shop.spec)
+    monkeypatch.setenv("PATH", f"{Path(real).parent}:/usr/bin:/bin")
+    assert builder.build(shop.spec).is_built()
+    monkeypatch.delitem(sys.modules, "ninja", raising=False)
+
+
+class Unforeseen(Exception):
+    """No error that anything here knows of."""
+
+
+@pytest.mark.parametrize("where", ["cpu_spec", "resolve", "build"])
+def test_whatever_goes_wrong_is_a_reason_and_no_error(
+    shop: Workshop, monkeypatch: pytest.MonkeyPatch, unloaded: None, where: str
+) -> None:
+    """Remembered, told by the doctor, warned about once, never raised out of the loss."""
+    asked: list[object] = []
+
+    def fails(*args: object) -> None:
+        asked.append(args)
+        raise Unforeseen("for once.")
+
+    monkeypatch.setattr(backends, "_warned", set())
+    monkeypatch.setattr(library, "PACKAGED", shop.folder / "lib")
+    monkeypatch.setattr(builder, where, fails)
+    with pytest.warns(RuntimeWarning, match=r"Unforeseen: for once\.$"):
+        assert not backends.load_for("cpu")
+    assert not backends.load_for("cpu")  # a second warning would be an error
+    with pytest.raises(BackendUnavailable, match="Unforeseen: for once"):
+        cpp.load()
+    for build in (False, True):
+        status = cpp.status(build)
+        assert (status.ready, status.detail) == (False, "Unforeseen: for once.")
+    assert len(asked) == 1
+
+
+def test_a_status_that_cannot_be_had_is_one_too(monkeypatch: pytest.MonkeyPatch, unloaded: None) -> None:
+    def fails(*args: object) -> None:
+        raise Unforeseen("for once")
+
+    monkeypatch.setattr(cpp.library, "check", fails)
+    monkeypatch.setattr(triton, "require", fails)
+    for status in (cpp.status(), triton.status()):
+        assert (status.ready, status.detail) == (False, "Unforeseen: for once.")
+
+
+def test_an_unforeseen_failure_of_triton_leaves_the_place_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tried once: what it costs is not paid at every call."""
+    tried: list[str] = []
+
+    @once
+    def load() -> None:
+        tried.append("triton")
+        raise Unforeseen("for once")
+
+    monkeypatch.setattr(backends, "_warned", set())
+    monkeypatch.setattr(triton, "load", load)
+    monkeypatch.setattr(cuda, "load", lambda: tried.append("cuda"))
+    assert backends.load_for("cuda")
+    assert backends.load_for("cuda")
+    assert tried == ["triton", "cuda", "cuda"]
+
+    def fails() -> None:
+        raise Unforeseen("again")
+
+    monkeypatch.setattr(cuda, "load", fails)
+    with pytest.warns(RuntimeWarning, match="Unforeseen: again"):
+        assert not backends.load_for("cuda")
+    assert not backends.load_for("cuda")
+
+
+def test_an_interrupt_is_none(monkeypatch: pytest.MonkeyPatch, unloaded: None) -> None:
+    """^C while it compiles ends what the user ran, and is not remembered as a failure."""
+
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cpp.library, "_load", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        backends.load_for("cpu")
+    assert cpp.library.failure is None
+
+
+C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@needs_compiler
+@pytest.mark.parametrize("locale", [{}, C_LOCALE], ids=["UTF-8", "C"])
+@pytest.mark.parametrize("said", [r"f\303\274r nicht deklariert", r"f\374r nicht deklariert"], ids=["UTF-8", "Latin-1"])
+def test_a_compiler_s_words_in_any_encoding(shop: Workshop, locale: dict[str, str], said: str) -> None:
+    shop.compiler(before=f"printf '{said}\\n'; exit 1")
+    out, err = finish(python(USE, MAX_JOBS="1", **locale))
+    assert out == "right\n"
+    assert err.count("Warning") == 1, err
+    assert "r nicht deklariert" in err
+    (log,) = shop.cache.rglob("build.log")
+    assert "r nicht deklariert" in log.read_text(encoding="utf-8")
+
+
+@needs_compiler
+def test_a_path_of_any_bytes(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which Python has as surrogates, and UTF-8 does not know."""
+    odd = shop.folder / os.fsdecode(b"caf\xe9")
+    monkeypatch.setenv("FUSED_ELBO_CACHE_DIR", str(odd / "cache"))
+    odd.mkdir()
+    shop.root.rename(odd / "src")
+    assert builder.build(tiny(odd / "src")).is_built()  # not loaded: its path would stay in this process's maps
+
+
+@needs_compiler
+def test_where_every_process_seems_to_succeed(shop: Workshop) -> None:
+    """A daemon that ignores SIGCHLD gets exit status 0 of all: what there is not says that it failed, and why."""
+    shop.compiler(before="echo this compiler is broken >&2; exit 1")
+    ignoring = "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
+    out, err = finish(python(ignoring + textwrap.dedent(USE), MAX_JOBS="1"))
+    assert out == "right\n"
+    assert err.count("Warning") == 1, err
+    assert "this compiler is broken" in err
+    assert "FUSED_ELBO_CACHE_DIR" not in err
+
+
+@pytest.mark.parametrize("how", ["zip", "no sources", "no folder", "unreadable"])
+def test_without_sources_that_can_be_read(tmp_path: Path, how: str) -> None:
+    package = tmp_path / "site/fused_elbo"
+    shutil.copytree(Path(fused_elbo.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__", "lib"))
+    site = package.parent
+    if how == "zip":
+        site = Path(shutil.make_archive(str(tmp_path / "packed"), "zip", package.parent))
+    elif how == "no sources":
+        shutil.rmtree(package / "csrc/cpu")
+    elif how == "no folder":
+        shutil.rmtree(package / "csrc/cpu")
+        shutil.rmtree(package / "csrc/cuda")
+        (package / "csrc/layout.h").unlink()
+    else:
+        source = package / "csrc/cpu/elbo_stats.cpp"
+        source.unlink()
+        source.mkdir()  # unlike permissions, this stops root, too
+    environ = {"PYTHONPATH": str(site), "FUSED_ELBO_CACHE_DIR": str(tmp_path / "cache")}
+    there = "import sys; sys.path.remove('')\nimport fused_elbo\n"  # not what lies in the working directory
+    there += f"assert fused_elbo.__file__.startswith({str(site)!r}), fused_elbo.__file__\n"
+    out, err = finish(python(there + textwrap.dedent(USE), **environ))
+    assert out == "right\n"
+    assert err.count("Warning") == 1, err
+    assert "the sources cannot be read" in err
+    assert "Install fused_elbo anew" in err
+    out, _ = finish(python(there + "from fused_elbo.__main__ import main; main()", **environ))
+    assert "the sources cannot be read" in out
+    assert out.endswith("CPU tensors are served by: reference\n")
 
 
 @needs_compiler

@@ -13,7 +13,7 @@ from stepwise import compare
 from torch import Tensor
 
 import fused_elbo
-from fused_elbo import backends, decoupled_elbo, gaussian_kl, gaussian_nll, ops, reference
+from fused_elbo import backends, decoupled_elbo, decoupled_elbo_backward, gaussian_kl, gaussian_nll, ops, reference
 from fused_elbo.sigma import Optimal
 
 pytestmark = pytest.mark.ptx
@@ -188,6 +188,25 @@ class TestDtypesAndShapes:
     @pytest.mark.parametrize(("shape", "sigma"), [((1, 1), ()), ((1, 1, 1, 1), ()), ((4, 1, 1, 1), (4,))], ids=str)
     def test_what_sigma_a_shape_means(self, shape: tuple[int, ...], sigma: tuple[int, ...]) -> None:
         assert decoupled_elbo(*Call("optimal").tensors, log_sigma=torch.zeros(shape)).sigma.shape == sigma
+
+    @pytest.mark.parametrize("batch", [4, 1])
+    @pytest.mark.parametrize("shape", [(), (1, 1, 1)], ids=str)
+    def test_one_sigma_per_image_is_so_for_a_single_image_too(self, batch: int, shape: tuple[int, ...]) -> None:
+        """As sigma="optimal-per-image" reports it: a log_sigma with the batch in it, of one image or of more."""
+        call = Call("optimal", batch=batch)
+        each = torch.linspace(-1, 0, batch).reshape(batch, *shape).requires_grad_()
+        elbo = decoupled_elbo(*call.tensors, log_sigma=each)
+        assert elbo.sigma.shape == decoupled_elbo(*call.tensors, sigma="optimal-per-image").sigma.shape == (batch,)
+        torch.testing.assert_close(elbo.sigma, each.detach().reshape(batch).exp())
+        shared = decoupled_elbo(*call.tensors, log_sigma=torch.tensor(-1.0, requires_grad=True))
+        assert shared.sigma.shape == ()
+        elbo.loss.backward()
+        assert each.grad.shape == each.shape
+        step = Call("optimal", batch=batch)
+        alike = each.detach().clone().requires_grad_()
+        one = decoupled_elbo_backward(*step.tensors, log_sigma=alike)
+        assert one.sigma.shape == (batch,)
+        torch.testing.assert_close(alike.grad, each.grad)
 
     def test_vmap_over_another_dimension(self) -> None:
         recon, target = torch.randn(4, 3, 3, dtype=F64), torch.randn(4, 3, dtype=F64)

@@ -5,13 +5,16 @@ There need be no GPU: operators on the CPU stand in for the library's.
 
 from __future__ import annotations
 
+import shlex
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import cuda_shim
 import pytest
 import torch
-from workshop import finish, python
+from workshop import finish, needs_compiler, python
 
 from fused_elbo import __main__ as doctor
 from fused_elbo import backends
@@ -87,6 +90,36 @@ def test_kernels_that_do_not_run_leave_the_place_to_others(monkeypatch: pytest.M
             cuda.require()
     assert not cuda.status(build=True).ready
     assert len(launches) == 1
+
+
+CHECK = """
+#include <cuda_runtime.h>
+
+#include <iostream>
+
+#include "cuda/launch.h"
+
+const char* cudaGetErrorString(cudaError_t) { return "out of memory"; }
+
+int main() {
+  try {
+    elbo::check(cudaErrorLaunchFailure, "elbo_stats");
+  } catch (const std::runtime_error& error) {
+    std::cout << error.what();
+  }
+}
+"""
+
+
+@needs_compiler
+def test_an_error_of_cuda_is_told_as_pytorch_tells_it(tmp_path: Path) -> None:
+    """Trainers look for "CUDA" and "out of memory"."""
+    (tmp_path / "check.cpp").write_text(CHECK)
+    includes = [f"-I{cuda_shim.HERE}", f"-I{cuda_shim.CSRC}", f"-I{Path(torch.__file__).parent / 'include'}"]
+    command = [*shlex.split(cuda_shim.compiler() or ""), "-std=c++17", *includes, "check.cpp", "-o", "check"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    said = subprocess.run([tmp_path / "check"], capture_output=True, text=True, check=True).stdout
+    assert said == "CUDA error: out of memory (fused_elbo: elbo_stats)"
 
 
 # ------------------------------------------------------------------------------------------------ the order of choice

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ class Plan:
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plan")
     (folder / "plan.cpp").write_text(PROGRAM)
-    command = [*(cuda_shim.compiler() or "").split(), "-std=c++17", f"-I{cuda_shim.CSRC}", "plan.cpp", "-o", "plan"]
+    command = [*shlex.split(cuda_shim.compiler() or ""), "-std=c++17", f"-I{cuda_shim.CSRC}", "plan.cpp", "-o", "plan"]
     subprocess.run(command, cwd=folder, check=True)
     return folder / "plan"
 

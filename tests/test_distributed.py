@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from cases import MODES, REDUCTIONS, Call, modes_for_operators
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from fused_elbo import (
@@ -237,7 +238,6 @@ def at_once(rank: Rank) -> None:
 
 
 def under_fsdp(rank: Rank) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (rank.ranks,))
@@ -405,6 +405,29 @@ def test_what_cannot_be(group: dist.ProcessGroup) -> None:
         gaussian_nll(torch.zeros(0, 3), torch.zeros(0, 3))
 
 
+def test_what_the_refusal_of_a_mesh_advises(group: dist.ProcessGroup) -> None:
+    meshes = [init_device_mesh("cpu", (1,)), init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "tensor"))]
+    for found in (meshes[0].get_group(), meshes[1].get_group("data")):
+        DecoupledELBO(process_group=found)
+
+
+@pytest.mark.parametrize("shape", [(4, 8), (4, 3, 5), (4, 3, 8, 8)], ids=str)
+def test_fsdp2_takes_a_sigma_of_one_channel(group: dist.ProcessGroup, shape: tuple[int, ...]) -> None:
+    """What the documentation advises in place of a scalar parameter, for flat data and for any other."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (1,))
+    with pytest.raises(ValueError, match="scalar parameters"):
+        fully_shard(LearnedSigmaELBO(), mesh=mesh)
+    sharded, whole, z = LearnedSigmaELBO(channels=1), LearnedSigmaELBO(), torch.zeros(4, 2)
+    fully_shard(sharded, mesh=mesh)
+    recon, target = torch.rand(shape), torch.rand(shape)
+    for module in (sharded, whole):
+        module(recon, target, z, z).loss.backward()
+    gradient = sharded.log_sigma.grad.full_tensor()  # type: ignore[union-attr]
+    torch.testing.assert_close(gradient.view(()), whole.log_sigma.grad)
+
+
 def test_bad_groups(group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(2, 3)
     calls = [
@@ -417,16 +440,17 @@ def test_bad_groups(group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch) -
         lambda g: decoupled_elbo_backward(x.requires_grad_(), x, x, x, process_group=g),
     ]
 
-    class DeviceMesh:
-        """By this name it is known."""
-
+    mesh = init_device_mesh("cpu", (1,))
+    several = init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "tensor"))
     sub_group = dist.new_group([0])
     dist.destroy_process_group(sub_group)
     for call in calls:
         with pytest.raises(TypeError, match=r"process_group: expected a ProcessGroup, as dist.group.WORLD, got int"):
             call(2)
         with pytest.raises(TypeError, match=r"got DeviceMesh: pass mesh.get_group\(\)"):
-            call(DeviceMesh())
+            call(mesh)
+        with pytest.raises(TypeError, match=r"got DeviceMesh: pass mesh.get_group\(…\) of the dimension along which"):
+            call(several)
         with pytest.raises(ValueError, match="process_group: this process is not a member"):
             call(dist.GroupMember.NON_GROUP_MEMBER)
         with pytest.raises(ValueError, match="process_group: this process has no such group"):

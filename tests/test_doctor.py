@@ -61,6 +61,22 @@ def test_a_refused_cache_is_a_row_and_no_crash(tmp_path: Path) -> None:
     assert report.endswith("CPU tensors are served by: reference\n")
 
 
+def test_a_terminal_that_lacks_a_letter_of_the_cache_s_path(tmp_path: Path) -> None:
+    report = doctor(FUSED_ELBO_CACHE_DIR=str(tmp_path / "é"), PATH=str(tmp_path), CXX="", PYTHONIOENCODING="ascii")
+    assert row(report, "cache") == str(tmp_path / r"\xe9")
+
+
+@pytest.mark.parametrize("package", ["ninja", "triton"])
+@pytest.mark.parametrize("content", ["", "raise ValueError('settings')"])
+def test_other_packages_of_a_tool_s_name(tmp_path: Path, package: str, content: str) -> None:
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").write_text(content)
+    path = os.pathsep.join([str(tmp_path), str(Path(fused_elbo.__file__).parents[1])])
+    report = doctor(PYTHONPATH=path, PATH=str(tmp_path), CXX="", FUSED_ELBO_CACHE_DIR=str(tmp_path / "cache"))
+    assert re.search(r"^triton +unavailable +Triton ", report, re.MULTILINE)
+    assert report.endswith("CPU tensors are served by: reference\n")
+
+
 @pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler (g++, clang++, c++) on this machine"
 )

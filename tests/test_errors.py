@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -43,7 +46,8 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("sigma tensor", {"sigma": torch.tensor(0.5)}, TypeError, r"sigma: got a tensor; pass a learned σ as log_sigma"),
     ("sigma type", {"sigma": None}, TypeError, r"sigma: expected 'optimal'.*got NoneType"),
     ("both sigmas", {"sigma": 0.5, "log_sigma": torch.zeros(())}, ValueError, r"sigma and log_sigma exclude each other, got sigma=0.5"),
-    ("log_sigma 1-D", {"log_sigma": torch.zeros(3)}, ValueError, r"log_sigma: a 1-D .*\(1,\) or \(4,\), got \(3,\).*\(C, 1, 1\)"),
+    ("log_sigma 1-D", {"log_sigma": torch.zeros(3)}, ValueError, r"log_sigma: a 1-D .*\(1,\) or \(4,\), got \(3,\) for recon of \(4, 3, 8, 8\); log_sigma.reshape\(1, 3, 1, 1\) is one for each of dimension 1"),
+    ("log_sigma of no dimension", {"log_sigma": torch.zeros(7)}, ValueError, r"log_sigma: a 1-D .*got \(7,\) .*no dimension of recon is as long"),
     ("log_sigma shape", {"log_sigma": torch.zeros(2, 1, 1)}, ValueError, r"log_sigma: shape \(2, 1, 1\) does not broadcast to recon's \(4, 3, 8, 8\)"),
     ("log_sigma rank", {"log_sigma": torch.zeros(1, 4, 3, 8, 8)}, ValueError, r"log_sigma: shape \(1, 4, 3, 8, 8\)"),
     ("log_sigma float", {"log_sigma": -1.0}, TypeError, r"log_sigma: expected a tensor, got float"),
@@ -128,3 +132,67 @@ def test_a_backend_that_cannot_serve_the_device(cpp: None) -> None:
     meta = torch.zeros(4, 5, device="meta")
     with pytest.raises(ValueError, match='"cpp" was asked for, which serves CPU tensors, but the tensors are on meta'):
         gaussian_kl(meta, meta)
+
+
+# ------------------------------------------------------------------------------------- advice that is tried as given
+
+
+def nested(layout: torch.layout) -> torch.Tensor:
+    return torch.nested.nested_tensor([torch.rand(3), torch.rand(2), torch.rand(3), torch.rand(1)], layout=layout)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: torch.rand(4, 3).to_sparse(),
+        lambda: torch.rand(4, 3).to_sparse_csr(),
+        lambda: torch.rand(4, 3).to_sparse_csc(),
+        lambda: torch.rand(4, 4).to_sparse_bsr((2, 2)),
+        lambda: torch.rand(4, 3).to_mkldnn(),
+        lambda: nested(torch.strided),
+        lambda: nested(torch.jagged),
+    ],
+    ids=["coo", "csr", "csc", "bsr", "mkldnn", "nested", "jagged"],
+)
+@pytest.mark.filterwarnings("ignore:.*(nested tensors|CSR|CSC|BSR)", "ignore:Sparse:UserWarning")
+def test_a_tensor_that_is_not_dense(build: Callable[[], torch.Tensor]) -> None:
+    recon = build()
+    with pytest.raises(TypeError, match=r"recon: expected a dense tensor, got .*layout") as caught:
+        decoupled_elbo(recon, recon, Z, Z)
+    advice = re.search(r"use (torch.nested.to_padded_tensor\(recon, 0.0\)|recon.to_dense\(\))", str(caught.value))
+    assert advice
+    dense = eval(advice[1])
+    assert torch.isfinite(decoupled_elbo(dense, dense + 1, Z, Z).loss)
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 8, 8), (4, 8, 3), (4, 3, 3)], ids=str)
+def test_a_1d_log_sigma_along_another_dimension(shape: tuple[int, ...]) -> None:
+    """Each way that the message names gives one σ for each of that dimension."""
+    recon, log_sigma = torch.rand(shape), torch.tensor([-1.0, 0.0, 1.0])
+    with pytest.raises(ValueError, match="log_sigma: a 1-D") as caught:
+        gaussian_nll(recon, 0 * recon, log_sigma=log_sigma)
+    ways = re.findall(r"(log_sigma\.reshape\([\d, ]*\)) is one for each of dimension (\d)", str(caught.value))
+    assert len(ways) == shape.count(3)
+    for way, dimension in ways:
+        spelled = eval(way)
+        assert spelled.shape[int(dimension)] == 3
+        assert gaussian_nll(recon, 0 * recon, log_sigma=spelled).isfinite()
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (4, 2, 4)], ids=str)
+def test_a_batch_of_as_many_as_features(shape: tuple[int, ...]) -> None:
+    """(B,) is one per image, always; where it could be taken for (D,) the user is asked, and both ways are silent."""
+    recon, log_sigma = torch.rand(shape), torch.tensor([-1.0, 0.0, 1.0, 2.0])
+    with pytest.warns(UserWarning, match="one per image, and recon of .* has as many features") as caught:
+        got = gaussian_nll(recon, 0 * recon, log_sigma=log_sigma)
+    ways = re.findall(r"log_sigma\.reshape\([-\d, ]*\)", str(caught[0].message))
+    spelled = [eval(way, {"log_sigma": log_sigma}) for way in ways]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        per_image, per_feature = (gaussian_nll(recon, 0 * recon, log_sigma=way) for way in spelled)
+        gaussian_nll(recon[:3], 0 * recon[:3], log_sigma=log_sigma[:3])
+        gaussian_nll(torch.rand(4, 3, 4, 4), torch.rand(4, 3, 4, 4), log_sigma=log_sigma)  # a σ per column: nobody's
+    torch.testing.assert_close(got, per_image)
+    along = log_sigma.reshape(*[1] * (len(shape) - 1), 4)
+    torch.testing.assert_close(per_feature, gaussian_nll(recon, 0 * recon, log_sigma=along.expand(shape).contiguous()))
+    assert not torch.isclose(per_image, per_feature)

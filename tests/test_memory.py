@@ -1,4 +1,5 @@
-"""What the loss keeps and how it allocates: nothing for backward but references and O(B); large pages for gradients."""
+"""What the loss keeps and how it allocates: nothing for backward but references and O(B); large pages for gradients;
+and what is said where memory ends."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from cases import MODES, Call
 from torch import Tensor
+from workshop import finish, python
 
 from fused_elbo import decoupled_elbo
 
@@ -55,3 +57,68 @@ def test_large_gradients_ask_for_huge_pages(cpp: None) -> None:
     middle = g.data_ptr() + (32 << 20)
     assert " hg" in flags_at(middle)
     assert " hg" not in flags_at(recon.data_ptr() + (32 << 20))
+
+
+needs_limit = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux: /proc and RLIMIT_AS")
+
+# Everything is loaded and made first; what comes after allow() has so many MiB more than is taken now.
+LIMITED = """
+    import resource, torch
+    from fused_elbo import backend, decoupled_elbo
+    latents = torch.zeros(64, 2)
+    def leaf(shape):
+        return torch.rand(shape, requires_grad=True)
+    def step(recon):
+        z = latents[:len(recon)]
+        return decoupled_elbo(recon, recon.detach()[:1].expand_as(recon), z, z).loss
+    def allow(mib):
+        taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + (mib << 20),) * 2)
+    with backend("cpp"):
+        step(leaf((2, 3))).backward()
+"""
+
+
+@needs_limit
+@pytest.mark.torch_versions
+@pytest.mark.parametrize(
+    "call",
+    ["step(whole).backward()", "step(columns)", "step(columns.detach().requires_grad_()).backward()"],
+    ids=["gradient", "copy", "gradient of no dense tensor"],
+)
+def test_out_of_memory_says_so(cpp: None, call: str) -> None:
+    """In PyTorch's words, by which trainers and accelerate's find_executable_batch_size know it: as of its own loss."""
+    script = (
+        LIMITED
+        + f"""
+    whole, columns = leaf((16, 1000, 1000)), torch.rand(16, 1000, 2000)[..., ::2]
+    forgotten = leaf((16, 1000, 1000))
+    allow(40)
+    words = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 64000000 bytes"
+    for call in (lambda: torch.nn.functional.mse_loss(forgotten, whole.detach()).backward(), lambda: {call}):
+        try:
+            call()
+        except RuntimeError as error:
+            print(len(error.args), words in str(error))
+    """
+    )
+    out, _ = finish(python(script))
+    assert out == "1 True\n1 True\n"
+
+
+@needs_limit
+def test_what_is_kept_for_later_is_given_up_first(cpp: None) -> None:
+    """A pool of gradients that nobody uses is no reason to run out of memory."""
+    script = (
+        LIMITED
+        + """
+    small, large = leaf((16, 1000, 1000)), leaf((17, 1000, 1000))
+    step(small).backward()
+    small.grad = None
+    allow(40)
+    step(large).backward()
+    print(large.grad.sum().isfinite().item())
+    """
+    )
+    out, _ = finish(python(script))
+    assert out == "True\n"

@@ -119,6 +119,8 @@ def test_pooled_memory_refuses_to_grow_and_may_shrink() -> None:
     assert g.clone().resize_(8, MIB).shape == (8, MIB)
     with pytest.raises(RuntimeError, match="not resizable"):
         g.resize_(8, MIB)
+    with pytest.raises(RuntimeError, match="not resizable"):
+        g.untyped_storage().resize_(0)
 
 
 @pytest.mark.skipif(not STATUS.exists(), reason="needs Linux's /proc")

@@ -1,5 +1,7 @@
 // The operators of fused_elbo/ops.py for CPU tensors, against LibTorch's stable ABI: tensors in, plain structures to
 // the kernels, tensors out. Arguments were validated in Python; the order of arguments is the schema's.
+#include "../errors.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -69,7 +71,8 @@ struct Inputs {
     }
     if (r && element_log_sigma) {
       const bool full = element_log_sigma->numel() == recon.numel();
-      log_sigma = full ? in_order_of(*element_log_sigma, recon) : torch::stable::contiguous(*element_log_sigma);
+      const auto copy = [&] { return torch::stable::contiguous(*element_log_sigma); };
+      log_sigma = full ? in_order_of(*element_log_sigma, recon) : as_large_as(*element_log_sigma, copy);
       element_sigma = broadcast(log_sigma, recon);
       data.log_sigma = &element_sigma;
     }

@@ -103,6 +103,8 @@ Block* take(std::size_t bytes) {
     const auto after = p.free.upper_bound(capacity);
     if (after != p.free.begin() && std::prev(after)->first == capacity) return p.pop(std::prev(after));
   }
+  if (Block* block = allocate(capacity)) return block;
+  fused_elbo_cpu_pool_empty();  // it may hold what is missing
   return allocate(capacity);
 }
 

@@ -1,6 +1,8 @@
 // How a batch is cut into tasks for the threads, and log σ inside a sample into runs.
 #pragma once
 
+#include "../errors.h"
+
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>

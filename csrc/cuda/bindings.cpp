@@ -1,6 +1,8 @@
 // The operators of fused_elbo/ops.py for CUDA tensors, against LibTorch's stable ABI: tensors in, plain structures to
 // the launch functions, tensors out. Arguments were validated in Python; the order of arguments is the schema's.
 // Nothing here waits for the device or reads a value from it.
+#include "../errors.h"
+
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -19,9 +19,10 @@ constexpr int kBlocksPerSm = 2048 / kThreads;
 template <class A, int Blocks>
 constexpr int kLeastBlocks = sizeof(A) == 4 ? Blocks : 1;
 
+// In PyTorch's words: trainers know "CUDA" and "out of memory".
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string("fused_elbo: ") + what + ": " + cudaGetErrorString(error));
+  throw std::runtime_error(std::string("CUDA error: ") + cudaGetErrorString(error) + " (fused_elbo: " + what + ")");
 }
 
 inline int attribute(cudaDeviceAttr which) {

@@ -13,7 +13,7 @@ from types import TracebackType
 import torch
 
 from . import cpp, cuda, triton
-from .base import BackendUnavailable, Status
+from .base import BackendUnavailable, Status, unavailable
 
 NAMES = ("triton", "cuda", "cpp", "reference")  # in the order of choice
 
@@ -81,12 +81,12 @@ def load_for(device: str) -> bool:
             cpp.load()
         else:
             raise BackendUnavailable(f"there are none for {device} tensors.")
-    except BackendUnavailable as error:
+    except Exception as error:  # of any kind: the loss goes on without them
         if device not in _warned:
             _warned.add(device)
             warnings.warn(
                 "fused_elbo runs in plain PyTorch, slower, because its compiled kernels cannot be used "
-                f"(`python -m fused_elbo` tells more): {error}",
+                f"(`python -m fused_elbo` tells more): {unavailable(error)}",
                 RuntimeWarning,
                 stacklevel=2,
             )

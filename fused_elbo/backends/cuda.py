@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import torch
 
 from fused_elbo import build as builder
-from fused_elbo.backends.base import BackendUnavailable
+from fused_elbo.backends.base import BackendUnavailable, sentence
 from fused_elbo.backends.library import Library
 
 # Whose tensors the operators take. The tests have a library for CPU tensors: they say so here and in `library.loaded`.
@@ -49,7 +49,7 @@ class _Cuda(Library):
         try:
             torch.ops.fused_elbo_cuda.stats(one, one, None, None, None, None, None, 0.0)
         except RuntimeError as error:
-            raise BackendUnavailable(f"the CUDA kernels do not run here: {error}") from error
+            raise BackendUnavailable(f"the CUDA kernels do not run here: {sentence(error)}") from error
 
 
 def _runs_on(kind: str, number: str, major: int, minor: int) -> bool:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 from pathlib import Path
 
 import torch
 
 from fused_elbo import build as builder
-from fused_elbo.backends.base import BackendUnavailable, Status
+from fused_elbo.backends.base import BackendUnavailable, Status, sentence, unavailable
 
 # Where a wheel made by `make wheel` has its libraries. A pure wheel, an sdist and a checkout have none.
 PACKAGED = Path(__file__).resolve().parent.parent / "lib"
@@ -60,11 +59,10 @@ class Library:
                     loaded = self._load()
                     self.probe()
                     self.loaded = loaded
-                except BackendUnavailable as error:
-                    self.failure = copy.copy(error)
+                except Exception as error:  # of any kind: the loss goes on without the library
+                    self.failure = unavailable(error)
         if self.failure is not None:
-            # A copy: a raised exception holds on to its caller's frame, and so to the tensors of the call.
-            raise copy.copy(self.failure)
+            raise unavailable(self.failure)
 
     def status(self, build: bool = False) -> Status:
         """Whether the backend can serve, and if not, why. Compiles nothing unless told to."""
@@ -77,9 +75,10 @@ class Library:
             if packaged := self._packaged():
                 return Status(self.name, True, f"{packaged} (packaged)")
             target = builder.resolve(self.spec())
-        except BackendUnavailable as error:
-            return Status(self.name, False, error.reason, error.remedy)
-        if not target.library.exists():
+        except Exception as error:
+            found = unavailable(error)
+            return Status(self.name, False, found.reason, found.remedy)
+        if not target.is_built():
             return Status(self.name, False, "not built yet.", "It is built at first use, or now: python -m fused_elbo")
         return Status(self.name, True, _origin(target))
 
@@ -103,7 +102,7 @@ class Library:
             torch.ops.load_library(target.library)
         except OSError as error:
             raise BackendUnavailable(
-                f"{target.library} does not load: {error.__cause__ or error}.",
+                f"{target.library} does not load: {sentence(error.__cause__ or error)}",
                 "Delete its folder to have it built anew; where the disk is mounted noexec, set FUSED_ELBO_CACHE_DIR.",
             ) from error
         self.path = target.library
@@ -112,7 +111,7 @@ class Library:
     def _packaged(self) -> Path | None:
         path = PACKAGED / f"{self.stem}.so"
         label = path.with_suffix(".txt")  # beside it
-        return path if path.exists() and self.fits(label.read_text().strip()) else None
+        return path if path.exists() and self.fits(label.read_text(encoding="utf-8").strip()) else None
 
 
 def _origin(target: builder.Target) -> str:

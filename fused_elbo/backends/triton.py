@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from .base import BackendUnavailable, Status
+from .base import BackendUnavailable, Status, once, sentence, unavailable
 
 MINIMUM_CAPABILITY = (8, 0)  # of an NVIDIA GPU: what the kernels are compiled and tested for
 
 
-@functools.cache
+@once
 def operators() -> ModuleType:
     """The operators on Triton kernels; importing them imports Triton, which costs a second."""
     if importlib.util.find_spec("triton") is None:
         raise BackendUnavailable("Triton is not installed.", "Install it: pip install triton (Linux).")
     try:
         from fused_elbo.kernels import operators as loaded
-    except ImportError as error:  # one for another Python, say
-        raise BackendUnavailable(f"Triton cannot be imported: {error}.", "Install it anew.") from error
+    except Exception as error:  # one for another Python, say, or another package of that name
+        raise BackendUnavailable(f"Triton cannot be imported: {sentence(error)}", "Install it anew.") from error
     return loaded
 
 
-@functools.cache
+@once
 def load() -> None:
     """Register the kernels for GPU tensors, for the life of the process."""
     from fused_elbo import ops
@@ -49,7 +48,7 @@ def _start() -> None:
         _target()
     except Exception as error:  # whatever looking for a compiler, running it and loading what it made may raise
         raise BackendUnavailable(
-            f"Triton's driver cannot start: {error}",
+            f"Triton's driver cannot start: {sentence(error)}",
             "Triton compiles it at first use: install a C compiler, or name one in CC.",
         ) from error
 
@@ -58,13 +57,11 @@ def runs_on_cpu() -> str | None:
     """How Triton kernels can run on CPU tensors here: by its interpreter, or by a driver whose device is the CPU."""
     try:
         import triton
-    except ImportError:
-        return None
-    if triton.knobs.runtime.interpret:  # pyright: ignore[reportAttributeAccessIssue]
-        return "its interpreter"
-    try:
+
+        if triton.knobs.runtime.interpret:  # pyright: ignore[reportAttributeAccessIssue]
+            return "its interpreter"
         device: Any = triton.runtime.driver.active.get_active_torch_device()
-    except RuntimeError:  # no driver is active: there is no GPU
+    except Exception:  # there is no Triton, or another package of that name, or no driver is active: there is no GPU
         return None
     return "a driver for the CPU" if device.type == "cpu" else None
 
@@ -86,15 +83,18 @@ def require(device: str | None = None) -> None:
 def status() -> Status:
     try:
         require()
-    except BackendUnavailable as error:
-        return Status("triton", False, error.reason, error.remedy)
+        return Status("triton", True, f"Triton {_version()}, {_where()}")
+    except Exception as error:
+        found = unavailable(error)
+        return Status("triton", False, found.reason, found.remedy)
+
+
+def _where() -> str:
     if torch.cuda.is_available():
-        where = f"for {_target()}, {torch.cuda.get_device_name()}"
-    elif (how := runs_on_cpu()) == "its interpreter":
-        where = f"CPU tensors by {how}, when asked for"
-    else:
-        where = f"for {_target()}, CPU tensors by {how}, when asked for"
-    return Status("triton", True, f"Triton {_version()}, {where}")
+        return f"for {_target()}, {torch.cuda.get_device_name()}"
+    if (how := runs_on_cpu()) == "its interpreter":
+        return f"CPU tensors by {how}, when asked for"
+    return f"for {_target()}, CPU tensors by {how}, when asked for"
 
 
 def _version() -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -53,10 +54,11 @@ def build(folder: Path, csrc: Path = CSRC, flags: tuple[str, ...] = ()) -> Path:
     def compile_(scratch: Path) -> None:
         sources = [*sorted(csrc.glob("cuda/*.cu")), *sorted(csrc.glob("cuda/*.cpp")), *sorted(HERE.glob("*.cpp"))]
         objects = [scratch.with_name(f"{source.name}.o") for source in sources]
-        command = [*(compiler() or "").split(), *_FLAGS, *flags, f"-I{HERE}", "-isystem", str(_TORCH / "include")]
+        words = shlex.split(compiler() or "")
+        command = [*words, *_FLAGS, *flags, f"-I{HERE}", "-isystem", str(_TORCH / "include")]
         # -x c++, for the compiler takes a .cu for something to be linked
         run_all([[*command, "-x", "c++", "-c", str(s), "-o", str(o)] for s, o in zip(sources, objects, strict=True)])
-        link = [*command[:1], *flags, "-shared", *map(str, objects), f"-L{_TORCH / 'lib'}", "-ltorch_cpu"]
+        link = [*words, *flags, "-shared", *map(str, objects), f"-L{_TORCH / 'lib'}", "-ltorch_cpu"]
         run_all([[*link, "-o", str(scratch)]])
 
     return made_once(library, compile_)
