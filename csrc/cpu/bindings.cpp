@@ -80,7 +80,7 @@ struct Inputs {
       latents.dims = sample_size(mu);
       latents.mu = span_of(mu);
       latents.logvar = span_of(logvar);
-      latents.free_bits = free_bits;
+      if (free_bits > 0) latents.free_bits = free_bits;
     }
     if (m && p_m) {
       prior_mu = in_order_of(*p_m, mu);

@@ -25,7 +25,7 @@ std::vector<double> given_pass(
     const A a = static_cast<A>(own_error_weight(sample, 0, batch, data.dims, knobs, grad_scale));
     double sum = 0;
     for_blocks(chunk, data.dims, [&](int64_t first, int64_t n) {
-      with_block<A>(data, sample, first, n, [&](const A* r, const A* t) {
+      with_block<A>(data, sample, first, n, [&](const auto* r, const auto* t) {
         sum += squared_error(r, t, n);
         data_gradient(a, r, t, sample, first, n, out);
       });

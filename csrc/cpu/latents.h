@@ -11,7 +11,7 @@ namespace elbo {
 // Σ KL and Σ max(KL, free_bits)
 template <class A, bool Prior>
 inline void rates(const Latents& latents, int64_t sample, int64_t chunk, double& rate, double& clamped) {
-  const A free_bits = static_cast<A>(latents.free_bits);
+  const A free_bits = static_cast<A>(latents.free_bits.value_or(0));
   rate = clamped = 0;
   for_blocks(chunk, latents.dims, [&](int64_t first, int64_t n) {
     A scratch[4][kBlock];
@@ -29,7 +29,7 @@ inline void rates(const Latents& latents, int64_t sample, int64_t chunk, double&
     };
     const double sum = sum_lanes<A>(n, element);
     rate += sum;
-    if (free_bits == 0) {
+    if (!latents.free_bits) {
       clamped += sum;
     } else {  // the block is in the cache, and free bits are rare: a second pass keeps the first one simple
       clamped += sum_lanes<A>(n, [&](int64_t i, auto lanes) {
@@ -52,7 +52,7 @@ ELBO_INLINE bool each_is_direct(A* const* g, A (*scratch)[kBlock], int count) {
 template <class A, bool Prior>
 inline void latent_gradient(
     const Latents& latents, A through_loss, A through_rate, int64_t sample, int64_t chunk, const Gradients& out) {
-  const A free_bits = static_cast<A>(latents.free_bits);
+  const A free_bits = static_cast<A>(latents.free_bits.value_or(0));
   const Span* wanted[] = {&out.mu, &out.logvar, &out.prior_mu, &out.prior_logvar};
   for_blocks(chunk, latents.dims, [&](int64_t first, int64_t n) {
     A scratch[8][kBlock];
@@ -67,7 +67,7 @@ inline void latent_gradient(
     const auto run = [&](auto past_caches) {
       const auto put = [&](int k, int64_t i, Vector<A> v, auto lanes) {
         if constexpr (past_caches && std::is_same_v<decltype(lanes), AllLanes<A>>) {
-          stream<Vector<A>>(g[k] + i, v);
+          stream(g[k] + i, v);
         } else {
           store(g[k] + i, v, lanes);
         }
@@ -81,7 +81,7 @@ inline void latent_gradient(
           l_p = load(prior_logvar + i, lanes);
         }
         V b = V{} + (through_loss + through_rate);
-        if (free_bits > 0) {
+        if (latents.free_bits) {
           const V nats = Prior ? kl<V>(m, l, m_p, l_p) : kl<V>(m, l);
           b = through_rate + (nats >= free_bits ? V{} + through_loss : V{});
         }

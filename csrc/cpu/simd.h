@@ -1,9 +1,11 @@
 // Vectors of lanes (GCC/Clang vector extensions), and what the element loops need of them.
 //
-// A vector is 64 bytes wide whatever the machine has: the compiler splits it into what the instruction set offers, so
-// sums are taken in the same order, and have the same bits, everywhere.
+// A vector is as wide as the instruction set's registers. GCC splits a wider one, but takes its comparisons, selections
+// and shifts lane by lane then, which made the rate up to ten times as slow. Sums are taken by groups of 64 bytes,
+// which are one, two or four vectors, so they have the same order, and the same bits, everywhere.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -16,15 +18,24 @@
 
 namespace elbo {
 
-typedef float FloatV __attribute__((vector_size(64)));
-typedef double DoubleV __attribute__((vector_size(64)));
-typedef int32_t IntV __attribute__((vector_size(64)));
+#if defined(__AVX512F__)
+constexpr int64_t kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int64_t kVectorBytes = 32;
+#else
+constexpr int64_t kVectorBytes = 16;
+#endif
+constexpr int64_t kGroupBytes = 64;
+
+typedef float FloatV __attribute__((vector_size(kVectorBytes)));
+typedef double DoubleV __attribute__((vector_size(kVectorBytes)));
+typedef int32_t IntV __attribute__((vector_size(kVectorBytes)));
 
 // exp for float lanes to about 1 ulp; libm's scalar expf would cost some ten times as much.
 template <>
 struct Lanes<FloatV> {
   using Scalar = float;
-  static constexpr int64_t count = 16;
+  static constexpr int64_t count = kVectorBytes / 4;
 
   static ELBO_INLINE FloatV exp(FloatV x) {
     const Reduced e = reduced(x, IntV{});
@@ -90,7 +101,7 @@ ELBO_INLINE FloatV expm1(FloatV t) {
 template <>
 struct Lanes<DoubleV> {
   using Scalar = double;
-  static constexpr int64_t count = 8;
+  static constexpr int64_t count = kVectorBytes / 8;
 
   static ELBO_INLINE DoubleV exp(DoubleV x) {
     for (int i = 0; i < count; ++i) x[i] = std::exp(x[i]);
@@ -113,44 +124,6 @@ using Vector = typename VectorOf<A>::type;
 template <class A>
 constexpr int64_t kLanes = Lanes<Vector<A>>::count;
 
-// The first `lanes` lanes of memory, the others 0.
-template <class A>
-ELBO_INLINE Vector<A> load(const A* p, int64_t lanes) {
-  Vector<A> v{};
-  std::memcpy(&v, p, lanes * sizeof(A));
-  return v;
-}
-
-template <class A>
-ELBO_INLINE void store(A* p, Vector<A> v, int64_t lanes) {
-  std::memcpy(p, &v, lanes * sizeof(A));
-}
-
-constexpr int64_t kVectorBytes = sizeof(FloatV);
-
-// Stores a vector past the caches, to a multiple of its size: what is written so is not read from memory first. Others
-// are sure to see it after `streamed()`.
-template <class V>
-ELBO_INLINE void stream(typename Lanes<V>::Scalar* p, V v) {
-#if defined(__AVX512F__)
-  __m512i part;
-  std::memcpy(&part, &v, sizeof v);
-  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), part);
-#elif defined(__SSE2__)
-  __m128i parts[4];
-  std::memcpy(parts, &v, sizeof v);
-  for (int k = 0; k < 4; ++k) _mm_stream_si128(reinterpret_cast<__m128i*>(p) + k, parts[k]);
-#else
-  std::memcpy(p, &v, sizeof v);
-#endif
-}
-
-ELBO_INLINE void streamed() {
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
-}
-
 // How many lanes of a vector are in use: all of them, as a constant that turns loads into one instruction; or fewer.
 template <class A>
 using AllLanes = std::integral_constant<int64_t, kLanes<A>>;
@@ -163,28 +136,37 @@ ELBO_INLINE void for_lanes(int64_t n, F f) {
   if (i < n) f(i, n - i);
 }
 
-// Σ of f(i, lanes) over [0, n) in an order that only n decides. Four accumulators, or the adds would wait for each
-// other; a plain `omp simd` reduction was not vectorised.
+// Σ of f(i, lanes) over [0, n) in an order that only n decides: groups go to four accumulators in turn, or the adds
+// would wait for each other; what is left after the last four, to the first one, and what is less than a group, to the
+// second. (A plain `omp simd` reduction was not vectorised.)
 template <class A, class F>
 ELBO_INLINE A sum_lanes(int64_t n, F f) {
-  constexpr int64_t L = kLanes<A>;
-  Vector<A> sum[4] = {};
+  constexpr int64_t L = kLanes<A>, kParts = kGroupBytes / kVectorBytes, G = kParts * L;
+  Vector<A> sum[4][kParts] = {};
   int64_t i = 0;
-  for (; i + 4 * L <= n; i += 4 * L) {
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) sum[k] += f(i + k * L, AllLanes<A>{});
+  for (; i + 4 * G <= n; i += 4 * G) {
+    ELBO_UNROLL
+    for (int k = 0; k < 4 * kParts; ++k) sum[k / kParts][k % kParts] += f(i + k * L, AllLanes<A>{});
   }
-  for (; i + L <= n; i += L) sum[0] += f(i, AllLanes<A>{});
-  if (i < n) {
-    Vector<A> last = f(i, n - i);
-    for (int64_t k = n - i; k < L; ++k) last[k] = 0;  // lanes past the end hold f(0, …), which need not be 0
-    sum[1] += last;
+  for (; i + G <= n; i += G) {
+    ELBO_UNROLL
+    for (int k = 0; k < kParts; ++k) sum[0][k] += f(i + k * L, AllLanes<A>{});
   }
-  Vector<A> v = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  for (int k = 0; i < n; ++k, i += L) {
+    const int64_t lanes = std::min(L, n - i);
+    Vector<A> last = f(i, lanes);
+    for (int64_t j = lanes; j < L; ++j) last[j] = 0;  // lanes past the end hold f(0, …), which need not be 0
+    sum[1][k] += last;
+  }
+  Vector<A> v[kParts];
+  for (int k = 0; k < kParts; ++k) v[k] = (sum[0][k] + sum[1][k]) + (sum[2][k] + sum[3][k]);
+  for (int width = kParts / 2; width > 0; width /= 2) {
+    for (int k = 0; k < width; ++k) v[k] += v[k + width];
+  }
   for (int64_t width = L / 2; width > 0; width /= 2) {
-    for (int64_t k = 0; k < width; ++k) v[k] += v[k + width];
+    for (int64_t k = 0; k < width; ++k) v[0][k] += v[0][k + width];
   }
-  return v[0];
+  return v[0][0];
 }
 
 }  // namespace elbo
