@@ -28,28 +28,52 @@ ELBO_INLINE void with_block(const Data& data, int64_t sample, int64_t first, int
 template <class T>
 ELBO_INLINE double squared_error(const T* r, const T* t, int64_t n) {
   using A = Computed<T>;
-  return sum_lanes<A>(n, [&](int64_t i, auto lanes) {
-    const Vector<A> e = load(r + i, lanes) - load(t + i, lanes);
+  constexpr int64_t L = kLanes<A>;
+  Sum<A> sum;
+  int64_t i = 0;
+  for (; i + sum.at_once * L <= n; i += sum.at_once * L) {
+    ELBO_UNROLL
+    for (int k = 0; k < sum.at_once; k += 2) {
+      const auto x = load_two(r + i + k * L), y = load_two(t + i + k * L);
+      const Vector<A> e = x.first - y.first, f = x.second - y.second;
+      sum.of[k] += e * e;
+      sum.of[k + 1] += f * f;
+    }
+  }
+  for (int k = 0; k < sum.at_once; k += 2) {
+    const auto pair = in_order<T>(Two<Vector<A>>{sum.of[k], sum.of[k + 1]});
+    sum.of[k] = pair.first;
+    sum.of[k + 1] = pair.second;
+  }
+  sum.add_rest(i, n, [&](int64_t j, auto lanes) {
+    const Vector<A> e = load(r + j, lanes) - load(t + j, lanes);
     return e * e;
   });
+  return sum.total();
 }
 
-template <class A, class T, class G>
-ELBO_INLINE void scaled_difference(A a, const T* x, const T* y, G* g, int64_t n) {
-  for_lanes<A>(n, [&](int64_t i, auto lanes) { store(g + i, a * (load(x + i, lanes) - load(y + i, lanes)), lanes); });
+// g = a (x − y), past the caches where g begins at a multiple of a vector.
+template <bool PastCaches, class A, class T>
+ELBO_INLINE void scaled_difference(A a, const T* x, const T* y, T* g, int64_t n) {
+  constexpr int64_t L = kLanes<A>;
+  int64_t i = 0;
+  for (; i + 2 * L <= n; i += 2 * L) {
+    const auto u = load_two(x + i), v = load_two(y + i);
+    store_two<PastCaches>(g + i, {a * (u.first - v.first), a * (u.second - v.second)});
+  }
+  for (; i < n; i += L) {
+    const int64_t lanes = std::min(L, n - i);
+    store(g + i, a * (load(x + i, lanes) - load(y + i, lanes)), lanes);
+  }
 }
 
 // The same past the caches.
 template <class A, class T>
 ELBO_INLINE void scaled_difference_streamed(A a, const T* x, const T* y, T* g, int64_t n) {
-  const int64_t behind = reinterpret_cast<uintptr_t>(g) % kStoredBytes<T> / sizeof(T);
-  const int64_t head = std::min<int64_t>(n, behind ? kLanes<A> - behind : 0);
-  const int64_t tail = head + (n - head) / kLanes<A> * kLanes<A>;
-  if (head) scaled_difference(a, x, y, g, head);
-  for (int64_t i = head; i < tail; i += kLanes<A>) {
-    stream(g + i, a * (load(x + i, AllLanes<A>{}) - load(y + i, AllLanes<A>{})));
-  }
-  if (tail < n) scaled_difference(a, x + tail, y + tail, g + tail, n - tail);
+  const int64_t behind = reinterpret_cast<uintptr_t>(g) % kVectorBytes;
+  const int64_t head = std::min<int64_t>(n, behind ? (kVectorBytes - behind) / sizeof(T) : 0);
+  if (head) scaled_difference<false>(a, x, y, g, head);
+  scaled_difference<true>(a, x + head, y + head, g + head, n - head);
   streamed();
 }
 
@@ -60,13 +84,15 @@ ELBO_INLINE void data_gradient(
   const auto write = [&](const Span& to, const T* x, const T* y) {
     if (!to.base) return;
     if (to.dtype != kDtype<T>) {
-      A scratch[kBlock];
-      scaled_difference(a, x, y, scratch, n);
-      written(to, sample, first, n, scratch);
+      if constexpr (std::is_same_v<T, A>) {  // else what is read as T is written so, too
+        A scratch[kBlock];
+        scaled_difference<false>(a, x, y, scratch, n);
+        written(to, sample, first, n, scratch);
+      }
     } else if (out.past_caches) {
       scaled_difference_streamed(a, x, y, as<T>(to, sample, first), n);
     } else {
-      scaled_difference(a, x, y, as<T>(to, sample, first), n);
+      scaled_difference<false>(a, x, y, as<T>(to, sample, first), n);
     }
   };
   write(out.recon, r, t);

@@ -18,8 +18,20 @@ template <class T, class U>
 inline void convert(const T* __restrict in, U* __restrict out, int64_t n) {
   if constexpr (std::is_same_v<Computed<T>, Computed<U>>) {
     for_lanes<Computed<T>>(n, [&](int64_t i, auto lanes) { store(out + i, load(in + i, lanes), lanes); });
+  } else if constexpr (kIsHalf<T>) {  // between fp64 and 16 bits by way of fp32, as PyTorch does
+    for_lanes<float>(n, [&](int64_t i, auto lanes) {
+      float via[kLanes<float>];
+      store(via, load(in + i, lanes), lanes);
+      for (int64_t k = 0; k < lanes; ++k) out[i + k] = via[k];
+    });
+  } else if constexpr (kIsHalf<U>) {
+    for_lanes<float>(n, [&](int64_t i, auto lanes) {
+      float via[kLanes<float>];
+      for (int64_t k = 0; k < lanes; ++k) via[k] = static_cast<float>(in[i + k]);
+      store(out + i, load(via, lanes), lanes);
+    });
   } else {
-    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<U>(static_cast<double>(in[i]));
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<U>(in[i]);
   }
 }
 

@@ -136,37 +136,56 @@ ELBO_INLINE void for_lanes(int64_t n, F f) {
   if (i < n) f(i, n - i);
 }
 
-// Σ of f(i, lanes) over [0, n) in an order that only n decides: groups go to four accumulators in turn, or the adds
+// A sum in an order that only the number of its terms decides: groups go to four accumulators in turn, or the adds
 // would wait for each other; what is left after the last four, to the first one, and what is less than a group, to the
 // second. (A plain `omp simd` reduction was not vectorised.)
+template <class A>
+struct Sum {
+  static constexpr int64_t parts = kGroupBytes / kVectorBytes;  // vectors of a group
+  static constexpr int64_t at_once = 4 * parts;                 // of the four groups
+  Vector<A> of[at_once] = {};
+
+  // f(i, lanes) over [i, n), which is less than four groups.
+  template <class F>
+  ELBO_INLINE void add_rest(int64_t i, int64_t n, F f) {
+    constexpr int64_t L = kLanes<A>;
+    for (; i + parts * L <= n; i += parts * L) {
+      ELBO_UNROLL
+      for (int k = 0; k < parts; ++k) of[k] += f(i + k * L, AllLanes<A>{});
+    }
+    for (int64_t k = parts; i < n; ++k, i += L) {
+      const int64_t lanes = std::min(L, n - i);
+      Vector<A> last = f(i, lanes);
+      for (int64_t j = lanes; j < L; ++j) last[j] = 0;  // lanes past the end hold f(0, …), which need not be 0
+      of[k] += last;
+    }
+  }
+
+  ELBO_INLINE A total() const {
+    Vector<A> v[parts];
+    for (int k = 0; k < parts; ++k) v[k] = (of[k] + of[k + parts]) + (of[k + 2 * parts] + of[k + 3 * parts]);
+    for (int width = parts / 2; width > 0; width /= 2) {
+      for (int k = 0; k < width; ++k) v[k] += v[k + width];
+    }
+    for (int64_t width = kLanes<A> / 2; width > 0; width /= 2) {
+      for (int64_t k = 0; k < width; ++k) v[0][k] += v[0][k + width];
+    }
+    return v[0][0];
+  }
+};
+
+// Σ of f(i, lanes) over [0, n)
 template <class A, class F>
 ELBO_INLINE A sum_lanes(int64_t n, F f) {
-  constexpr int64_t L = kLanes<A>, kParts = kGroupBytes / kVectorBytes, G = kParts * L;
-  Vector<A> sum[4][kParts] = {};
+  constexpr int64_t L = kLanes<A>;
+  Sum<A> sum;
   int64_t i = 0;
-  for (; i + 4 * G <= n; i += 4 * G) {
+  for (; i + sum.at_once * L <= n; i += sum.at_once * L) {
     ELBO_UNROLL
-    for (int k = 0; k < 4 * kParts; ++k) sum[k / kParts][k % kParts] += f(i + k * L, AllLanes<A>{});
+    for (int k = 0; k < sum.at_once; ++k) sum.of[k] += f(i + k * L, AllLanes<A>{});
   }
-  for (; i + G <= n; i += G) {
-    ELBO_UNROLL
-    for (int k = 0; k < kParts; ++k) sum[0][k] += f(i + k * L, AllLanes<A>{});
-  }
-  for (int k = 0; i < n; ++k, i += L) {
-    const int64_t lanes = std::min(L, n - i);
-    Vector<A> last = f(i, lanes);
-    for (int64_t j = lanes; j < L; ++j) last[j] = 0;  // lanes past the end hold f(0, …), which need not be 0
-    sum[1][k] += last;
-  }
-  Vector<A> v[kParts];
-  for (int k = 0; k < kParts; ++k) v[k] = (sum[0][k] + sum[1][k]) + (sum[2][k] + sum[3][k]);
-  for (int width = kParts / 2; width > 0; width /= 2) {
-    for (int k = 0; k < width; ++k) v[k] += v[k + width];
-  }
-  for (int64_t width = L / 2; width > 0; width /= 2) {
-    for (int64_t k = 0; k < width; ++k) v[0][k] += v[0][k + width];
-  }
-  return v[0][0];
+  sum.add_rest(i, n, f);
+  return sum.total();
 }
 
 }  // namespace elbo
