@@ -95,16 +95,20 @@ float lane(Vector<float> v) {
 
 void check_exp() {
   for (float x = -110; x < 100; x += 0.00371f) {
-    const float got = lane(Lanes<Vector<float>>::exp(Vector<float>{} + x)), expected = static_cast<float>(std::exp(double{x}));
-    const bool right = expected < 1e-37f || std::isinf(expected) ? std::fabs(got - expected) <= 1e-37f || got == expected
-                                                                  : std::fabs(got / expected - 1) < 2.5e-7f;
+    const float got = lane(Lanes<Vector<float>>::exp(Vector<float>{} + x)),
+                expected = static_cast<float>(std::exp(double{x}));
+    const bool right = expected < 1e-37f || std::isinf(expected)
+                           ? std::fabs(got - expected) <= 1e-37f || got == expected
+                           : std::fabs(got / expected - 1) < 2.5e-7f;
     if (!right) differs("exp", x, got, expected);
   }
   for (double x = -2; x < 2; x += 0.00037) {
     const float t = static_cast<float>(x);
     const double expected = std::expm1(double{t}), far = expected - t;
-    if (std::fabs(lane(expm1(Vector<float>{} + t)) - expected) > 4e-7 * std::fabs(expected)) differs("expm1", t, lane(expm1(Vector<float>{} + t)), expected);
-    if (std::fabs(lane(excess(Vector<float>{} + t)) - far) > 2e-6 * std::fabs(far) + 1e-14) differs("excess", t, lane(excess(Vector<float>{} + t)), far);
+    if (std::fabs(lane(expm1(Vector<float>{} + t)) - expected) > 4e-7 * std::fabs(expected))
+      differs("expm1", t, lane(expm1(Vector<float>{} + t)), expected);
+    if (std::fabs(lane(excess(Vector<float>{} + t)) - far) > 2e-6 * std::fabs(far) + 1e-14)
+      differs("excess", t, lane(excess(Vector<float>{} + t)), far);
   }
   for (float x : {NAN, INFINITY, -INFINITY}) {
     const float got = lane(Lanes<Vector<float>>::exp(Vector<float>{} + x));
@@ -148,7 +152,8 @@ template <class T>
 void of_data(const char* name) {
   Hash sums, gradients;
   for (int64_t dims : {1, 7, 15, 16, 17, 40, 63, 64, 65, 127, 200, 1023, 1024, 3333}) {
-    Numbers<T> recon(kBatch, dims, 1, 1), target(kBatch, dims, 2, 1), g(kBatch, dims, 3, 0), g_target(kBatch, dims, 4, 0);
+    Numbers<T> recon(kBatch, dims, 1, 1), target(kBatch, dims, 2, 1), g(kBatch, dims, 3, 0),
+        g_target(kBatch, dims, 4, 0);
     Data data;
     data.dims = dims;
     data.recon = recon.span();
@@ -166,7 +171,9 @@ void of_data(const char* name) {
       gradients.add(g_target.values.data(), g.values.size() * sizeof(T));
     }
   }
-  std::printf("data %s %016llx %016llx\n", name, static_cast<unsigned long long>(sums.value), static_cast<unsigned long long>(gradients.value));
+  std::printf(
+      "data %s %016llx %016llx\n", name, static_cast<unsigned long long>(sums.value),
+      static_cast<unsigned long long>(gradients.value));
 }
 
 template <class T, bool Prior>
@@ -174,7 +181,8 @@ void of_latents(const char* name) {
   Hash sums, gradients;
   for (int64_t dims : {1, 7, 16, 17, 40, 64, 65, 200, 1024, 1500}) {
     for (double free_bits : {0.0, 0.4}) {
-      Numbers<T> mu(kBatch, dims, 5, 2), logvar(kBatch, dims, 6, 3), prior_mu(kBatch, dims, 7, 2), prior_logvar(kBatch, dims, 8, 1);
+      Numbers<T> mu(kBatch, dims, 5, 2), logvar(kBatch, dims, 6, 3), prior_mu(kBatch, dims, 7, 2),
+          prior_logvar(kBatch, dims, 8, 1);
       Numbers<T> g[4] = {{kBatch, dims, 0, 0}, {kBatch, dims, 0, 0}, {kBatch, dims, 0, 0}, {kBatch, dims, 0, 0}};
       Latents latents;
       latents.dims = dims;
@@ -202,7 +210,9 @@ void of_latents(const char* name) {
       }
     }
   }
-  std::printf("latents %s%s %016llx %016llx\n", name, Prior ? " prior" : "", static_cast<unsigned long long>(sums.value), static_cast<unsigned long long>(gradients.value));
+  std::printf(
+      "latents %s%s %016llx %016llx\n", name, Prior ? " prior" : "", static_cast<unsigned long long>(sums.value),
+      static_cast<unsigned long long>(gradients.value));
 }
 
 template <class T>
