@@ -11,14 +11,6 @@ typedef uint32_t Bits32V __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t Bits16V __attribute__((vector_size(kVectorBytes / 2)));  // as many as there are float lanes
 typedef uint16_t TwiceV __attribute__((vector_size(kVectorBytes)));       // twice as many
 
-template <class To, class From>
-ELBO_INLINE To bits_as(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof to);
-  return to;
-}
-
 // Vectors that are loaded, or stored, at once.
 template <class V>
 struct Two {
