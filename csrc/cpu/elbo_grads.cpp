@@ -18,16 +18,17 @@ void data_gradient_scaled(const Data& data, A w, int64_t sample, int64_t chunk, 
     const A* r = read(data.recon, sample, first, n, scratch[0]);
     const A* t = read(data.target, sample, first, n, scratch[1]);
     const A* ls = read_log_sigma(*data.log_sigma, sample, first, n, scratch[2]);
-    BlockResults<A, 3> results(wanted, sample, first, out.past_caches);
-    for_lanes<A>(n, [&](int64_t i, auto lanes) {
-      const auto g =
-          distortion_grad<Vector<A>>(Vector<A>{} + w, load(r + i, lanes) - load(t + i, lanes), load(ls + i, lanes));
-      results.put(0, i, g.recon, lanes);
-      results.put(1, i, -g.recon, lanes);
-      results.put(2, i, g.log_sigma, lanes);
-    });
-    results.finish(n);
-    if (!out.log_sigma.base) log_sigma(first, n, results.at(2));
+    A results[3][kBlock];
+    const Vector<A> weight = Vector<A>{} + w;
+    const auto lie =
+        write_block(wanted, results, sample, first, n, out.past_caches, [&](int64_t i, auto lanes, auto places) {
+          const auto g =
+              distortion_grad<Vector<A>>(weight, load(r + i, lanes) - load(t + i, lanes), load(ls + i, lanes));
+          places.put(0, i, g.recon, lanes);
+          places.put(1, i, -g.recon, lanes);
+          places.put(2, i, g.log_sigma, lanes);
+        });
+    if (!out.log_sigma.base) log_sigma(first, n, lie.at[2]);
   });
 }
 

@@ -6,50 +6,42 @@
 
 namespace elbo {
 
+// Where to put lanes, by value: behind a pointer, every store might change it.
 template <class A, int Count>
-class BlockResults {
- public:
-  BlockResults(const Span* const (&spans)[Count], int64_t sample, int64_t first, bool past_caches)
-      : spans_(spans), sample_(sample), first_(first) {
-    for (int k = 0; k < Count; ++k) {
-      at_[k] = spans[k]->base ? write_to(*spans[k], sample, first, scratch_[k]) : scratch_[k];
-      const bool aligned = reinterpret_cast<uintptr_t>(at_[k]) % kVectorBytes == 0;
-      past_caches_[k] = past_caches && aligned && at_[k] != scratch_[k];
-    }
-  }
-
-  BlockResults(const BlockResults&) = delete;
+struct Places {
+  A* at[Count];
+  bool past_caches[Count];
 
   template <class N>
-  ELBO_INLINE void put(int k, int64_t i, Vector<A> v, N lanes) {
-    if (std::is_same_v<N, AllLanes<A>> && past_caches_[k]) {
-      stream(at_[k] + i, v);
+  ELBO_INLINE void put(int k, int64_t i, Vector<A> v, N lanes) const {
+    if (std::is_same_v<N, AllLanes<A>> && past_caches[k]) {
+      stream(at[k] + i, v);
     } else {
-      store(at_[k] + i, v, lanes);
+      store(at[k] + i, v, lanes);
     }
   }
-
-  // After the last `put` of n elements.
-  void finish(int64_t n) {
-    bool any_past_caches = false;
-    for (int k = 0; k < Count; ++k) {
-      if (spans_[k]->base) written(*spans_[k], sample_, first_, n, at_[k]);
-      any_past_caches |= past_caches_[k];
-    }
-    if (any_past_caches) streamed();
-  }
-
-  // To be read where it was not put past the caches.
-  const A* at(int k) const {
-    return at_[k];
-  }
-
- private:
-  const Span* const (&spans_)[Count];
-  const int64_t sample_, first_;
-  A scratch_[Count][kBlock];
-  A* at_[Count];
-  bool past_caches_[Count];
 };
+
+// Computes a block of n elements by f(i, lanes, places), which puts them there; and returns where they lie, if they
+// did not go past the caches.
+template <class A, int Count, class F>
+ELBO_INLINE Places<A, Count> write_block(
+    const Span* const (&spans)[Count], A (&scratch)[Count][kBlock], int64_t sample, int64_t first, int64_t n,
+    bool past_caches, F f) {
+  Places<A, Count> places;
+  bool any_past_caches = false;
+  for (int k = 0; k < Count; ++k) {
+    places.at[k] = spans[k]->base ? write_to(*spans[k], sample, first, scratch[k]) : scratch[k];
+    const bool aligned = reinterpret_cast<uintptr_t>(places.at[k]) % kVectorBytes == 0;
+    places.past_caches[k] = past_caches && aligned && places.at[k] != scratch[k];
+    any_past_caches |= places.past_caches[k];
+  }
+  for_lanes<A>(n, [&](int64_t i, auto lanes) { f(i, lanes, places); });
+  for (int k = 0; k < Count; ++k) {
+    if (spans[k]->base) written(*spans[k], sample, first, n, places.at[k]);
+  }
+  if (any_past_caches) streamed();
+  return places;
+}
 
 }  // namespace elbo
