@@ -1,9 +1,10 @@
 """Reads a library's machine code: can what is compiled for one instruction set reach instructions of a wider one, and
 does an element loop go lane by lane?
 
-For the first, followed are calls, jumps and addresses taken, from every function of the instruction set's namespace and every address
-that the loader puts into tables (initialisers, virtual functions), but not into a wider set's namespace: that is where
-the choice at load time leads. What is exported, as std:: always is, is called by way of a slot that the loader fills.
+For the first, what is followed are calls, jumps and addresses taken, from every function of the instruction set's
+namespace and every address that the loader puts into tables (initialisers, virtual functions), but not into a wider
+set's namespace: that is where the choice at load time leads. What is exported, as std:: always is, is called by way of
+a slot that the loader fills.
 """
 
 from __future__ import annotations
