@@ -54,8 +54,8 @@ std::vector<double> image_pass(
 }
 
 // Whether image_pass is worth it: samples that fit the cache, enough of them to keep every thread at work, and numbers
-// of the width that is computed in. Half-precision data are bound by their conversion, and took up to 1.6 times as
-// long.
+// of the width that is computed in. Half-precision data are bound by arithmetic where they are in any cache, and gained
+// nothing.
 template <class A>
 bool samples_are_tasks(int64_t batch, const Data& data) {
   const bool converted = data.recon.dtype != kDtype<A> || data.target.dtype != kDtype<A>;
