@@ -87,7 +87,8 @@ def readme_table(report: Record) -> str:
 
 def machine_line(report: Record) -> str:
     machine, versions, settings = (report[key] for key in ("machine", "versions", "settings"))
-    where = machine["gpu"] or f"{settings['threads']} threads of {machine['processor']} ({machine['cores']} cores)"
+    cpu = f"{machine['processor']} ({machine['cores']} cores, {report['flags']['instruction_set']})"
+    where = machine["gpu"] or f"{settings['threads']} threads of {cpu}"
     return (
         f"Medians of {settings['rounds']} or more interleaved rounds on {where}, torch {versions['torch']};\n"
         f"{HIDDEN}: the run's spread hides it."
@@ -97,7 +98,7 @@ def machine_line(report: Record) -> str:
 # --------------------------------------------------------------------------------------------------------- results page
 
 
-def results_page(report: Record, images: list[str]) -> str:
+def results_page(report: Record, images: list[str], narrower: Iterable[Record] = ()) -> str:
     results = Results(report)
     sections = [
         ("The machine", conditions(report)),
@@ -107,6 +108,7 @@ def results_page(report: Record, images: list[str]) -> str:
         ("bf16 and fp16", halves(results)),
         ("Other σ", each_case(results, workloads.OTHER_SIGMAS)),
         ("A hierarchy of latents", hierarchy(results)),
+        ("Narrower instruction sets", narrower_sets(results, narrower)),
         ("Memory", picture("memory", images) + memory(results)),
         ("Overhead of a call", overhead(results)),
         ("First calls", first_calls(results)),
@@ -202,6 +204,28 @@ def each_case(results: Results, sigmas: Iterable[str]) -> str:
 def hierarchy(results: Results) -> str:
     found = each_case(results, ["levels"])
     return f"{texts.LEVELS}\n\n{found}" if found else ""
+
+
+def narrower_sets(results: Results, narrower: Iterable[Record]) -> str:
+    """A row for each case of each run, beside the same case of the page's own run."""
+
+    def row(run: Results, case: str) -> list[str]:
+        ours, widest = run.ours(case), results.ours(case)
+        assert ours is not None
+        best = providers.title(ours["best_baseline"]) if ours["best_baseline"] else ""
+        return [run.report["flags"]["instruction_set"], case, median(ours, "step"),
+                with_interval(ours["own_to_limit"]), with_interval(ours["best_to_own"]), best,
+                median(widest, "step") if widest else "",
+                with_interval(widest["own_to_limit"]) if widest else ""]  # fmt: skip
+
+    runs = [Results(report) for report in narrower]
+    rows = [row(run, case) for run in runs for case in run.measured(run.cases)]
+    if not rows:
+        return ""
+    widest = results.report["flags"]["instruction_set"]
+    head = ["", "case", "fused_elbo", "of the limit", "fastest baseline takes", "which is", f"{widest}: fused_elbo",
+            "of the limit"]  # fmt: skip
+    return f"{texts.NARROWER}\n\n{table(head, rows, left=2)}"
 
 
 def memory(results: Results) -> str:

@@ -1,7 +1,11 @@
-"""The results as pages: bench/RESULTS.md, and the table in README.md between its markers, both from one results.json.
+"""The results as pages: bench/RESULTS.md, and the table in README.md between its markers.
 
-    python bench/results.py                      # from the results that are kept, bench/results/results.json
-    python bench/results.py --from runs/bench    # keep a new run's results first, and draw its plots
+    python bench/results.py                                 # from the results that are kept, in bench/results
+    python bench/results.py --from runs/bench               # keep a new run's first, and draw its plots
+    python bench/results.py --from runs/bench runs/avx2     # and that of a narrower instruction set
+
+The first run is results.json, which all of the pages but one section are made of. The others are of the same machine
+under ATEN_CPU_CAPABILITY, and named after their instruction sets; a kept one that is not given stays.
 
 `make bench-docs` is the same. tests/test_bench.py checks that the pages are what this makes of the kept results; how
 old those are it does not ask.
@@ -31,32 +35,42 @@ def between(text: str, inserted: str) -> str:
     return replaced
 
 
-def rendered(results: report.Record) -> dict[Path, str]:
+def rendered() -> dict[Path, str]:
     """The pages as they ought to be."""
     images = [image.name for image in sorted(KEPT.glob("*.png"))]
+    results = report.read_json(KEPT / "results.json")
+    narrower = [report.read_json(path) for path in sorted(KEPT.glob("*.json")) if path.stem != "results"]
     return {
-        PAGE: page.results_page(results, images),
+        PAGE: page.results_page(results, images, narrower),
         README: between(README.read_text(encoding="utf-8"), page.readme_table(results)),
     }
 
 
-def keep(folder: Path) -> None:
+def keep(folder: Path, *narrower: Path) -> None:
     results = report.read_json(folder / "results.json")
     KEPT.mkdir(exist_ok=True)
     for image in KEPT.glob("*.png"):
         image.unlink()
-    report.write_json(results, KEPT / "results.json")
-    report.write_csv(results, KEPT / "results.csv")
+    write(results, "results")
     plots.draw(results, KEPT)
+    for other in narrower:
+        results = report.read_json(other / "results.json")
+        write(results, results["flags"]["instruction_set"].lower())
+
+
+def write(results: report.Record, name: str) -> None:
+    report.write_json(results, KEPT / f"{name}.json")
+    report.write_csv(results, KEPT / f"{name}.csv")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--from", dest="folder", type=Path, metavar="DIR", help="of a run: its --out")
+    add = parser.add_argument
+    add("--from", dest="folders", type=Path, nargs="+", metavar="DIR", help="of runs: their --out, the widest first")
     args = parser.parse_args()
-    if args.folder:
-        keep(args.folder)
-    for path, text in rendered(report.read_json(KEPT / "results.json")).items():
+    if args.folders:
+        keep(*args.folders)
+    for path, text in rendered().items():
         path.write_text(text, encoding="utf-8")
         print(f"written: {path.relative_to(BENCH.parent)}")
 

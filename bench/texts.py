@@ -18,6 +18,11 @@ LEVELS = """\
 The KL of the 43 stochastic layers of VDVAE's decoder for CIFAR-10 (16 channels at 1×1 to 32×32), each with its prior,
 for 8 images: `gaussian_kl` of the list of levels, beside the formula as VDVAE has it."""
 
+NARROWER = """\
+The same machine under `ATEN_CPU_CAPABILITY=avx2` or `default` (baseline: SSE2), by which the kernels, PyTorch's own and
+the limit are made for narrower vectors. It is no other machine: `torch.compile`'s code is still compiled with
+`-march=native`, so where it is not vectorised by PyTorch, the compiler may use what the switch forbids."""
+
 MEMORY = """\
 Kept for backward: the storage of tensors that autograd is given to save, beyond the inputs themselves; it comes on top
 of what the network keeps. Peak of a step: how far the resident set of a process of its own rises in a step of the loss

@@ -1,8 +1,10 @@
-"""Reads a library's machine code: can what is compiled for one instruction set reach instructions of a wider one?
+"""Reads a library's machine code: can what is compiled for one instruction set reach instructions of a wider one, and
+does an element loop go lane by lane?
 
-Followed are calls, jumps and addresses taken, from every function of the instruction set's namespace and every address
-that the loader puts into tables (initialisers, virtual functions), but not into a wider set's namespace: that is where
-the choice at load time leads. What is exported, as std:: always is, is called by way of a slot that the loader fills.
+For the first, what is followed are calls, jumps and addresses taken, from every function of the instruction set's
+namespace and every address that the loader puts into tables (initialisers, virtual functions), but not into a wider
+set's namespace: that is where the choice at load time leads. What is exported, as std:: always is, is called by way of
+a slot that the loader fills.
 """
 
 from __future__ import annotations
@@ -46,6 +48,21 @@ def trespassers(library: Path, level: str) -> list[str]:
             todo += [int(a or b, 16) for a, b in _TARGET.findall(instruction)]
     found = [functions[a] for a in reached if a in functions]
     return [name for name, instructions in found if any(map(WIDER[level].search, instructions))]
+
+
+# Arithmetic of O(batch), and checks of arguments: all else that is compiled for an instruction set is element loops.
+NO_LOOPS = re.compile(r"own_error_weight|elbo_weights|elbo_finalize|sigmas|Inputs")
+_ONE_LANE = re.compile(r"^v?u?comis[sd]")
+
+
+def lane_by_lane(library: Path, level: str) -> list[str]:
+    """Functions with element loops that compare single numbers, as compilers do with vectors that are wider than the
+    instruction set's: each lane is moved out, compared and jumped on."""
+    own = [(name, code) for name, code in _functions(library).values() if f"elbo_{level}" in name]
+    loops = [(name, code) for name, code in own if not NO_LOOPS.search(name)]
+    for expected in ("rates", "latent_gradient", "chunk_gradient"):
+        assert any(expected in name for name, _ in loops), f"{library} has no {expected} for {level}"
+    return [name for name, code in loops if any(map(_ONE_LANE.search, code))]
 
 
 def _functions(library: Path) -> dict[int, tuple[str, list[str]]]:

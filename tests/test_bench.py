@@ -299,9 +299,34 @@ def test_names_are_unique() -> None:
 
 def test_the_pages_are_what_the_kept_results_make() -> None:
     """Of the format: numbers may be as old as the kept run."""
-    found = report.read_json(results.KEPT / "results.json")
-    for path, text in results.rendered(found).items():
+    for path, text in results.rendered().items():
         assert path.read_text(encoding="utf-8") == text, f"{path.name} is stale: run make bench-docs"
+
+
+def test_a_narrower_instruction_set_s_run_is_kept_beside_the_widest_s(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Under its name, and in one section, where each case stands beside the same one of the page's own run."""
+    found = report.read_json(results.KEPT / "results.json")
+    other = json.loads(json.dumps(found))
+    other["flags"]["instruction_set"] = "AVX2"
+    for record in other["results"]:
+        record["step_s"]["median"] = 123e-6
+    for name, run_ in (("widest", found), ("narrower", other)):
+        (tmp_path / name).mkdir()
+        report.write_json(run_, tmp_path / name / "results.json")
+    monkeypatch.setattr(results, "KEPT", tmp_path / "kept")
+    results.keep(tmp_path / "widest", tmp_path / "narrower")
+    assert {"results.json", "results.csv", "avx2.json", "avx2.csv"} <= {p.name for p in (tmp_path / "kept").iterdir()}
+    assert report.read_json(tmp_path / "kept/avx2.json") == other
+    text = results.rendered()[results.PAGE]
+    before, _, section = text.partition("## Narrower instruction sets")
+    section, _, after = section.partition("\n## ")
+    own = found["results"][[r["provider"] for r in found["results"]].index("cpp")]
+    assert f"| AVX2 | {own['case']} | 123.0 µs |" in section
+    assert report.seconds(own["step_s"]["median"]) in section
+    assert "123.0 µs" not in before + after
+    assert "AVX512)" in results.rendered()[results.README]  # which machine
 
 
 def test_what_the_results_page_links_to_is_there() -> None:

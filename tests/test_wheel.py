@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from isa_check import WIDER, needs_binutils, trespassers
+from isa_check import WIDER, lane_by_lane, needs_binutils, trespassers
 from test_determinism import capabilities, of_each_instruction_set
 from workshop import USE, Workshop, needs_compiler
 
@@ -79,6 +79,13 @@ def run(program: Path, *arguments: str, **environ: str) -> str:
 @pytest.mark.parametrize("level", WIDER)
 def test_no_instruction_set_reaches_a_wider_one(library: Path, level: str) -> None:
     assert trespassers(library, level) == []
+
+
+@needs_x86
+@needs_binutils
+@pytest.mark.parametrize("level", [level.lower() for level in build_spec.INSTRUCTION_SETS])
+def test_no_element_loop_goes_lane_by_lane(library: Path, level: str) -> None:
+    assert lane_by_lane(library, level) == []
 
 
 @needs_x86

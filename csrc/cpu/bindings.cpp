@@ -83,7 +83,7 @@ struct Inputs {
       latents.dims = sample_size(mu);
       latents.mu = span_of(mu);
       latents.logvar = span_of(logvar);
-      latents.free_bits = free_bits;
+      if (free_bits > 0) latents.free_bits = free_bits;
     }
     if (m && p_m) {
       prior_mu = in_order_of(*p_m, mu);
@@ -199,7 +199,6 @@ class Results {
       : in_(in), log_sigma_(log_sigma), beta_(beta), element_(sigma_mode == kElement), mask_(mask) {
     spans.recon = output(kRecon, recon, in.recon);
     spans.target = output(kTarget, target, in.recon);
-    spans.past_caches = in.data.dims && passes_caches(in.recon.numel() * in.recon.element_size());
     spans.mu = output(kMu, mu, in.mu);
     spans.logvar = output(kLogvar, logvar, in.mu);
     spans.prior_mu = output(kPriorMu, prior_mu, in.mu);
@@ -209,6 +208,11 @@ class Results {
     } else if (element_ && wanted(kLogSigma)) {
       spans.log_sigma_broadcast = &log_sigma_sums_;
     }
+    int64_t bytes = 0;  // of the gradients that are as large as the data
+    for (const Span* span : {&spans.recon, &spans.target, &spans.log_sigma}) {
+      if (span->base) bytes += in.recon.numel() * span->itemsize;
+    }
+    spans.past_caches = passes_caches(bytes);
   }
 
   Results(const Results&) = delete;  // spans points into it

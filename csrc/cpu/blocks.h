@@ -7,54 +7,92 @@
 
 namespace elbo {
 
-// Calls f(recon, target) with a block of n elements of each.
+// Calls f(recon, target) with a block of n elements of each: as they lie, if lanes are loaded from both in one way,
+// else converted.
 template <class A, class F>
 ELBO_INLINE void with_block(const Data& data, int64_t sample, int64_t first, int64_t n, F f) {
+  if constexpr (std::is_same_v<A, float>) {
+    const bool alike = data.recon.dtype == data.target.dtype;
+    if (alike && data.recon.dtype == ScalarType::BFloat16) {
+      return f(as<const BFloat16>(data.recon, sample, first), as<const BFloat16>(data.target, sample, first));
+    }
+    if (alike && data.recon.dtype == ScalarType::Half) {
+      return f(as<const Half>(data.recon, sample, first), as<const Half>(data.target, sample, first));
+    }
+  }
   A scratch[2][kBlock];
   f(read(data.recon, sample, first, n, scratch[0]), read(data.target, sample, first, n, scratch[1]));
 }
 
 // Σ e²
-template <class A>
-ELBO_INLINE A squared_error(const A* r, const A* t, int64_t n) {
-  return sum_lanes<A>(n, [&](int64_t i, auto lanes) {
-    const Vector<A> e = load(r + i, lanes) - load(t + i, lanes);
+template <class T>
+ELBO_INLINE double squared_error(const T* r, const T* t, int64_t n) {
+  using A = Computed<T>;
+  constexpr int64_t L = kLanes<A>;
+  Sum<A> sum;
+  int64_t i = 0;
+  for (; i + sum.at_once * L <= n; i += sum.at_once * L) {
+    ELBO_UNROLL
+    for (int k = 0; k < sum.at_once; k += 2) {
+      const auto x = load_two(r + i + k * L), y = load_two(t + i + k * L);
+      const Vector<A> e = x.first - y.first, f = x.second - y.second;
+      sum.of[k] += e * e;
+      sum.of[k + 1] += f * f;
+    }
+  }
+  for (int k = 0; k < sum.at_once; k += 2) {
+    const auto pair = in_order<T>(Two<Vector<A>>{sum.of[k], sum.of[k + 1]});
+    sum.of[k] = pair.first;
+    sum.of[k + 1] = pair.second;
+  }
+  sum.add_rest(i, n, [&](int64_t j, auto lanes) {
+    const Vector<A> e = load(r + j, lanes) - load(t + j, lanes);
     return e * e;
   });
+  return sum.total();
 }
 
-template <class A>
-ELBO_INLINE void scaled_difference(
-    A a, const A* __restrict x, const A* __restrict y, const Span& out, int64_t sample, int64_t first, int64_t n) {
-  A scratch[kBlock];
-  A* __restrict g = write_to(out, sample, first, scratch);
-  for (int64_t i = 0; i < n; ++i) g[i] = a * (x[i] - y[i]);
-  written(out, sample, first, n, scratch);
-}
-
-// The same past the caches, for an `out` of A's dtype.
-template <class A>
-ELBO_INLINE void scaled_difference_streamed(A a, const A* x, const A* y, A* g, int64_t n) {
-  const int64_t behind = reinterpret_cast<uintptr_t>(g) % kVectorBytes / sizeof(A);
-  const int64_t head = std::min<int64_t>(n, behind ? kLanes<A> - behind : 0);
-  for (int64_t i = 0; i < head; ++i) g[i] = a * (x[i] - y[i]);
-  int64_t i = head;
-  for (; i + kLanes<A> <= n; i += kLanes<A>) {
-    stream<Vector<A>>(g + i, a * (load(x + i, AllLanes<A>{}) - load(y + i, AllLanes<A>{})));
+// g = a (x − y), past the caches where g begins at a multiple of a vector.
+template <bool PastCaches, class A, class T>
+ELBO_INLINE void scaled_difference(A a, const T* x, const T* y, T* g, int64_t n) {
+  constexpr int64_t L = kLanes<A>;
+  int64_t i = 0;
+  for (; i + 2 * L <= n; i += 2 * L) {
+    const auto u = load_two(x + i), v = load_two(y + i);
+    store_two<PastCaches>(g + i, {a * (u.first - v.first), a * (u.second - v.second)});
   }
-  for (; i < n; ++i) g[i] = a * (x[i] - y[i]);
+  for (; i < n; i += L) {
+    const int64_t lanes = std::min(L, n - i);
+    store(g + i, a * (load(x + i, lanes) - load(y + i, lanes)), lanes);
+  }
+}
+
+// The same past the caches.
+template <class A, class T>
+ELBO_INLINE void scaled_difference_streamed(A a, const T* x, const T* y, T* g, int64_t n) {
+  const int64_t behind = reinterpret_cast<uintptr_t>(g) % kVectorBytes;
+  const int64_t head = std::min<int64_t>(n, behind ? (kVectorBytes - behind) / sizeof(T) : 0);
+  if (head) scaled_difference<false>(a, x, y, g, head);
+  scaled_difference<true>(a, x + head, y + head, g + head, n - head);
   streamed();
 }
 
 // a e for recon, and its negative for the target
-template <class A>
+template <class A, class T>
 ELBO_INLINE void data_gradient(
-    A a, const A* r, const A* t, int64_t sample, int64_t first, int64_t n, const Gradients& out) {
-  const auto write = [&](const Span& to, const A* x, const A* y) {
-    if (to.base && out.past_caches && to.dtype == kDtype<A>) {
-      scaled_difference_streamed(a, x, y, write_to<A>(to, sample, first, nullptr), n);
-    } else if (to.base) {
-      scaled_difference(a, x, y, to, sample, first, n);
+    A a, const T* r, const T* t, int64_t sample, int64_t first, int64_t n, const Gradients& out) {
+  const auto write = [&](const Span& to, const T* x, const T* y) {
+    if (!to.base) return;
+    if (to.dtype != kDtype<T>) {
+      if constexpr (std::is_same_v<T, A>) {  // else what is read as T is written so, too
+        A scratch[kBlock];
+        scaled_difference<false>(a, x, y, scratch, n);
+        written(to, sample, first, n, scratch);
+      }
+    } else if (out.past_caches) {
+      scaled_difference_streamed(a, x, y, as<T>(to, sample, first), n);
+    } else {
+      scaled_difference<false>(a, x, y, as<T>(to, sample, first), n);
     }
   };
   write(out.recon, r, t);
@@ -65,7 +103,7 @@ template <class A>
 ELBO_INLINE double chunk_sum(const Data& data, int64_t sample, int64_t chunk) {
   double sum = 0;
   for_blocks(chunk, data.dims, [&](int64_t first, int64_t n) {
-    with_block<A>(data, sample, first, n, [&](const A* r, const A* t) { sum += squared_error(r, t, n); });
+    with_block<A>(data, sample, first, n, [&](const auto* r, const auto* t) { sum += squared_error(r, t, n); });
   });
   return sum;
 }
@@ -74,7 +112,7 @@ template <class A>
 ELBO_INLINE void chunk_gradient(const Data& data, A a, int64_t sample, int64_t chunk, const Gradients& out) {
   for_blocks(chunk, data.dims, [&](int64_t first, int64_t n) {
     with_block<A>(
-        data, sample, first, n, [&](const A* r, const A* t) { data_gradient(a, r, t, sample, first, n, out); });
+        data, sample, first, n, [&](const auto* r, const auto* t) { data_gradient(a, r, t, sample, first, n, out); });
   });
 }
 

@@ -8,43 +8,43 @@
 #include <type_traits>
 
 #include "../span.h"
-
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
+#include "stored.h"
 
 namespace elbo {
 
 constexpr int64_t kBlock = 1024;  // elements converted at a time
 
-template <class T, class A>
-inline void convert(const T* __restrict in, A* __restrict out, int64_t n) {
-  using Via = std::conditional_t<std::is_same_v<T, double> || std::is_same_v<A, double>, double, float>;
-  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<A>(static_cast<Via>(in[i]));
-}
-
-#if defined(__F16C__)
-// The compiler does not vectorise Half's conversions; these instructions give the same bits.
-inline void convert(const Half* __restrict in, float* __restrict out, int64_t n) {
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
+template <class T, class U>
+inline void convert(const T* __restrict in, U* __restrict out, int64_t n) {
+  if constexpr (std::is_same_v<Computed<T>, Computed<U>>) {
+    for_lanes<Computed<T>>(n, [&](int64_t i, auto lanes) { store(out + i, load(in + i, lanes), lanes); });
+  } else if constexpr (kIsHalf<T>) {  // between fp64 and 16 bits by way of fp32, as PyTorch does
+    for_lanes<float>(n, [&](int64_t i, auto lanes) {
+      float via[kLanes<float>];
+      store(via, load(in + i, lanes), lanes);
+      for (int64_t k = 0; k < lanes; ++k) out[i + k] = via[k];
+    });
+  } else if constexpr (kIsHalf<U>) {
+    for_lanes<float>(n, [&](int64_t i, auto lanes) {
+      float via[kLanes<float>];
+      for (int64_t k = 0; k < lanes; ++k) via[k] = static_cast<float>(in[i + k]);
+      store(out + i, load(via, lanes), lanes);
+    });
+  } else {
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<U>(in[i]);
   }
-  for (; i < n; ++i) out[i] = static_cast<float>(in[i]);
 }
 
-inline void convert(const float* __restrict in, Half* __restrict out, int64_t n) {
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    const __m128i h = _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), h);
-  }
-  for (; i < n; ++i) out[i] = static_cast<Half>(in[i]);
-}
-#endif
+template <class T>
+constexpr ScalarType kDtype = std::is_same_v<T, float>      ? ScalarType::Float
+                              : std::is_same_v<T, double>   ? ScalarType::Double
+                              : std::is_same_v<T, BFloat16> ? ScalarType::BFloat16
+                                                            : ScalarType::Half;
 
-template <class A>
-constexpr ScalarType kDtype = std::is_same_v<A, float> ? ScalarType::Float : ScalarType::Double;
+template <class T>
+ELBO_INLINE T* as(const Span& span, int64_t sample, int64_t element) {
+  return reinterpret_cast<T*>(span.at(sample, element));
+}
 
 template <class A>
 inline const A* read(const Span& span, int64_t sample, int64_t element, int64_t n, A* scratch) {

@@ -30,7 +30,7 @@ struct Latents {
   Span mu, logvar;
   bool has_prior = false;
   Span prior_mu, prior_logvar;
-  double free_bits = 0;
+  std::optional<double> free_bits;
 };
 
 // The arguments of the O(B) arithmetic. log_sigma and beta hold 0 values (use the number), 1, or one per sample.

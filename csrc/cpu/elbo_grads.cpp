@@ -2,32 +2,33 @@
 #include "blocks.h"
 #include "elbo.h"
 #include "latents.h"
+#include "results.h"
 #include "tasks.h"
 
 namespace elbo {
 namespace {
 
-// The same where σ varies inside a sample. `log_sigma(first, n, block)` takes the gradient of a block of log σ.
+// The same where σ varies inside a sample. `log_sigma(first, n, block)` is given the gradient of a block of log σ where
+// no tensor takes it.
 template <class A, class F>
 void data_gradient_scaled(const Data& data, A w, int64_t sample, int64_t chunk, const Gradients& out, F log_sigma) {
+  const Span* const wanted[] = {&out.recon, &out.target, &out.log_sigma};
   for_blocks(chunk, data.dims, [&](int64_t first, int64_t n) {
-    A scratch[6][kBlock];
+    A scratch[3][kBlock];
     const A* r = read(data.recon, sample, first, n, scratch[0]);
     const A* t = read(data.target, sample, first, n, scratch[1]);
     const A* ls = read_log_sigma(*data.log_sigma, sample, first, n, scratch[2]);
-    A* g_recon = out.recon.base ? write_to(out.recon, sample, first, scratch[3]) : scratch[3];
-    A* g_target = out.target.base ? write_to(out.target, sample, first, scratch[4]) : scratch[4];
-    A* g_log_sigma = scratch[5];
-    for_lanes<A>(n, [&](int64_t i, auto lanes) {
-      const auto g =
-          distortion_grad<Vector<A>>(Vector<A>{} + w, load(r + i, lanes) - load(t + i, lanes), load(ls + i, lanes));
-      store(g_recon + i, g.recon, lanes);
-      store(g_target + i, -g.recon, lanes);
-      store(g_log_sigma + i, g.log_sigma, lanes);
-    });
-    if (out.recon.base) written(out.recon, sample, first, n, scratch[3]);
-    if (out.target.base) written(out.target, sample, first, n, scratch[4]);
-    log_sigma(first, n, g_log_sigma);
+    A results[3][kBlock];
+    const Vector<A> weight = Vector<A>{} + w;
+    const auto lie =
+        write_block(wanted, results, sample, first, n, out.past_caches, [&](int64_t i, auto lanes, auto places) {
+          const auto g =
+              distortion_grad<Vector<A>>(weight, load(r + i, lanes) - load(t + i, lanes), load(ls + i, lanes));
+          places.put(0, i, g.recon, lanes);
+          places.put(1, i, -g.recon, lanes);
+          places.put(2, i, g.log_sigma, lanes);
+        });
+    if (!out.log_sigma.base) log_sigma(first, n, lie.at[2]);
   });
 }
 
@@ -80,12 +81,7 @@ void elbo_grads(int64_t batch, const Data& data, const Latents& latents, const W
     chunk_gradient<A>(data, error_of(sample), sample, chunk, out);
   };
   const auto dense = [&](int64_t sample, int64_t chunk) {
-    data_gradient_scaled<A>(data, error_of(sample), sample, chunk, out, [&](int64_t first, int64_t n, const A* g) {
-      if (!out.log_sigma.base) return;
-      A* direct = write_to<A>(out.log_sigma, sample, first, nullptr);
-      if (direct) std::copy_n(g, n, direct);
-      written(out.log_sigma, sample, first, n, g);
-    });
+    data_gradient_scaled<A>(data, error_of(sample), sample, chunk, out, [](int64_t, int64_t, const A*) {});
   };
   const auto latent_task = [&](int64_t sample, int64_t chunk) {
     (latents.has_prior ? latent_gradient<A, true>
@@ -104,7 +100,7 @@ void elbo_grads(int64_t batch, const Data& data, const Latents& latents, const W
   } else if (is_plain) {
     for_shares(batch, data.dims, latent_dims, each_again(data.dims, plain), of_latents);
   } else {
-    for_shares(batch, data.dims, latent_dims, each(data.dims, dense), of_latents);
+    for_shares(batch, data.dims, latent_dims, each_again(data.dims, dense), of_latents);
   }
 }
 

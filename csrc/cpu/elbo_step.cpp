@@ -25,7 +25,7 @@ std::vector<double> given_pass(
     const A a = static_cast<A>(own_error_weight(sample, 0, batch, data.dims, knobs, grad_scale));
     double sum = 0;
     for_blocks(chunk, data.dims, [&](int64_t first, int64_t n) {
-      with_block<A>(data, sample, first, n, [&](const A* r, const A* t) {
+      with_block<A>(data, sample, first, n, [&](const auto* r, const auto* t) {
         sum += squared_error(r, t, n);
         data_gradient(a, r, t, sample, first, n, out);
       });
@@ -54,8 +54,8 @@ std::vector<double> image_pass(
 }
 
 // Whether image_pass is worth it: samples that fit the cache, enough of them to keep every thread at work, and numbers
-// of the width that is computed in. Half-precision data are bound by their conversion, and took up to 1.6 times as
-// long.
+// of the width that is computed in. Half-precision data are bound by arithmetic where they are in any cache, and gained
+// nothing.
 template <class A>
 bool samples_are_tasks(int64_t batch, const Data& data) {
   const bool converted = data.recon.dtype != kDtype<A> || data.target.dtype != kDtype<A>;
