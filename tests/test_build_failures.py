@@ -153,8 +153,11 @@ def test_an_interrupt_is_none(monkeypatch: pytest.MonkeyPatch, unloaded: None) -
 C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
+every_way = pytest.mark.check("every way in which a build, or what it looks for, can fail")
+
+
 @needs_compiler
-@pytest.mark.parametrize("locale", [{}, C_LOCALE], ids=["UTF-8", "C"])
+@pytest.mark.parametrize("locale", [pytest.param({}, marks=every_way), C_LOCALE], ids=["UTF-8", "C"])
 @pytest.mark.parametrize("said", [r"f\303\274r nicht deklariert", r"f\374r nicht deklariert"], ids=["UTF-8", "Latin-1"])
 def test_a_compiler_s_words_in_any_encoding(shop: Workshop, locale: dict[str, str], said: str) -> None:
     shop.compiler(before=f"printf '{said}\\n'; exit 1")
@@ -188,7 +191,9 @@ def test_where_every_process_seems_to_succeed(shop: Workshop) -> None:
     assert "FUSED_ELBO_CACHE_DIR" not in err
 
 
-@pytest.mark.parametrize("how", ["zip", "no sources", "no folder", "unreadable"])
+@pytest.mark.parametrize(
+    "how", ["zip", *(pytest.param(how, marks=every_way) for how in ("no sources", "no folder", "unreadable"))]
+)
 def test_without_sources_that_can_be_read(tmp_path: Path, how: str) -> None:
     package = tmp_path / "site/fused_elbo"
     shutil.copytree(Path(fused_elbo.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__", "lib"))

@@ -66,6 +66,7 @@ def test_a_terminal_that_lacks_a_letter_of_the_cache_s_path(tmp_path: Path) -> N
     assert row(report, "cache") == str(tmp_path / r"\xe9")
 
 
+@pytest.mark.check("every way in which a build, or what it looks for, can fail")
 @pytest.mark.parametrize("package", ["ninja", "triton"])
 @pytest.mark.parametrize("content", ["", "raise ValueError('settings')"])
 def test_other_packages_of_a_tool_s_name(tmp_path: Path, package: str, content: str) -> None:

@@ -176,7 +176,9 @@ def test_the_environment_bounds_it(limit: str, held: str) -> None:
     assert run(limit) == held
 
 
-@pytest.mark.parametrize("limit", ["lots", "-1", "1.5"])
+@pytest.mark.parametrize(
+    "limit", ["lots", *(pytest.param(l, marks=pytest.mark.check("the pool's limit in words")) for l in ("-1", "1.5"))]
+)
 def test_a_limit_that_is_no_number_is_told(limit: str) -> None:
     assert f"FUSED_ELBO_POOL_MIB: expected a whole number of MiB, got '{limit}'" in run(limit)
 
