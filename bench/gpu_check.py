@@ -32,7 +32,7 @@ from fused_elbo import backends, decoupled_elbo, decoupled_elbo_backward
 REPO = Path(__file__).resolve().parent.parent
 NUMERICAL = [
     "elbo", "step", "step_graph", "autograd", "ops", "layout", "levels", "properties", "facts", "corners", "modules",
-    "compile", "memory",
+    "compile", "memory", "module_state",
 ]  # fmt: skip
 NO_GPU = 2
 

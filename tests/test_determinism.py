@@ -80,7 +80,7 @@ def of_each_instruction_set(folder: Path, program: str = sys.executable) -> dict
     return results
 
 
-@pytest.mark.check("the same bits on every instruction set")
+@pytest.mark.release("the same bits on every instruction set, of libraries for one (make check: of a wheel's)")
 def test_any_instruction_set(cpp: None, tmp_path: Path) -> None:
     """PyTorch's own switch chooses what the kernels are built for; -ffp-contract=off keeps their sums alike."""
     results = of_each_instruction_set(tmp_path)

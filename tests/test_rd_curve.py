@@ -180,6 +180,7 @@ def test_decoupled_curve_is_not_above_the_squared_errors(quick: list[Row]) -> No
     assert (decoupled["distortion"] < other - 2)[within & (decoupled["beta"] <= 1)].all()
 
 
+@pytest.mark.release("two dozen linear VAEs")
 def test_linear_vaes_lie_on_the_closed_form(tmp_path: Path) -> None:
     rows = sweep(tmp_path, "--linear", "--quick")
     assert len(rows) == rd_curve.QUICK_LINEAR["points"]
@@ -293,6 +294,7 @@ ranks.leave(rd_curve.main())
 """
 
 
+@pytest.mark.release("a sweep by two processes")
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
 def test_two_processes_by_torchrun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As one process, but for the latents' noise; and an interrupted sweep goes on to the numbers of a whole one."""

@@ -31,6 +31,8 @@ CHECK = {
     "the finding of mutants": ("mutant_patterns",),
     "compilers and exporters of transforms, all combinations": ("transforms",),
 }  # fmt: skip
+# In these files the tests of `quick`, a fixture that trains models for all of them, wait for a release: minutes each.
+TRAINED = ("calibrated_decoders", "learned_vs_fixed_sigma", "sparse_representation")
 _REASONS = {f"test_{stem}.py": reason for reason, stems in CHECK.items() for stem in stems}
 _LEFT_OUT = pytest.StashKey[Counter[tuple[str, str]]]()  # (tier, what)
 
@@ -55,6 +57,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 def tier_of(item: pytest.Item) -> tuple[str, str]:
     """Its tier, and why it is no earlier one."""
+    if "quick" in getattr(item, "fixturenames", ()) and item.path.stem.removeprefix("test_") in TRAINED:
+        return "release", "the claims of three examples, which train models for them"
     for tier in ("release", "check"):
         if mark := item.get_closest_marker(tier):
             return tier, mark.args[0]
@@ -64,7 +68,10 @@ def tier_of(item: pytest.Item) -> tuple[str, str]:
 
 
 def select(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keeps the tests of the tier that is asked for."""
+    """Keeps the tests of the tier that is asked for; those of a file's `quick` in one process, so that it runs once."""
+    for item in items:
+        if "quick" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     if config.option.tier == "all":
         return
     left = [item for item in items if tier_of(item)[0] != config.option.tier]
