@@ -29,10 +29,12 @@ ROWS = [(k, d, t) for k in bench.KERNELS for t in bench.TARGETS for d in bench.d
 
 
 def for_each(rows: list[tuple[str, str, str]]) -> pytest.MarkDecorator:
-    """`make check` compiles for one target, since others differ little; and each kernel in one process."""
-    seldom = pytest.mark.release("the machine code of the CUDA kernels for every target")
+    """`make check` compiles for one target, and fp16 is like bf16; each kernel in one process."""
+    seldom = pytest.mark.release("the machine code of the CUDA kernels for every target and dtype")
     marked = [
-        pytest.param(*row, marks=[pytest.mark.xdist_group(row[0]), *([] if row[2] == "sm_90" else [seldom])])
+        pytest.param(
+            *row, marks=[pytest.mark.xdist_group(row[0]), *([] if row[2] == "sm_90" and row[1] != "fp16" else [seldom])]
+        )
         for row in rows
     ]
     return pytest.mark.parametrize(("kernel", "dtype", "target"), marked)
