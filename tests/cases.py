@@ -57,10 +57,15 @@ INSIDE_A_SAMPLE = [
 FEW = ["optimal", "per-image", "learned-channel", "free-bits", "prior"]
 
 
+def gpu_kernels_on_cpu() -> bool:
+    """Whether this run is about a GPU's kernels, executed slowly on the CPU."""
+    return bool(backends.triton.runs_on_cpu()) or backends.cuda.device == "cpu"
+
+
 def modes_for_operators() -> list[str]:
-    """For tests of what is around the kernels: all modes, or FEW where Triton's kernels run on the CPU, slowly. (There,
-    too, tests of values and gradients go through all of them.)"""
-    return FEW if backends.triton.runs_on_cpu() else list(MODES)
+    """For tests of what is around the kernels: all modes, or FEW where a GPU's kernels run on the CPU. (Tests of values
+    and gradients go through all of them there, too.)"""
+    return FEW if gpu_kernels_on_cpu() else list(MODES)
 
 
 def allowed(mode: str, reduction: str) -> bool:
