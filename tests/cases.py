@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -66,6 +67,12 @@ def modes_for_operators() -> list[str]:
     """For tests of what is around the kernels: all modes, or FEW where a GPU's kernels run on the CPU. (Tests of values
     and gradients go through all of them there, too.)"""
     return FEW if gpu_kernels_on_cpu() else list(MODES)
+
+
+def few_often() -> list[Any]:
+    """The same, of which `make test` takes FEW."""
+    others = pytest.mark.check("operators and compiled code in every mode")
+    return [pytest.param(mode, marks=() if mode in FEW else others) for mode in modes_for_operators()]
 
 
 def allowed(mode: str, reduction: str) -> bool:

@@ -157,7 +157,8 @@ every_way = pytest.mark.check("every way in which a build, or what it looks for,
 
 
 @needs_compiler
-@pytest.mark.parametrize("locale", [pytest.param({}, marks=every_way), C_LOCALE], ids=["UTF-8", "C"])
+@every_way
+@pytest.mark.parametrize("locale", [{}, C_LOCALE], ids=["UTF-8", "C"])
 @pytest.mark.parametrize("said", [r"f\303\274r nicht deklariert", r"f\374r nicht deklariert"], ids=["UTF-8", "Latin-1"])
 def test_a_compiler_s_words_in_any_encoding(shop: Workshop, locale: dict[str, str], said: str) -> None:
     shop.compiler(before=f"printf '{said}\\n'; exit 1")

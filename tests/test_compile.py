@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch._inductor.config
-from cases import Call, gpu_kernels_on_cpu, modes_for_operators
+from cases import Call, few_often, gpu_kernels_on_cpu
 
 import fused_elbo
 from fused_elbo import DecoupledELBO, LearnedSigmaELBO, backends, decoupled_elbo, decoupled_elbo_backward
@@ -34,7 +34,7 @@ def compiled(
     return torch.compile(function, fullgraph=True, backend=counter), counter
 
 
-@pytest.mark.parametrize("mode", modes_for_operators())
+@pytest.mark.parametrize("mode", few_often())
 def test_fullgraph_and_dynamic_batch(mode: str) -> None:
     """One graph serves every batch size from the second on; values and gradients equal the eager ones."""
     fast, counter = compiled(decoupled_elbo)

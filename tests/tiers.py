@@ -26,6 +26,7 @@ CHECK = {
     ),
     "the benchmark and the GPU check": ("bench", "gpu_check"),
     "the machine code of Triton's kernels": ("compiled",),
+    "the library forgotten and imported again": ("reimport",),
     "packages: sdist, wheel": ("packaging", "packaged_library", "wheel"),
     "element loops on every instruction set and compiler": ("lanes",),
     "the finding of mutants": ("mutant_patterns",),
