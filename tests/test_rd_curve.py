@@ -294,7 +294,7 @@ ranks.leave(rd_curve.main())
 """
 
 
-@pytest.mark.release("a sweep by two processes")
+@pytest.mark.release("training by two processes")
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
 def test_two_processes_by_torchrun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As one process, but for the latents' noise; and an interrupted sweep goes on to the numbers of a whole one."""

@@ -33,7 +33,9 @@ CHECK = {
     "compilers and exporters of transforms, all combinations": ("transforms",),
 }  # fmt: skip
 # In these files the tests of `quick`, a fixture that trains models for all of them, wait for a release: minutes each.
-TRAINED = ("calibrated_decoders", "learned_vs_fixed_sigma", "sparse_representation")
+TRAINED = ("calibrated_decoders", "learned_vs_fixed_sigma", "objective_slices", "sparse_representation")
+# Fixtures of a module that take so long that no second process should make them.
+MADE_ONCE = {"quick", "library", "expected"}
 _REASONS = {f"test_{stem}.py": reason for reason, stems in CHECK.items() for stem in stems}
 _LEFT_OUT = pytest.StashKey[Counter[tuple[str, str]]]()  # (tier, what)
 
@@ -59,7 +61,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def tier_of(item: pytest.Item) -> tuple[str, str]:
     """Its tier, and why it is no earlier one."""
     if "quick" in getattr(item, "fixturenames", ()) and item.path.stem.removeprefix("test_") in TRAINED:
-        return "release", "the claims of three examples, which train models for them"
+        return "release", "the claims of four examples, which train models for them"
     for tier in ("release", "check"):
         if mark := item.get_closest_marker(tier):
             return tier, mark.args[0]
@@ -69,9 +71,9 @@ def tier_of(item: pytest.Item) -> tuple[str, str]:
 
 
 def select(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keeps the tests of the tier that is asked for; those of a file's `quick` in one process, so that it runs once."""
+    """Keeps the tests of the tier that is asked for; those of a file's MADE_ONCE in one process."""
     for item in items:
-        if "quick" in getattr(item, "fixturenames", ()):
+        if MADE_ONCE.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
     if config.option.tier == "all":
         return
