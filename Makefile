@@ -45,7 +45,7 @@ test-cuda: $(VENV)/.dev ## of `make check`: the CUDA kernels, as CPU code and, w
 	@echo "== Running the CUDA kernels as CPU code: pytest $(ARGS)"
 	@PYTHONPATH="tests:$$PYTHONPATH" $(PYTEST) -p cuda_plugin $(ARGS)
 
-check-release: $(VENV)/.dev ## what only a release needs: every GPU target's machine code, the full examples
+check-release: $(VENV)/.dev ## what only a release needs: every GPU target's machine code, what examples train for minutes
 	@echo "== Running what a release needs: pytest --tier=release $(ARGS)"
 	@$(PYTEST) --tier=release $(ARGS)
 	@PYTHONPATH="tests:$$PYTHONPATH" $(PYTEST) -p cuda_plugin --tier=release $(ARGS)

@@ -77,10 +77,11 @@ def select(config: pytest.Config, items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
     if config.option.tier == "all":
         return
-    left = [item for item in items if tier_of(item)[0] != config.option.tier]
-    config.stash[_LEFT_OUT].update(map(tier_of, left))
-    config.hook.pytest_deselected(items=left)
-    items[:] = [item for item in items if item not in set(left)]
+    tiers = [(item, tier_of(item)) for item in items]
+    left = [(item, tier) for item, tier in tiers if tier[0] != config.option.tier]
+    config.stash[_LEFT_OUT].update(tier for _, tier in left)
+    config.hook.pytest_deselected(items=[item for item, _ in left])
+    items[:] = [item for item, tier in tiers if tier[0] == config.option.tier]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
