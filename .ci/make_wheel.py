@@ -26,8 +26,8 @@ from pathlib import Path
 from wheel.wheelfile import WheelFile
 
 from fused_elbo import build
-from fused_elbo.backends.base import BackendUnavailable
-from fused_elbo.build_spec import LEVELS
+from fused_elbo.build.spec import LEVELS
+from fused_elbo.errors import BackendUnavailable
 
 REPO = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0", "12.0+PTX")  # what comes after 12.0 is compiled from its PTX

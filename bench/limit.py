@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fused_elbo import BackendUnavailable
 from fused_elbo.build import build
-from fused_elbo.build_spec import INSTRUCTION_SETS, BuildSpec, Part, cpu_spec, instruction_set
+from fused_elbo.build.spec import INSTRUCTION_SETS, BuildSpec, Part, cpu_spec, instruction_set
 
 SYMBOL = "fused_elbo_bench_move"
 MOST = 4

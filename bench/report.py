@@ -20,7 +20,8 @@ import torch
 from workloads import SIGMAS, Case, step_bytes
 
 import fused_elbo
-from fused_elbo import BackendUnavailable, build, build_spec
+from fused_elbo import BackendUnavailable, build
+from fused_elbo.build import spec as build_spec
 
 FORMAT = 1
 REPO = Path(__file__).resolve().parent.parent

@@ -8,8 +8,9 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from . import sigma
-from .backends import BackendUnavailable, backend
+from .backends import backend
 from .backends.cpp import empty_cache
+from .errors import BackendUnavailable
 from .functional import ELBO, decoupled_elbo, decoupled_elbo_backward, gaussian_kl, gaussian_nll
 from .modules import DecoupledELBO, LearnedSigmaELBO
 

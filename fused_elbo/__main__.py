@@ -12,7 +12,8 @@ import torch
 import fused_elbo
 from fused_elbo import build
 from fused_elbo.backends import statuses
-from fused_elbo.backends.base import BackendUnavailable, Status
+from fused_elbo.backends.base import Status
+from fused_elbo.errors import BackendUnavailable
 
 CPU_BACKENDS = ("cpp", "reference")  # in the order in which they are preferred
 GPU_BACKENDS = ("triton", "cuda", "reference")

@@ -10,28 +10,28 @@ for torch.func's transforms around it. Those they see as plain PyTorch: no opera
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
 
-from . import backends, ops, reference, tracing
+from . import backends, reference, tracing
+from .call import GradOutputs, Options, Tensors, first, mask_of
+from .dispatch import implementation
+from .operators import registry
 
-# apply()'s arguments: seven tensors of `ops._INPUTS`, beta, capacity; then the plain values as one tuple, since each
-# argument of apply costs time; then the backend.
-_TENSORS = 9
-_BETA = 7
+_TENSORS = len(Tensors._fields)
+_operator = registry.find("elbo")
 
 
-def elbo(*args: Any) -> tuple[Tensor, ...]:
-    """(loss, distortion, rate, sigma, …), differentiable, for what `arguments.of_forward` returns."""
+def elbo(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
+    """(loss, distortion, rate, sigma, …), differentiable."""
     if plain():
-        return reference.forward(*args[:-1], *args[-1])
+        return reference.forward(tensors, options)
     if torch.compiler.is_compiling():
-        return _operator(*args[:-1], *args[-1], backends.forced)
+        return _operator(*tensors, *options, backends.forced)
     function = _FunctorchElbo if torch._C._are_functorch_transforms_active() else _Elbo
-    return cast(Any, function).apply(*args, backends.forced)
+    return cast(Any, function).apply(*tensors, options, backends.forced)
 
 
 def plain() -> bool:
@@ -43,43 +43,24 @@ def plain() -> bool:
 
 
 def elbo_backward(
-    *args: Any, grad_scale: tuple[Tensor | None, float], retain_graph: bool
+    tensors: Tensors, options: Options, *, grad_scale: tuple[Tensor | None, float], retain_graph: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, distortion, rate, sigma), detached, after the backward of grad_scale · loss."""
-    refuse_backward(args)
-    scale, number = grad_scale
-    outputs = cast(Any, _Step).apply(*args[:-1], scale, (*args[-1], number), backends.forced)
+    refuse_backward(tensors)
+    outputs = cast(Any, _Step).apply(*tensors, options, backends.forced, *grad_scale)
     loss = outputs[0].detach()
     # _Step has the gradients and looks at no grad_output: any tensor of the loss's shape spares a launch of ones.
     torch.autograd.backward(outputs[0], loss, retain_graph=retain_graph)
     return (loss, *outputs[1:])
 
 
-def refuse_backward(args: tuple[Any, ...]) -> None:
+def refuse_backward(tensors: Tensors) -> None:
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError("decoupled_elbo_backward calls backward, which torch.func forbids: use decoupled_elbo there")
     if not torch.is_grad_enabled():
         raise RuntimeError("decoupled_elbo_backward: gradients are off here (torch.no_grad or inference_mode)")
-    if not any(t is not None and t.requires_grad for t in args[: _BETA + 1]):
+    if not any(t is not None and t.requires_grad for t in tensors):
         raise RuntimeError("decoupled_elbo_backward: none of the tensors requires a gradient")
-
-
-def implementation(backend: str | None, tensors: Sequence[Tensor | None]) -> Any:
-    """Whose forward and grads to call: the operators, or those of a forced backend that is not behind them."""
-    if backend is None:
-        return ops
-    first = tensors[0] if tensors[0] is not None else tensors[2]  # recon, or mu where there are no data
-    if backend == backends.dispatched.get(cast(Tensor, first).device.type):
-        return ops
-    if backend in ("triton", "cuda"):
-        return getattr(backends, backend).operators()
-    return ops.ByReference
-
-
-def _mask(needs: tuple[bool, ...]) -> int:
-    """Bit i for a gradient of the i-th tensor."""
-    a, b, c, d, e, f, g, h, *_ = needs
-    return a | b << 1 | c << 2 | d << 3 | e << 4 | f << 5 | g << 6 | h << 7
 
 
 def refuse_forward_mode() -> NoReturn:
@@ -89,56 +70,62 @@ def refuse_forward_mode() -> NoReturn:
     )
 
 
-class Shared(torch.autograd.Function):
-    @staticmethod
-    def _forward(args: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        *tensors, values, backend = args
-        return implementation(backend, tensors).forward(*tensors, *values)
+def for_inputs(gradients: tuple[Tensor, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """What a Function's backward returns: a gradient, or None, for each argument of its apply."""
+    found = [g if needed else None for g, needed in zip(gradients, needs, strict=False)]
+    return (*found, *[None] * (len(needs) - len(found)))
+
+
+class ElboFunction(torch.autograd.Function):
+    """What the Functions of the loss have in common. Arguments of apply: the tensors of a call, its options as one
+    argument, since each costs time, the backend, and what a subclass adds."""
 
     @staticmethod
-    def save(ctx: Any, args: tuple[Any, ...], stats: Tensor) -> None:
-        ctx.save_for_backward(*args[:_TENSORS], stats)
-        ctx.values, ctx.backend = args[_TENSORS:]
+    def compute(args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        tensors, (options, backend) = Tensors._make(args[:_TENSORS]), args[_TENSORS:]
+        return implementation(backend, first(tensors)).forward(tensors, options)
+
+    @staticmethod
+    def save(ctx: Any, tensors: tuple[Any, ...], options: Options, backend: str | None, stats: Tensor) -> None:
+        ctx.save_for_backward(*tensors, stats)
+        ctx.options, ctx.backend = options, backend
         ctx.set_materialize_grads(False)  # or each output without a gradient would cost a launch of zeros
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         *inputs, stats = ctx.saved_tensors  # once: activation checkpointing recomputes at each access
-        needs, values = ctx.needs_input_grad, ctx.values
+        tensors, needs = Tensors._make(inputs), ctx.needs_input_grad
+        by = implementation(ctx.backend, first(tensors))
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # A backward that is itself differentiated: the formulas, with S and KL as functions of the inputs again.
-            element = inputs[4] if values[0] == ops.Kind.ELEMENT else None
-            of_stats: tuple[Any, ...] = (*inputs[:4], element, *inputs[5:7], values[4])
-            stats, grads = reference.stats(*of_stats), ops.grads_by_reference
-        else:
-            grads = implementation(ctx.backend, inputs).grads
-        gradients = grads(*grad_outputs[:3], *inputs, stats, *values, _mask(needs))
-        return (*[g if needed else None for g, needed in zip(gradients, needs, strict=False)], None, None, None)
+            by, stats = reference, reference.stats(tensors, ctx.options)
+        gradients = by.grads(tensors, ctx.options, stats, GradOutputs._make(grad_outputs[:3]), mask_of(needs))
+        return for_inputs(gradients, needs)
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Any:
         refuse_forward_mode()
 
 
-class _Elbo(Shared):
+class _Elbo(ElboFunction):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        loss, distortion, rate, sigma, stats = Shared._forward(args)
-        Shared.save(ctx, args, stats)
+        loss, distortion, rate, sigma, stats = ElboFunction.compute(args)
+        ElboFunction.save(ctx, args[:_TENSORS], *args[_TENSORS:], stats)
         ctx.mark_non_differentiable(sigma)
         return loss, distortion, rate, sigma
 
 
-class _FunctorchElbo(Shared):
+class _FunctorchElbo(ElboFunction):
     generate_vmap_rule = True
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return Shared._forward(args)
+        return ElboFunction.compute(args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        Shared.save(ctx, inputs, output[4])
+        ElboFunction.save(ctx, inputs[:_TENSORS], *inputs[_TENSORS:], output[4])
         ctx.mark_non_differentiable(*output[3:])
 
 
@@ -151,9 +138,9 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        *tensors, values, backend = args
+        tensors, (options, backend, *scale) = Tensors._make(args[:_TENSORS]), args[_TENSORS:]
         ctx.needs = ctx.needs_input_grad
-        outputs = implementation(backend, tensors).step(*tensors, *values, _mask(ctx.needs))
+        outputs = implementation(backend, first(tensors)).step(tensors, options, *scale, mask_of(ctx.needs))
         ctx.gradients = outputs[4:]
         ctx.mark_non_differentiable(*outputs[1:4])
         ctx.set_materialize_grads(False)
@@ -162,31 +149,19 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
-        return (*[g if needed else None for g, needed in zip(gradients, ctx.needs, strict=False)], *[None] * 4)
-
-
-ops._library.define(
-    f"elbo({ops._INPUTS}, {ops._KNOBS}, {ops._VALUES}, str? backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_operator = torch.ops.fused_elbo.elbo.default
-
-
-@torch.library.register_fake("fused_elbo::elbo", lib=ops._library)
-def _elbo_fake(*args: Any) -> tuple[Tensor, ...]:
-    return ops._forward_fake(*args[:-1])[:4]
+        return for_inputs(gradients, ctx.needs)
 
 
 def _differentiable(*args: Any) -> tuple[Tensor, ...]:
+    tensors, options, backend = Tensors._make(args[:_TENSORS]), Options._make(args[_TENSORS:-1]), args[-1]
     if torch._C._are_functorch_transforms_active():  # around an exported program: as in plain()
-        return reference.forward(*args[:-1])[:4]
-    return cast(Any, _Elbo).apply(*args[:_TENSORS], args[_TENSORS:-1], args[-1])
+        return reference.forward(tensors, options)[:4]
+    return cast(Any, _Elbo).apply(*tensors, options, backend)
 
 
 def _without_gradients(*args: Any) -> tuple[Tensor, ...]:
-    return implementation(args[-1], args[:_TENSORS]).forward(*args[:-1])[:4]
+    return ElboFunction.compute((*args[:_TENSORS], Options._make(args[_TENSORS:-1]), args[-1]))[:4]
 
 
-ops._library.impl("elbo", _differentiable, "Autograd")
-ops._library.impl("elbo", _without_gradients, "CompositeExplicitAutograd")
-torch.library.register_vmap("fused_elbo::elbo", ops.vmap_rule(_operator), lib=ops._library)
+registry.implement("elbo", _differentiable, "Autograd")
+registry.implement("elbo", _without_gradients, "CompositeExplicitAutograd")

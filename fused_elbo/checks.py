@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import numbers
 import warnings
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import backends, tracing
-from .reference import REDUCTIONS
-from .sigma import LOG_SIGMA_RANGE
+from . import tracing
+from .call import REDUCTIONS
+from .options import NUMBERS
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -88,12 +89,22 @@ def weight(value: object, batch: int, like: Tensor) -> None:
         number("beta", value, 0)
 
 
-def configuration(beta: object, free_bits: object, capacity: object, min_log_sigma: object = 0.0) -> None:
-    """The numbers that a module keeps, of which the tensors are not known yet."""
-    for name, value in (("beta", beta), ("free_bits", free_bits), ("capacity", 0 if capacity is None else capacity)):
-        if not isinstance(value, Tensor):
-            number(name, value, 0)
-    number("min_log_sigma", min_log_sigma, -LOG_SIGMA_RANGE, LOG_SIGMA_RANGE)
+def options(given: Mapping[str, object]) -> None:
+    """Those of `options.NUMBERS` that are given."""
+    for name, value in given.items():
+        minimum, maximum = NUMBERS[name]
+        number(name, value, minimum, MAX if maximum is None else maximum)
+
+
+def configuration(given: Mapping[str, object]) -> None:
+    """The options that a module keeps, of which the tensors are not known yet."""
+    for name in ("beta", "capacity"):
+        if given[name] is not None and not isinstance(given[name], Tensor):
+            number(name, given[name], 0)
+    options({name: given[name] for name in NUMBERS if name in given})
+    index = reduction(given["reduction"])
+    if given["process_group"] is not None:
+        process_group(given["process_group"], index)
 
 
 def capacity(value: object, beta: object, reduction: str, like: Tensor) -> None:
@@ -180,13 +191,6 @@ def has_channels(channels: int, recon: object) -> None:
         )
 
 
-def criterion(reduced: object, group: object) -> None:
-    """What a module keeps of both."""
-    index = reduction(reduced)
-    if group is not None:
-        process_group(group, index)
-
-
 def log_sigma(value: object, recon: Tensor) -> None:
     """() or (1,): one σ; (B,): one per image; any other shape: broadcasts against recon from the right."""
     tensor("log_sigma", value, recon)
@@ -260,29 +264,3 @@ def levels(mu: object, logvar: object, prior: object) -> None:
         raise TypeError(f"prior: expected a list with (mu_p, logvar_p) or None for each level, got {_kind(prior)}")
     if len(prior) != len(mu):
         raise ValueError(f"prior: expected (mu_p, logvar_p) or None for each of {len(mu)} levels, got {len(prior)}")
-
-
-def device_served(x: Tensor) -> None:
-    """By the backend that was asked for; left alone, the dispatcher finds one that does."""
-    if backends.forced is None:
-        return
-    device = x.device.type
-    if backends.forced == "cpp" and device != "cpu":
-        raise ValueError(f'backend: "cpp" was asked for, which serves CPU tensors, but the tensors are on {x.device}')
-    if backends.forced == "cuda" and device != backends.cuda.device:
-        raise ValueError(f'backend: "cuda" was asked for, which serves CUDA tensors, but the tensors are on {x.device}')
-    if backends.forced != "reference" and tracing.transforms_traced():
-        raise ValueError(
-            f'backend: "{backends.forced}" was asked for, but where torch.func\'s transforms are compiled or exported '
-            'the loss is plain PyTorch: ask for "reference", or for none'
-        )
-    if backends.forced == "triton":
-        if device not in ("cpu", "cuda"):
-            raise ValueError(f'backend: "triton" was asked for, which serves GPU tensors; these are on {x.device}')
-        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        if traced and backends.dispatched[device] != "triton":
-            raise ValueError(
-                f'backend: "triton" was asked for; for {device} tensors it works neither in torch.compile nor in vmap'
-            )
-        if not torch.compiler.is_compiling():
-            backends.triton.require(device)

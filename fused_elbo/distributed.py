@@ -25,27 +25,38 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable would import Dynamo now: seconds
 
 from . import autograd, backends, checks, reference
+from .call import SUM, Options, Tensors, compute_dtype, first, has_capacity
+from .dispatch import implementation
+from .reference.elbo_finalize import BatchTerms
+from .reference.math import reduction_weight
 from .sigma import Kind
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+_TENSORS = len(Tensors._fields)
+
 
 @_disable_dynamo  # the all-reduce, and checks of a group, are not for a graph
-def elbo(*args: Any, process_group: ProcessGroup) -> tuple[Tensor, ...]:
+def elbo(tensors: Tensors, options: Options, *, process_group: ProcessGroup) -> tuple[Tensor, ...]:
     """(loss, distortion, rate, sigma), as `autograd.elbo`, for the batch of all ranks."""
-    checks.process_group(process_group, args[-1][-1])
+    checks.process_group(process_group, options.reduction)
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError("process_group: not inside torch.func's transforms, which cannot cross processes")
-    return cast(Any, _GlobalElbo).apply(*args, backends.forced, process_group)
+    return cast(Any, _GlobalElbo).apply(*tensors, options, backends.forced, process_group)
 
 
 def elbo_backward(
-    *args: Any, process_group: ProcessGroup, grad_scale: tuple[Tensor | None, float], retain_graph: bool
+    tensors: Tensors,
+    options: Options,
+    *,
+    process_group: ProcessGroup,
+    grad_scale: tuple[Tensor | None, float],
+    retain_graph: bool,
 ) -> tuple[Tensor, ...]:
     """As `autograd.elbo_backward`, in two passes: σ is known when every rank has read its data."""
-    autograd.refuse_backward(args)
-    loss, *others = elbo(*args, process_group=process_group)
+    autograd.refuse_backward(tensors)
+    loss, *others = elbo(tensors, options, process_group=process_group)
     scale, number = grad_scale
     torch.autograd.backward(loss, loss.new_full((), number) if scale is None else scale, retain_graph=retain_graph)
     return tuple(t.detach() for t in (loss, *others))
@@ -59,32 +70,21 @@ def mean(values: Tensor, process_group: ProcessGroup) -> Tensor:
     return sums[0] / sums[1]
 
 
-class _GlobalElbo(autograd.Shared):
+class _GlobalElbo(autograd.ElboFunction):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        *tensors, values, backend, group = args
-        recon, _, mu, _, log_sigma, _, _, beta, capacity = tensors
-        kind, softclip, log_sigma_value, min_log_sigma, free_bits, beta_value, capacity_value, reduction = values
-        x = recon if recon is not None else mu
-        batch, d = x.shape[0], reference.dims_of(recon, None) if recon is not None else 0
+        tensors, (options, backend, group) = Tensors._make(args[:_TENSORS]), args[_TENSORS:]
+        stats = _stats(tensors, options, backend)
+        batch = _all_reduce(stats, tensors, options, group)
+        outputs = reference.finalize(stats, batch, tensors, options)
 
-        stats = _stats(tensors, kind, free_bits, backend)
-        sums = torch.cat([stats[::2, -1], stats.new_full((1,), x.numel()), stats.new_full((1,), batch)])
-        dist.all_reduce(sums, group=group)
-        s, clamped, n, samples = sums.unbind(0)
-        weight = dist.get_world_size(group) * reference.reduction_weight(reduction, samples, n / samples)
-        outputs = reference.finalize(
-            stats, s, n, clamped / samples, d, weight, log_sigma, beta, capacity,
-            kind, softclip, log_sigma_value, min_log_sigma, beta_value, capacity_value, reduction,
-        )  # fmt: skip
-
-        if kind == Kind.BATCH:
-            _level(stats[0], d * s / n)
-        if capacity is not None or capacity_value is not None:
-            _level(stats[2], clamped / samples)
+        if options.sigma_mode == Kind.BATCH:
+            _equalise(stats[0], batch.dims * batch.s / batch.elements)
+        if has_capacity(tensors, options):
+            _equalise(stats[2], batch.kl_clamped)
         # In grads each sample weighs 1, and the grad_outputs bring the weight.
-        autograd.Shared.save(ctx, (*tensors, (*values[:-1], reference.SUM), backend), stats)
-        ctx.weight, ctx.empty = weight, batch == 0
+        autograd.ElboFunction.save(ctx, tensors, options._replace(reduction=SUM), backend, stats)
+        ctx.weight, ctx.empty = batch.weight, first(tensors).shape[0] == 0
         ctx.mark_non_differentiable(outputs[3])
         return outputs
 
@@ -93,24 +93,34 @@ class _GlobalElbo(autograd.Shared):
         if torch.is_grad_enabled():
             raise RuntimeError("process_group: no second derivatives, so no backward with create_graph=True")
         if ctx.empty:  # zeros, not None: whoever averages gradients counts on one of each rank
-            pairs = zip(ctx.saved_tensors[:-1], ctx.needs_input_grad, strict=False)
-            return (*[torch.zeros_like(t) if needed else None for t, needed in pairs], None, None, None)
+            pairs = zip(ctx.saved_tensors[:_TENSORS], ctx.needs_input_grad, strict=False)
+            return autograd.for_inputs(
+                tuple(torch.zeros_like(t) if needed else t for t, needed in pairs), ctx.needs_input_grad
+            )
         weighted = (None if g is None else g * ctx.weight for g in grad_outputs[:3])
-        return (*autograd.Shared.backward(ctx, *weighted), None)
+        return autograd.ElboFunction.backward(ctx, *weighted)
 
 
-def _stats(tensors: list[Tensor | None], kind: int, free_bits: float, backend: str | None) -> Tensor:
+def _all_reduce(stats: Tensor, tensors: Tensors, options: Options, group: ProcessGroup) -> BatchTerms:
+    """What the samples of all ranks have in common."""
+    x = first(tensors)
+    sums = torch.cat([stats[::2, -1], stats.new_full((1,), x.numel()), stats.new_full((1,), x.shape[0])])
+    dist.all_reduce(sums, group=group)
+    s, kl_clamped, elements, samples = sums.unbind(0)
+    weight = dist.get_world_size(group) * reduction_weight(options.reduction, samples, elements / samples)
+    dims = 0 if tensors.recon is None else x.shape[1:].numel()
+    return BatchTerms(s, elements, kl_clamped / samples, dims, weight)
+
+
+def _stats(tensors: Tensors, options: Options, backend: str | None) -> Tensor:
     """Of the shard; the operators know no empty one."""
-    recon, target, mu, logvar, log_sigma, *prior = tensors[:7]
-    x = cast(Tensor, recon if recon is not None else mu)
+    x = first(tensors)
     if x.shape[0] == 0:
-        return x.new_zeros((3, 1), dtype=reference.compute_dtype(recon, target, mu, logvar))
-    element = log_sigma if kind == Kind.ELEMENT else None
-    implementation = autograd.implementation(backend, tensors)
-    return implementation.stats(recon, target, mu, logvar, element, *prior, free_bits)
+        return x.new_zeros((3, 1), dtype=compute_dtype(*tensors[:4]))
+    return implementation(backend, x).stats(tensors, options)
 
 
-def _level(row: Tensor, value: Tensor) -> None:
+def _equalise(row: Tensor, value: Tensor) -> None:
     """A row of stats, its sum at the end included, as if each sample had this value."""
     row[:-1] = value
     row[-1] = value * (row.shape[0] - 1)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from torch import Tensor
 
-from . import arguments, autograd, checks, distributed, levels
-from .sigma import Constant, Kind, Optimal
+from . import arguments, autograd, distributed, levels
+from .arguments import Call
+from .options import ElboOptions, KLOptions, NLLOptions, complete, defaults_of, shown
+from .sigma import Kind
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
+
+_ELBO, _NLL, _KL = defaults_of(ElboOptions), defaults_of(NLLOptions), defaults_of(KLOptions)
 
 
 class ELBO(NamedTuple):
@@ -23,21 +27,13 @@ class ELBO(NamedTuple):
     sigma: Tensor | None  #: the decoder's standard deviation, detached: (), (B,), or None if it varies inside a sample
 
 
+@shown(ElboOptions)
 def decoupled_elbo(
     recon: Tensor,
     target: Tensor,
     mu: Tensor,
     logvar: Tensor,
-    *,
-    beta: float | Tensor = 1.0,
-    sigma: str | float | Constant | Optimal = "optimal",
-    log_sigma: Tensor | None = None,
-    min_log_sigma: float = -7.0,
-    prior: tuple[Tensor, Tensor] | None = None,
-    free_bits: float = 0.0,
-    capacity: float | Tensor | None = None,
-    reduction: str = "batchmean",
-    process_group: ProcessGroup | None = None,
+    **options: Unpack[ElboOptions],
 ) -> ELBO:
     """The negative ELBO of a Gaussian VAE, with the decoder's σ and the weight β apart.
 
@@ -109,43 +105,23 @@ def decoupled_elbo(
     >>> torch.allclose(elbo.loss, elbo.distortion + 4.0 * elbo.rate)
     True
     """
-    args = arguments.of_elbo(
-        recon,
-        target,
-        mu,
-        logvar,
-        beta=beta,
-        sigma=sigma,
-        log_sigma=log_sigma,
-        min_log_sigma=min_log_sigma,
-        prior=prior,
-        free_bits=free_bits,
-        capacity=capacity,
-        reduction=reduction,
-        may_be_empty=process_group is not None,
-    )
-    if process_group is not None:
-        return _elbo(args, distributed.elbo(*args, process_group=process_group))
-    return _elbo(args, autograd.elbo(*args))
+    given = complete(options, _ELBO, "decoupled_elbo")
+    call = arguments.elbo(recon, target, mu, logvar, given)
+    if given["process_group"] is not None:
+        return _elbo(call, distributed.elbo(*call, process_group=given["process_group"]))
+    return _elbo(call, autograd.elbo(*call))
 
 
+@shown(ElboOptions)
 def decoupled_elbo_backward(
     recon: Tensor,
     target: Tensor,
     mu: Tensor,
     logvar: Tensor,
     *,
-    beta: float | Tensor = 1.0,
-    sigma: str | float | Constant | Optimal = "optimal",
-    log_sigma: Tensor | None = None,
-    min_log_sigma: float = -7.0,
-    prior: tuple[Tensor, Tensor] | None = None,
-    free_bits: float = 0.0,
-    capacity: float | Tensor | None = None,
-    reduction: str = "batchmean",
-    process_group: ProcessGroup | None = None,
     grad_scale: float | Tensor | None = None,
     retain_graph: bool = False,
+    **options: Unpack[ElboOptions],
 ) -> ELBO:
     """`decoupled_elbo(…).loss.backward()` in one go: the loss and its gradients together, then autograd's backward.
 
@@ -178,39 +154,24 @@ def decoupled_elbo_backward(
     >>> elbo.loss.requires_grad, weight.grad.shape, mu.grad[0]
     (False, torch.Size([8]), tensor([2., 2., 2., 2.]))
     """
-    if reduction == "none":
+    given = complete(options, _ELBO, "decoupled_elbo_backward")
+    if given["reduction"] == "none":
         raise ValueError('reduction: "none" gives a loss for each sample, and backward starts from one number')
-    args = arguments.of_elbo(
-        recon,
-        target,
-        mu,
-        logvar,
-        beta=beta,
-        sigma=sigma,
-        log_sigma=log_sigma,
-        min_log_sigma=min_log_sigma,
-        prior=prior,
-        free_bits=free_bits,
-        capacity=capacity,
-        reduction=reduction,
-        may_be_empty=process_group is not None,
-    )
-    scale = arguments.of_grad_scale(grad_scale, recon)
-    if process_group is not None:
-        options = {"process_group": process_group, "grad_scale": scale, "retain_graph": retain_graph}
-        return _elbo(args, distributed.elbo_backward(*args, **options))
-    return _elbo(args, autograd.elbo_backward(*args, grad_scale=scale, retain_graph=retain_graph))
+    call = arguments.elbo(recon, target, mu, logvar, given)
+    scale = arguments.grad_scale(grad_scale, recon)
+    if given["process_group"] is not None:
+        group = given["process_group"]
+        return _elbo(
+            call, distributed.elbo_backward(*call, process_group=group, grad_scale=scale, retain_graph=retain_graph)
+        )
+    return _elbo(call, autograd.elbo_backward(*call, grad_scale=scale, retain_graph=retain_graph))
 
 
+@shown(NLLOptions)
 def gaussian_nll(
     recon: Tensor,
     target: Tensor,
-    *,
-    sigma: str | float | Constant | Optimal = "optimal",
-    log_sigma: Tensor | None = None,
-    min_log_sigma: float = -7.0,
-    reduction: str = "batchmean",
-    process_group: ProcessGroup | None = None,
+    **options: Unpack[NLLOptions],
 ) -> Tensor:
     """The distortion alone: Σ_d [e²/(2σ²) + ½ log(2πσ²)], −log N(target | recon, σ²) in nats.
 
@@ -222,22 +183,20 @@ def gaussian_nll(
     >>> torch.allclose(nll, -torch.distributions.Normal(x + 1.0, 1.0).log_prob(x).sum() / 4)
     True
     """
-    checks.pair("recon", recon, "target", target, process_group is not None)
-    mode = arguments.of_sigma((recon, target), sigma, log_sigma, min_log_sigma)
-    args = arguments.of_forward((recon, target, None, None, None, None), sigma=mode, reduction=reduction)
-    if process_group is not None:
-        return distributed.elbo(*args, process_group=process_group)[1]
-    return autograd.elbo(*args)[1]
+    given = complete(options, _NLL, "gaussian_nll")
+    call = arguments.nll(recon, target, given)
+    if given["process_group"] is not None:
+        return distributed.elbo(*call, process_group=given["process_group"])[1]
+    return autograd.elbo(*call)[1]
 
 
+@shown(KLOptions)
 def gaussian_kl(
     mu: Tensor | Sequence[Tensor],
     logvar: Tensor | Sequence[Tensor],
     *,
     prior: tuple[Tensor, Tensor] | Sequence[tuple[Tensor, Tensor] | None] | None = None,
-    free_bits: float = 0.0,
-    reduction: str = "batchmean",
-    process_group: ProcessGroup | None = None,
+    **options: Unpack[KLOptions],
 ) -> Tensor:
     """The rate alone: KL(N(μ, exp l) ‖ N(μ_p, exp l_p)) in nats, against N(0, I) if no prior is given.
 
@@ -255,19 +214,16 @@ def gaussian_kl(
     >>> gaussian_kl([mu, mu[:, :2]], [logvar, logvar[:, :2]], prior=[None, (mu[:, :2], logvar[:, :2])])
     tensor(2.)
     """
+    given = complete(options, _KL, "gaussian_kl")
     if isinstance(mu, (list, tuple)) or isinstance(logvar, (list, tuple)):
-        return levels.rate(mu, logvar, prior, free_bits, reduction, process_group)
-    mu, logvar = cast(Tensor, mu), cast(Tensor, logvar)
-    checks.pair("mu", mu, "logvar", logvar, process_group is not None)
-    tensors = (None, None, *arguments.latents(mu, logvar, cast(Any, prior)))
-    args = arguments.of_forward(tensors, free_bits=free_bits, reduction=reduction)
-    if process_group is not None:
-        return distributed.elbo(*args, process_group=process_group)[0]
-    return autograd.elbo(*args)[0]
+        return levels.rate(mu, logvar, prior, given)
+    call = arguments.kl(cast(Tensor, mu), cast(Tensor, logvar), prior, given)
+    if given["process_group"] is not None:
+        return distributed.elbo(*call, process_group=given["process_group"])[0]
+    return autograd.elbo(*call)[0]
 
 
-def _elbo(args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> ELBO:
+def _elbo(call: Call, outputs: tuple[Tensor, ...]) -> ELBO:
     """`outputs` begin with loss, distortion, rate and sigma; the operators' sigma is empty where it is None here."""
-    loss, distortion, rate, std = outputs[:4]
-    kind = args[-1][0]
-    return ELBO(loss, distortion, rate, None if kind == Kind.ELEMENT else std)
+    loss, distortion, rate, sigma = outputs[:4]
+    return ELBO(loss, distortion, rate, None if call[1].sigma_mode == Kind.ELEMENT else sigma)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,15 +12,29 @@ from torch import Tensor, nn
 from . import checks, distributed
 from . import sigma as modes
 from .functional import ELBO, decoupled_elbo, decoupled_elbo_backward
+from .options import CriterionOptions, LossOptions, complete, defaults_of, shown
 from .sigma import Constant, Optimal
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-    from typing_extensions import Self
+    from typing_extensions import Self, Unpack
+
+_CRITERION, _LEARNED = defaults_of(CriterionOptions), defaults_of(LossOptions)
 
 
 class _Criterion(nn.Module):
-    """What both have in common: a call with the options that the module holds."""
+    """What both have in common: a call with the options that the module holds, each a plain attribute."""
+
+    beta: float | Tensor
+    capacity: float | Tensor | None
+    reduction: str
+    process_group: ProcessGroup | None
+
+    def _hold(self, options: Mapping[str, Any]) -> None:
+        checks.configuration(options)
+        self._held = tuple(options)
+        for name, value in options.items():
+            setattr(self, name, value)
 
     def forward(
         self, recon: Tensor, target: Tensor, mu: Tensor, logvar: Tensor, prior: tuple[Tensor, Tensor] | None = None
@@ -46,7 +60,7 @@ class _Criterion(nn.Module):
         """Set the module's state, if it has any, as its constructor does: for modules made on the meta device."""
 
     def _options(self, recon: Tensor) -> dict[str, Any]:
-        raise NotImplementedError
+        return {name: getattr(self, name) for name in self._held}
 
     def _seen(self, elbo: ELBO) -> ELBO:
         return elbo
@@ -88,25 +102,21 @@ class DecoupledELBO(_Criterion):
     running_var: Tensor
     batches_seen: Tensor
 
+    @shown(CriterionOptions)
     def __init__(
         self,
         beta: float | Tensor = 1.0,
         sigma: str | float | Constant | Optimal = "optimal",
         *,
-        min_log_sigma: float = -7.0,
-        free_bits: float = 0.0,
-        capacity: float | Tensor | None = None,
-        reduction: str = "batchmean",
-        process_group: ProcessGroup | None = None,
         momentum: float | None = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
+        **options: Unpack[CriterionOptions],
     ) -> None:
         super().__init__()
-        checks.criterion(reduction, process_group)
-        checks.configuration(beta, free_bits, capacity, min_log_sigma)
-        checks.dtype(dtype)
         mode = modes.resolve(sigma)
+        self._hold({"beta": beta, "sigma": sigma, **complete(options, _CRITERION, "DecoupledELBO")})
+        checks.dtype(dtype)
         if momentum is not None:
             checks.number("momentum", momentum)
             if not 0 < momentum <= 1:
@@ -116,13 +126,6 @@ class DecoupledELBO(_Criterion):
             wide = _wide(torch.float32 if dtype is None else dtype)  # whatever the default dtype is just now
             self.register_buffer("running_var", torch.empty((), device=device, dtype=wide))
             self.register_buffer("batches_seen", torch.empty((), device=device, dtype=torch.long))
-        self.beta = beta
-        self.sigma = sigma
-        self.min_log_sigma = min_log_sigma
-        self.free_bits = free_bits
-        self.capacity = capacity
-        self.reduction = reduction
-        self.process_group = process_group
         self.momentum = momentum
         self.reset_parameters()
 
@@ -158,17 +161,10 @@ class DecoupledELBO(_Criterion):
 
     def _options(self, recon: Tensor) -> dict[str, Any]:
         self._widen(self._buffers)  # a trainer may cast them by other ways than `_apply`
-        evaluating = self.momentum is not None and not self.training
-        return {
-            "beta": self.beta,
-            "sigma": "optimal" if evaluating else self.sigma,
-            "log_sigma": 0.5 * self.running_var.log() if evaluating else None,
-            "min_log_sigma": self.min_log_sigma,
-            "free_bits": self.free_bits,
-            "capacity": self.capacity,
-            "reduction": self.reduction,
-            "process_group": self.process_group,
-        }
+        options = super()._options(recon)
+        if self.momentum is not None and not self.training:
+            options |= {"sigma": "optimal", "log_sigma": 0.5 * self.running_var.log()}
+        return options
 
     def _seen(self, elbo: ELBO) -> ELBO:
         if self.momentum is not None and self.training and elbo.sigma is not None:
@@ -189,11 +185,8 @@ class DecoupledELBO(_Criterion):
         self.batches_seen.add_(usable)
 
     def extra_repr(self) -> str:
-        shown: dict[str, Any] = {
-            name: getattr(self, name)
-            for name in ("beta", "sigma", "min_log_sigma", "free_bits", "capacity", "reduction", "momentum")
-        }
-        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+        names = [name for name in self._held if name != "process_group"] + ["momentum"]
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -225,34 +218,25 @@ class LearnedSigmaELBO(_Criterion):
     tensor([64., 64., 64.])
     """
 
+    @shown(LossOptions)
     def __init__(
         self,
         channels: int | None = None,
         init: float = 0.0,
         *,
-        beta: float | Tensor = 1.0,
-        free_bits: float = 0.0,
-        capacity: float | Tensor | None = None,
-        reduction: str = "batchmean",
-        process_group: ProcessGroup | None = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
+        **options: Unpack[LossOptions],
     ) -> None:
         super().__init__()
         checks.number("init", init)
-        checks.criterion(reduction, process_group)
-        checks.configuration(beta, free_bits, capacity)
+        self._hold(complete(options, _LEARNED, "LearnedSigmaELBO"))
         checks.dtype(dtype)
         self.channels = checks.channels(channels)
         self.init = float(init)
         shape = () if self.channels is None else (self.channels, 1, 1)
         self.log_sigma = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.reset_parameters()
-        self.beta = beta
-        self.free_bits = free_bits
-        self.capacity = capacity
-        self.reduction = reduction
-        self.process_group = process_group
         self._warned = False
 
     def reset_parameters(self) -> None:
@@ -265,14 +249,7 @@ class LearnedSigmaELBO(_Criterion):
         if frozen and not self._warned:
             self._warned = True
             warnings.warn("LearnedSigmaELBO: log_sigma is frozen (requires_grad=False): σ stays as it is", stacklevel=3)
-        return {
-            "beta": self.beta,
-            "log_sigma": self._along_channels(recon),
-            "free_bits": self.free_bits,
-            "capacity": self.capacity,
-            "reduction": self.reduction,
-            "process_group": self.process_group,
-        }
+        return {**super()._options(recon), "log_sigma": self._along_channels(recon)}
 
     def _along_channels(self, recon: Tensor) -> Tensor:
         """log σ as it broadcasts against recon; left to itself, (C, 1, 1) would broadcast from the right."""

@@ -1,12 +1,13 @@
-"""The operators of fused_elbo/ops.py on the Triton kernels: arguments in the schemas' order."""
+"""The operators (fused_elbo/operators/elbo.py) on the Triton kernels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from fused_elbo.call import SUM, GradOutputs, Options, Tensors, element_sigma
 
 from ._factors import ELEMENT
 from ._grid import resident_programs
@@ -17,28 +18,22 @@ from .elbo_stats import elbo_stats
 from .elbo_step import Plan, elbo_step
 
 
-def element_sigma(log_sigma: Tensor | None, sigma_mode: int) -> Tensor | None:
-    return log_sigma if sigma_mode == ELEMENT.value else None
+def knobs_of(tensors: Tensors, options: Options) -> Knobs:
+    log_sigma = None if options.sigma_mode == ELEMENT.value else tensors.log_sigma
+    return Knobs(log_sigma, tensors.beta, tensors.capacity, *options)
 
 
-def knobs_of(log_sigma: Tensor | None, beta: Tensor | None, capacity: Tensor | None, *values: Any) -> Knobs:
-    return Knobs(None if values[0] == ELEMENT.value else log_sigma, beta, capacity, *values)
+def inputs_of(tensors: Tensors, options: Options) -> Inputs:
+    return Inputs(*tensors[:4], element_sigma(tensors, options), tensors.prior_mu, tensors.prior_logvar)
 
 
-def stats(recon, target, mu, logvar, log_sigma, prior_mu, prior_logvar, free_bits: float) -> Tensor:
-    inputs = Inputs(recon, target, mu, logvar, log_sigma, prior_mu, prior_logvar)
-    mode = ELEMENT.value if log_sigma is not None else 0
-    knobs = Knobs(None, None, None, mode, False, 0.0, 0.0, free_bits, 1.0, None, 1)
-    return elbo_finalize(inputs, elbo_stats(inputs, free_bits), knobs)[4]
+def stats(tensors: Tensors, options: Options) -> Tensor:
+    return forward(tensors._replace(beta=None, capacity=None), options._replace(reduction=SUM, capacity_value=None))[4]
 
 
-def forward(
-    recon, target, mu, logvar, log_sigma, prior_mu, prior_logvar, beta, capacity, *values
-) -> tuple[Tensor, ...]:  # fmt: skip
-    knobs = knobs_of(log_sigma, beta, capacity, *values)
-    element = element_sigma(log_sigma, knobs.sigma_mode)
-    inputs = Inputs(recon, target, mu, logvar, element, prior_mu, prior_logvar)
-    return elbo_finalize(inputs, elbo_stats(inputs, knobs.free_bits), knobs)
+def forward(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
+    inputs = inputs_of(tensors, options)
+    return elbo_finalize(inputs, elbo_stats(inputs, options.free_bits), knobs_of(tensors, options))
 
 
 class Gradients:
@@ -82,29 +77,20 @@ class Gradients:
 
 
 def grads(
-    grad_loss, grad_distortion, grad_rate,
-    recon, target, mu, logvar, log_sigma, prior_mu, prior_logvar, beta, capacity, stats, *values_and_mask,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    *values, mask = values_and_mask
-    knobs = knobs_of(log_sigma, beta, capacity, *values)
-    element = element_sigma(log_sigma, knobs.sigma_mode)
-    inputs = Inputs(recon, target, mu, logvar, element, prior_mu, prior_logvar)
-    tensors = (recon, target, mu, logvar, log_sigma, prior_mu, prior_logvar, beta)
-    gradients = Gradients(inputs, mask, tensors, element)
-    grad_outputs = (grad_loss, grad_distortion, grad_rate)
+    tensors: Tensors, options: Options, stats: Tensor, grad_outputs: GradOutputs, mask: int
+) -> tuple[Tensor, ...]:
+    inputs = inputs_of(tensors, options)
+    gradients = Gradients(inputs, mask, tensors[:8], element_sigma(tensors, options))
+    knobs = knobs_of(tensors, options)
     elbo_grads(inputs, stats, knobs, grad_outputs, gradients.outputs, gradients.log_sigma, gradients.beta)
     return gradients.finish()
 
 
 def step(
-    recon, target, mu, logvar, log_sigma, prior_mu, prior_logvar, beta, capacity, grad_scale, *values_and_mask,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    *values, grad_scale_value, mask = values_and_mask
-    knobs = knobs_of(log_sigma, beta, capacity, *values)
-    element = element_sigma(log_sigma, knobs.sigma_mode)
-    inputs = Inputs(recon, target, mu, logvar, element, prior_mu, prior_logvar)
-    tensors = (recon, target, mu, logvar, log_sigma, prior_mu, prior_logvar, beta)
-    gradients = Gradients(inputs, mask, tensors, element)
+    tensors: Tensors, options: Options, grad_scale: Tensor | None, grad_scale_value: float, mask: int
+) -> tuple[Tensor, ...]:
+    inputs, knobs = inputs_of(tensors, options), knobs_of(tensors, options)
+    gradients = Gradients(inputs, mask, tensors[:8], element_sigma(tensors, options))
     where = (gradients.outputs, gradients.log_sigma, gradients.beta)
     plan = Plan.of(inputs, knobs, resident_programs(inputs.like.device))
     if plan is not None:

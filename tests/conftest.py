@@ -19,7 +19,8 @@ from tiers import (  # noqa: F401  pytest finds its hooks by their names
 from workshop import Workshop
 
 import fused_elbo
-from fused_elbo import BackendUnavailable, backends, ops
+from fused_elbo import BackendUnavailable, backends
+from fused_elbo.operators import elbo
 
 
 def pytest_collection(session: pytest.Session) -> None:
@@ -29,7 +30,7 @@ def pytest_collection(session: pytest.Session) -> None:
         backends.cpp.library.failure = BackendUnavailable(
             "Triton's kernels have the place of the C++ ones in this run."
         )
-        ops.register(backends.triton.operators(), "CPU")
+        elbo.register(backends.triton.operators(), "CPU")
         backends.dispatched["cpu"] = "triton"
 
 
@@ -102,7 +103,6 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(library, "loaded", None)
         monkeypatch.setattr(library, "path", None)
         monkeypatch.setattr(library, "failure", None)
-    monkeypatch.setattr(backends.cuda, "_operators", None)
 
 
 @pytest.fixture

@@ -25,9 +25,10 @@ import torch
 from cases import Call
 from cuda_shim import Shim
 from kernel_check import Case, arguments, cases, compare, double, guarded
-from torch import Tensor
 
 from fused_elbo import reference
+from fused_elbo.call import Gradients, GradOutputs, Tensors
+from fused_elbo.operators import elbo
 
 SCHEDULES = ("ascending", "descending", "random:1", "random:2")
 GRAD_SCALE = 3.0
@@ -39,20 +40,21 @@ class StepCase:
     """A call of `step` on tensors inside NaN, contiguous or with samples `apart`; what the reference makes of it."""
 
     def __init__(self, call: Call, launches: int, without: str = "", apart: bool = False) -> None:
-        args = tuple(guarded(a.contiguous(), apart) if isinstance(a, Tensor) else a for a in arguments(call))
-        self.args, self.launches = args, launches
-        *self.outputs, stats = reference.forward(*double(args))
+        tensors, self.options = arguments(call)
+        self.tensors = Tensors._make(None if t is None else guarded(t.contiguous(), apart) for t in tensors)
+        self.launches, wide = launches, double(self.tensors)
+        *self.outputs, stats = reference.forward(wide, self.options)
         scale = torch.tensor(GRAD_SCALE, dtype=torch.float64)
-        self.gradients = reference.grads(scale, None, None, *double(args)[:9], stats, *args[9:])
-        names = reference.Gradients._fields
+        self.gradients = reference.gradients(wide, self.options, stats, GradOutputs(scale))
+        names = Gradients._fields
         self.wanted = [i for i, g in enumerate(self.gradients) if g is not None and names[i] not in without.split()]
 
-    def check(self, operators: SimpleNamespace) -> None:
+    def check(self, operators: Any) -> None:
         """Raises AssertionError at the first fault."""
         for scale, number in ((torch.tensor(GRAD_SCALE), 0.0), (None, GRAD_SCALE)):
             before = operators.shim.launches()
             mask = sum(1 << i for i in self.wanted)
-            got = operators.step(*self.args[:9], scale, *self.args[9:], number, mask)
+            got = operators.step(self.tensors, self.options, scale, number, mask)
             assert operators.shim.launches() - before == self.launches, "launches"
             for name, value, true in zip(("loss", "distortion", "rate", "sigma"), got, self.outputs, strict=False):
                 compare(name, value, true)
@@ -129,10 +131,8 @@ class Every:
 
     def __init__(self, shim: Shim, stages: dict[str, Case], schedules: Sequence[str] = SCHEDULES) -> None:
         self.shim, self.schedules = shim, schedules
-        namespace = torch.ops.fused_elbo_cuda
-        self.operators = SimpleNamespace(
-            forward=namespace.forward.default, grads=namespace.grads.default, step=namespace.step.default, shim=shim
-        )
+        by = elbo.Operators("fused_elbo_cuda")
+        self.operators = SimpleNamespace(forward=by.forward, grads=by.grads, step=by.step, shim=shim)
         steps = {name: make() for name, make in step_cases().items()}
         self.cases: dict[str, tuple[int, Any]] = {
             **{name: (1, case) for name, case in stages.items()},

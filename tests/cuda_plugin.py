@@ -12,7 +12,8 @@ from pathlib import Path
 import cuda_shim
 import pytest
 
-from fused_elbo import BackendUnavailable, backends, ops
+from fused_elbo import BackendUnavailable, backends
+from fused_elbo.operators import elbo, registry
 
 KEPT = {"test_ops.py", "test_compile.py", "test_cuda_shim.py", "test_cuda_compiled.py", "test_cuda_ptx.py"}
 
@@ -36,7 +37,8 @@ def pytest_configure(config: pytest.Config) -> None:
     cuda.library.loaded, cuda.device = f"the shim in {cuda_shim.HERE.name}, {schedule}", "cpu"
     cuda.require()
     backends.cpp.library.failure = BackendUnavailable("The CUDA kernels have the place of the C++ ones in this run.")
-    ops.register(cuda.operators(), "CPU")
+    for name in elbo.NAMES:
+        registry.implement(name, registry.find(name, cuda.NAMESPACE), "CPU")
     backends.dispatched["cpu"] = "cuda"
 
 

@@ -20,16 +20,17 @@ from cases import Call
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_elbo import autograd, decoupled_elbo, gaussian_kl, ops, reference
+from fused_elbo import autograd, decoupled_elbo, gaussian_kl, reference
+from fused_elbo.call import NONE, GradOutputs, Options, Outputs, Tensors
+from fused_elbo.operators.elbo import Implementation
 
-NONE = reference.REDUCTIONS.index("none")
 GUARD = 1 << 12  # elements on each side: a tile
 GAP = 16  # elements between two samples: 16 divides it, so the loads stay as wide as without it
 SENTINEL = 12345.0
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 5e-6, torch.float16: 2e-3}
 IN_SMALL_TILES = ("softclip, none", "free-bits, none")
 
-Arguments = tuple[Any, ...]  # of ops.forward: nine tensors or None, then plain values
+Arguments = tuple[Tensors, Options]  # of a call of the operators
 
 
 def extent(shape: Sequence[int], strides: Sequence[int]) -> int:
@@ -55,7 +56,7 @@ class GuardedAllocations(TorchDispatchMode):
         super().__init__()
         self.made: list[tuple[Tensor, int]] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Arguments = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         allocates = func.__name__.removeprefix("new_").startswith("empty")
         if not allocates or not made.is_floating_point():  # bytes are the interpreter's own
@@ -73,11 +74,11 @@ class GuardedAllocations(TorchDispatchMode):
 
 
 def arguments(call: Call) -> Arguments:
-    """What `decoupled_elbo` hands to `ops.forward`, guarded."""
+    """The call of the operators that `decoupled_elbo` makes, guarded."""
     with mock.patch.object(autograd, "elbo", return_value=(None,) * 5) as operator:
         call(decoupled_elbo)
-    *tensors, values = operator.call_args.args
-    return (*[None if t is None else guarded(t.detach()) for t in tensors], *values)
+    tensors, options = operator.call_args.args
+    return Tensors._make(None if t is None else guarded(t.detach()) for t in tensors), options
 
 
 def with_nan(call: Call, *which: int) -> Call:
@@ -151,11 +152,11 @@ def far_apart(step: int) -> Iterator[Arguments]:
         memory = torch.from_file(file.name, shared=True, size=2 * step * 2 + latents, dtype=torch.float16)
         mu = memory.as_strided((3, latents), (step, 1), 2 * step).copy_(torch.randn(3, latents))
         memory[:latents] = 3.0
-        yield (None, None, mu, guarded(torch.randn(3, latents).half()), *[None] * 5, 0, False, 0, 0, 0, 1.0, None, 3)
+        yield Tensors(mu=mu, logvar=guarded(torch.randn(3, latents).half())), Options(reduction=NONE)
 
 
-def double(args: Arguments) -> Arguments:
-    return tuple(a.double() if isinstance(a, Tensor) else a for a in args)
+def double(tensors: Tensors) -> Tensors:
+    return Tensors._make(None if t is None else t.double() for t in tensors)
 
 
 def compare(stage: str, got: Tensor, true: Tensor) -> None:
@@ -170,36 +171,36 @@ class Case:
     """Guarded arguments with what the reference makes of them in fp64, for grad_outputs that differ by sample."""
 
     def __init__(self, args: Arguments) -> None:
-        self.args = args
-        self.outputs = reference.forward(*double(args))
-        wide = torch.float64 if any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args) else torch.float32
-        self.weights = tuple(guarded(torch.randn_like(o, dtype=wide)) for o in self.outputs[:3])
-        call = (*self.weights, *args[:9], self.outputs[4], *args[9:])
-        self.gradients = reference.grads(*double(call))
-        self.mask = sum(1 << i for i in range(8) if args[i] is not None)
+        self.tensors, self.options = args
+        wide, options = double(self.tensors), self.options
+        self.outputs = reference.forward(wide, options)
+        is_double = any(t is not None and t.dtype == torch.float64 for t in self.tensors)
+        dtype = torch.float64 if is_double else torch.float32
+        self.weights = GradOutputs._make(guarded(torch.randn_like(o, dtype=dtype)) for o in self.outputs[:3])
+        weights = GradOutputs._make(w.double() for w in self.weights if w is not None)
+        self.gradients = reference.gradients(wide, options, self.outputs.stats, weights)
+        self.mask = sum(1 << i for i, t in enumerate(self.tensors[:8]) if t is not None)
         scales = ((guarded(torch.tensor(-2.5), apart=False), 1.0), (None, -2.5))  # a tensor, and a number
-        self.steps = [(*args[:9], t, *args[9:], value, self.mask) for t, value in scales if args[-1] != NONE]
-        self.stepped = ops.ByReference.step(*double(self.steps[0])) if self.steps else ()
+        self.scales = scales if options.reduction != NONE else ()
+        self.stepped = reference.step(wide, options, None, -2.5, self.mask) if self.scales else ()
 
-    def check(self, operators: ModuleType) -> None:
+    def check(self, operators: Implementation) -> None:
         """Raises AssertionError at the first fault."""
         with GuardedAllocations() as allocations:
-            outputs = operators.forward(*self.args)
+            outputs = Outputs._make(operators.forward(self.tensors, self.options))
         allocations.verify()
-        for name, value, true in zip(
-            ("loss", "distortion", "rate", "sigma", "stats"), outputs, self.outputs, strict=True
-        ):
+        for name, value, true in zip(Outputs._fields, outputs, self.outputs, strict=True):
             compare(name, value, true)
-        stats = guarded(outputs[4], apart=False)
+        stats = guarded(outputs.stats, apart=False)
         with GuardedAllocations() as allocations:
-            gradients = operators.grads(*self.weights, *self.args[:9], stats, *self.args[9:], self.mask)
+            gradients = operators.grads(self.tensors, self.options, stats, self.weights, self.mask)
         allocations.verify()
         for name, value, true in zip(self.gradients._fields, gradients, self.gradients, strict=True):
             if true is not None:
                 compare(f"gradient of {name}", value, true)
-        for step in self.steps:
+        for scale in self.scales:
             with GuardedAllocations() as allocations:
-                stepped = operators.step(*step)
+                stepped = operators.step(self.tensors, self.options, *scale, self.mask)
             allocations.verify()
             for i, (value, true) in enumerate(zip(stepped, self.stepped, strict=True)):
                 if true.numel():  # what is not asked for has no dtype to compare
@@ -227,7 +228,7 @@ def cases() -> Iterator[dict[str, Case]]:
         yield {**near, "far apart": Case(far), "farther apart": Case(farther)}
 
 
-def fault_of(operators: ModuleType, every: Mapping[str, Case], first: str | None = None) -> str | None:
+def fault_of(operators: Any, every: Mapping[str, Case], first: str | None = None) -> str | None:
     """What is said by the first case that notices something: `first`, then the others."""
     assert first is None or first in every, f"there is no case {first!r}"
     for name in sorted(every, key=lambda name: name != first):

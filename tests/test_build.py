@@ -17,9 +17,10 @@ import torch
 from workshop import REAL, Workshop, build_script, finish, needs_compiler, python, tiny
 
 from fused_elbo import build as builder
-from fused_elbo import build_spec
 from fused_elbo.backends import cpp
-from fused_elbo.backends.base import BackendUnavailable
+from fused_elbo.build import cache
+from fused_elbo.build import spec as build_spec
+from fused_elbo.errors import BackendUnavailable
 
 
 @needs_compiler
@@ -43,7 +44,7 @@ def test_builds_and_then_starts_warm_without_any_process(shop: Workshop, monkeyp
 def test_a_long_build_says_so_once(
     silence: float, shop: Workshop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(builder, "_SILENCE", silence)
+    monkeypatch.setattr(cache, "_SILENCE", silence)
     shop.compiler(before="sleep 0.5")
     target = builder.build(shop.spec)
     said = f"fused_elbo: compiling the C++ kernels, once, into {target.folder}: "
@@ -54,7 +55,7 @@ def test_a_long_build_says_so_once(
 
 @needs_compiler
 def test_a_long_build_needs_no_stderr(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builder, "_SILENCE", 0.0)
+    monkeypatch.setattr(cache, "_SILENCE", 0.0)
     with open(os.devnull, "w") as closed:
         monkeypatch.setattr(sys, "stderr", closed)
     assert builder.build(shop.spec).library.exists()

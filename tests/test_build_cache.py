@@ -15,7 +15,8 @@ import pytest
 from workshop import REAL, Workshop, build_script, needs_compiler, python, wait_for
 
 from fused_elbo import build as builder
-from fused_elbo.backends.base import BackendUnavailable
+from fused_elbo.build import cache
+from fused_elbo.errors import BackendUnavailable
 
 
 @needs_compiler
@@ -167,17 +168,17 @@ def test_a_cache_that_cannot_be_written(shop: Workshop, where: str) -> None:
 
 
 def test_a_lock_that_is_never_released(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builder, "_LOCK_TIMEOUT", 0.1)
+    monkeypatch.setattr(cache, "_LOCK_TIMEOUT", 0.1)
     folder = builder.resolve(shop.spec).folder
     folder.mkdir()
-    with builder.FileLock(folder / "lock"), pytest.raises(BackendUnavailable, match="another process has held"):
+    with cache.FileLock(folder / "lock"), pytest.raises(BackendUnavailable, match="another process has held"):
         builder.build(shop.spec)
 
 
 def test_a_lock_that_is_a_file_says_whose_it_is(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the file system has no locks: a builder that was killed on another machine leaves one for ever."""
-    monkeypatch.setattr(builder, "_LOCK_TIMEOUT", 0.1)
-    monkeypatch.setattr(builder, "FileLock", filelock.SoftFileLock)
+    monkeypatch.setattr(cache, "_LOCK_TIMEOUT", 0.1)
+    monkeypatch.setattr(cache, "FileLock", filelock.SoftFileLock)
     lock = builder.resolve(shop.spec).folder / "lock"
     lock.parent.mkdir()
     lock.write_text("4321\nnode7\n")
@@ -188,7 +189,7 @@ def test_a_lock_that_is_a_file_says_whose_it_is(shop: Workshop, monkeypatch: pyt
 
 @needs_compiler
 def test_the_advice_about_such_a_lock_helps(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builder, "FileLock", filelock.SoftFileLock)
+    monkeypatch.setattr(cache, "FileLock", filelock.SoftFileLock)
     lock = builder.resolve(shop.spec).folder / "lock"
     lock.parent.mkdir()
     lock.write_text("4321\nnode7\n")
@@ -198,9 +199,9 @@ def test_the_advice_about_such_a_lock_helps(shop: Workshop, monkeypatch: pytest.
 
 @needs_compiler
 def test_a_library_that_is_there_needs_no_lock(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builder, "_LOCK_TIMEOUT", 5.0)
+    monkeypatch.setattr(cache, "_LOCK_TIMEOUT", 5.0)
     target = builder.build(shop.spec)
-    with builder.FileLock(target.folder / "lock"):
+    with cache.FileLock(target.folder / "lock"):
         assert builder.build(shop.spec) == target
 
 

@@ -14,10 +14,11 @@ import torch
 from workshop import USE, Workshop, finish, needs_compiler, python, tiny
 
 import fused_elbo
-from fused_elbo import backends, build_tools
+from fused_elbo import backends
 from fused_elbo import build as builder
 from fused_elbo.backends import cpp, cuda, library, triton
-from fused_elbo.backends.base import BackendUnavailable, once
+from fused_elbo.build import tools as build_tools
+from fused_elbo.errors import BackendUnavailable, once
 
 
 def test_no_compiler(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:

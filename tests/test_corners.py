@@ -13,8 +13,10 @@ from stepwise import compare
 from torch import Tensor
 
 import fused_elbo
-from fused_elbo import backends, decoupled_elbo, decoupled_elbo_backward, gaussian_kl, gaussian_nll, ops, reference
-from fused_elbo.sigma import Optimal
+from fused_elbo import backends, decoupled_elbo, decoupled_elbo_backward, gaussian_kl, gaussian_nll, reference
+from fused_elbo.call import Options, Tensors
+from fused_elbo.operators import registry
+from fused_elbo.sigma import Kind, Optimal
 
 pytestmark = pytest.mark.ptx
 F64 = torch.float64
@@ -237,9 +239,9 @@ def test_compiled_numbers_keep_their_precision(name: str) -> None:
 
 def test_fakes_of_mixed_dtypes() -> None:
     x = torch.randn(2, 3)
-    args = (x, x.double(), x, x, None, None, None, None, None, 1, False, 0.0, -7.0, 0.0, 1.0, None, 0)
-    torch.library.opcheck(ops.forward, args, test_utils=("test_faketensor",))
-    torch.library.opcheck(ops.stats, (*args[:7], 0.0), test_utils=("test_faketensor",))
+    args = (*Tensors(x, x.double(), x, x), *Options(int(Kind.BATCH), min_log_sigma=-7.0))
+    for name in ("forward", "stats"):
+        torch.library.opcheck(registry.find(name), args, test_utils=("test_faketensor",))
 
 
 def test_a_backend_can_be_entered_again() -> None:

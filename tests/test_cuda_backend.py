@@ -19,7 +19,8 @@ from workshop import finish, needs_compiler, python
 from fused_elbo import __main__ as doctor
 from fused_elbo import backends
 from fused_elbo.backends import cuda, triton
-from fused_elbo.backends.base import BackendUnavailable, Status
+from fused_elbo.backends.base import Status
+from fused_elbo.errors import BackendUnavailable
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_kernels_that_do_not_run_leave_the_place_to_others(monkeypatch: pytest.M
 
     monkeypatch.setattr(cuda, "device", "cpu")
     monkeypatch.setattr(cuda.library, "_load", lambda: "a library")
-    monkeypatch.setattr(torch.ops, "fused_elbo_cuda", SimpleNamespace(stats=stats), raising=False)
+    monkeypatch.setattr(cuda, "_operators", SimpleNamespace(stats=stats))
     for _ in range(2):
         with pytest.raises(BackendUnavailable, match="do not run here: CUDA driver version is insufficient"):
             cuda.require()
@@ -200,17 +201,17 @@ def test_the_doctor_says_who_serves(
 
 STAND_IN = """
     import warnings, torch
-    from fused_elbo import backend, backends, decoupled_elbo, ops
+    from fused_elbo import backend, backends, decoupled_elbo, reference
     from fused_elbo.backends import cuda
+    from fused_elbo.operators import elbo
 
     # The library's operators, on the CPU, by the reference; `called` sees them run.
-    library, called = torch.library.Library("fused_elbo_cuda", "DEF"), []
-    for name, schema in ops.SCHEMAS.items():
-        def implementation(*args, name=name):
+    library, called = torch.library.Library(cuda.NAMESPACE, "IMPL"), []
+    for name, kernel in elbo.kernels_of(reference).items():
+        def seen(*args, name=name, kernel=kernel):
             called.append(name)
-            return getattr(ops.ByReference, name)(*args)
-        library.define(name + schema)
-        library.impl(name, implementation, "CPU")
+            return kernel(*args)
+        library.impl(name, seen, "CPU")
     cuda.device, cuda.library.loaded = "cpu", "a stand-in"
 
     torch.manual_seed(0)
@@ -241,7 +242,7 @@ STAND_IN = """
     # And behind fused_elbo's own operators.
     cuda.load()
     assert backends.dispatched["cuda"] == "cuda"
-    for name in ops.SCHEMAS:
+    for name in elbo.NAMES:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_elbo::{name}", "CUDA")
     print("right")
 """

@@ -11,9 +11,10 @@ import torch
 from workshop import Workshop
 
 from fused_elbo import build as builder
-from fused_elbo import build_spec, build_tools
 from fused_elbo.backends import cuda
-from fused_elbo.backends.base import BackendUnavailable
+from fused_elbo.build import spec as build_spec
+from fused_elbo.build import tools as build_tools
+from fused_elbo.errors import BackendUnavailable
 
 NVCC = next((path for place in (None, "/usr/local/cuda/bin") if (path := shutil.which("nvcc", path=place))), None)
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc on this machine (PATH, /usr/local/cuda)")

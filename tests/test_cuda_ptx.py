@@ -24,6 +24,7 @@ from cuda_shim import CSRC
 from mutants import Mutant, copy
 
 from fused_elbo import reference
+from fused_elbo.call import GradOutputs, Options, Tensors
 from fused_elbo.sigma import Kind
 
 if "cuda_plugin" not in sys.modules:
@@ -157,8 +158,8 @@ class Step:
     def check(self, kind: Kind = Kind.BATCH) -> None:
         """Against the reference in fp64."""
         inputs = [t.double() for t in self.inputs]
-        values = (kind, False, 0.0, FLOOR, 0.0, BETA, None, reference.REDUCTIONS.index("batchmean"))
-        *outputs, stats = reference.forward(*inputs, None, None, None, None, None, *values)
+        tensors, options = Tensors(*inputs), Options(int(kind), min_log_sigma=FLOOR, beta_value=BETA)
+        *outputs, stats = reference.forward(tensors, options)
         if kind == Kind.BATCH:
             for got, true in zip(self.out, outputs, strict=True):
                 assert got == pytest.approx(true.item(), rel=2e-6)
@@ -166,7 +167,7 @@ class Step:
             for got, true in zip(self.sums, stats, strict=False):
                 assert got.tolist() == pytest.approx(true[:-1].tolist(), rel=2e-6)
         scale = torch.tensor(GRAD_SCALE, dtype=torch.float64)
-        true = reference.grads(scale, None, None, *inputs, None, None, None, None, None, stats, *values)
+        true = reference.gradients(tensors, options, stats, GradOutputs(scale))
         for got, wanted in zip(self.gradients, (true.recon, true.mu, true.logvar), strict=True):
             dtype = DTYPES[self.name]
             tensor = torch.from_numpy(got)

@@ -14,7 +14,8 @@ import pytest
 import torch
 from cases import MODES
 
-from fused_elbo import autograd, ops
+from fused_elbo import autograd, dispatch
+from fused_elbo.call import Options, Tensors
 from fused_elbo.sigma import Kind
 
 REPO = Path(__file__).parent.parent
@@ -117,20 +118,20 @@ class Watch:
         self.shapes: set[tuple[int, ...]] = set()  # of log σ
         self.masks: dict[str, int] = {"grads": 0, "step": 0}
 
-    def forward(self, *args: Any) -> Any:
-        self.kinds["forward"].add(Kind(args[9]))
-        if args[4] is not None:
-            self.shapes.add(tuple(args[4].shape))
-        return ops.forward(*args)
+    def forward(self, tensors: Tensors, options: Options) -> Any:
+        self.kinds["forward"].add(Kind(options.sigma_mode))
+        if tensors.log_sigma is not None:
+            self.shapes.add(tuple(tensors.log_sigma.shape))
+        return dispatch.operators.forward(tensors, options)
 
     def grads(self, *args: Any) -> Any:
         self.masks["grads"] |= args[-1]
-        return ops.grads(*args)
+        return dispatch.operators.grads(*args)
 
-    def step(self, *args: Any) -> Any:
-        self.kinds["step"].add(Kind(args[10]))
+    def step(self, tensors: Tensors, options: Options, *args: Any) -> Any:
+        self.kinds["step"].add(Kind(options.sigma_mode))
         self.masks["step"] |= args[-1]
-        return ops.step(*args)
+        return dispatch.operators.step(tensors, options, *args)
 
 
 def test_the_steps_under_compute_sanitizer_have_every_sigma_and_gradient(monkeypatch: pytest.MonkeyPatch) -> None:

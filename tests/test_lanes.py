@@ -15,7 +15,8 @@ import pytest
 import torch
 from test_determinism import capabilities
 
-from fused_elbo import build_spec, csrc
+from fused_elbo import csrc
+from fused_elbo.build import spec as build_spec
 
 SOURCE = Path(__file__).with_name("lanes_check.cpp")
 INCLUDES = (f"-I{csrc.ROOT}", "-isystem", str(Path(torch.__file__).parent / "include"))

@@ -13,8 +13,8 @@ from cases import REDUCTIONS, to
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from fused_elbo import backends, gaussian_kl, ops
-from fused_elbo import levels as operators
+from fused_elbo import backends, dispatch, gaussian_kl
+from fused_elbo.operators import levels as operators
 
 SHAPES = ((3,), (16, 1, 1), (2, 9, 7), (5000,), (4, 8, 8))
 HALVES = (torch.bfloat16, torch.float16)
@@ -178,14 +178,14 @@ def test_operators(cpp: None, free_bits: float) -> None:
     grad, wanted = torch.rand(3), [0, 5, 6, 7, 16]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(operators.levels, (tensors, free_bits), test_utils=checks)
-    torch.library.opcheck(operators.levels_grads, (grad, tensors, free_bits, wanted), test_utils=checks)
+    torch.library.opcheck(operators.levels_grads, (tensors, free_bits, grad, wanted), test_utils=checks)
 
-    one_by_one = operators.OneByOne(ops)
+    one_by_one = dispatch.OneByOne(dispatch.operators)
     expected = one_by_one.levels(tensors, free_bits)
     torch.testing.assert_close(operators.levels(tensors, free_bits), expected, rtol=1e-6, atol=0)
     pairs = zip(
-        operators.levels_grads(grad, tensors, free_bits, wanted),
-        one_by_one.levels_grads(grad, tensors, free_bits, wanted), strict=True,
+        operators.levels_grads(tensors, free_bits, grad, wanted),
+        one_by_one.levels_grads(tensors, free_bits, grad, wanted), strict=True,
     )  # fmt: skip
     assert all(torch.equal(a, b) for a, b in pairs)
 
@@ -195,8 +195,8 @@ def test_gradients_larger_than_any_cache(cpp: None) -> None:
     shapes = ((2, 1 << 21), (2, (1 << 21) + 3))
     tensors = [0.5 * torch.randn(shape) for shape in shapes for _ in range(4)]
     grad, wanted = torch.rand(2), list(range(8))
-    expected = operators.OneByOne(ops).levels_grads(grad, tensors, 0.0, wanted)
-    got = operators.levels_grads(grad, tensors, 0.0, wanted)
+    expected = dispatch.OneByOne(dispatch.operators).levels_grads(tensors, 0.0, grad, wanted)
+    got = operators.levels_grads(tensors, 0.0, grad, wanted)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 

@@ -12,7 +12,7 @@ from workshop import Workshop, needs_compiler
 
 from fused_elbo import build as builder
 from fused_elbo.backends import cpp, library
-from fused_elbo.backends.base import BackendUnavailable
+from fused_elbo.errors import BackendUnavailable
 
 
 @pytest.fixture

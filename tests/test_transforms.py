@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fused_elbo
-from fused_elbo import autograd, decoupled_elbo, gaussian_kl, gaussian_nll, levels
-from fused_elbo.sigma import Optimal
+from fused_elbo import decoupled_elbo, gaussian_kl, gaussian_nll
+from fused_elbo.call import Options, Tensors
+from fused_elbo.operators import registry
+from fused_elbo.sigma import Kind, Optimal
 
 pytestmark = pytest.mark.torch_versions
 SELDOM = pytest.mark.release("the rarer pairs of a tracer and a transform")
@@ -308,6 +310,6 @@ def test_a_batch_that_a_mask_selects(compiler: str, reduction: str) -> None:
 def test_the_operators_that_tracers_see() -> None:
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     tensors = [t.detach().requires_grad_() for t in Call(data=(3,)).tensors]
-    values = (1, False, 0.0, -7.0, 0.0, 1.0, None, 0)
-    torch.library.opcheck(autograd._operator, (*tensors, *[None] * 5, *values, None), test_utils=checks)
-    torch.library.opcheck(levels._rates_operator, ([tensors[2], tensors[3], None, None], 0.0, None), test_utils=checks)
+    args = (*Tensors(*tensors), *Options(int(Kind.BATCH), min_log_sigma=-7.0), None)
+    torch.library.opcheck(registry.find("elbo"), args, test_utils=checks)
+    torch.library.opcheck(registry.find("rates"), ([tensors[2], tensors[3], None, None], 0.0, None), test_utils=checks)

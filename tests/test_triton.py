@@ -11,7 +11,8 @@ import torch
 from cases import Call
 
 import fused_elbo
-from fused_elbo import BackendUnavailable, backends, decoupled_elbo, ops
+from fused_elbo import BackendUnavailable, backends, decoupled_elbo
+from fused_elbo.operators import elbo
 
 pytest.importorskip("triton", reason="Triton is not installed (it is for Linux)")
 pytestmark = pytest.mark.ptx
@@ -88,7 +89,7 @@ def test_its_state_names_version_and_target() -> None:
 def test_gpu_tensors_go_to_triton() -> None:
     """The kernels are registered for the GPU's dispatch key when the first GPU tensor comes."""
     assert backends.load_for("cuda")
-    for name in ops.SCHEMAS:
+    for name in elbo.NAMES:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_elbo::{name}", "CUDA")
 
 

@@ -14,7 +14,8 @@ import torch
 from cases import Call
 from mutants import Mutant, copy
 
-from fused_elbo import autograd, decoupled_elbo, ops
+from fused_elbo import autograd, decoupled_elbo, reference
+from fused_elbo.call import Tensors
 
 pytest.importorskip("triton", reason="Triton is not installed (it is for Linux)")
 
@@ -142,11 +143,11 @@ def test_a_mutant_is_noticed(name: str, package: Callable[..., str], monkeypatch
     call = Call("optimal", batch=6, data=(3300,), latent=(300,))  # five programs, nearly full
     with mock.patch.object(autograd, "elbo", return_value=(None,) * 5) as operator:
         call(decoupled_elbo)
-    *tensors, values = operator.call_args.args
-    args = (*[None if t is None else t.detach() for t in tensors], *values)
-    mask = sum(1 << i for i in range(8) if args[i] is not None)
-    args = (*args[:9], torch.tensor(2.5), *args[9:], 1.0, mask)
-    expected = ops.ByReference.step(*args)
+    tensors, options = operator.call_args.args
+    tensors = Tensors._make(None if t is None else t.detach() for t in tensors)
+    mask = sum(1 << i for i, t in enumerate(tensors[:8]) if t is not None)
+    args = (tensors, options, torch.tensor(2.5), 1.0, mask)
+    expected = reference.step(*args)
 
     def check() -> str | None:
         for got, true in zip(operators.step(*args), expected, strict=True):

@@ -18,8 +18,9 @@ from isa_check import WIDER, lane_by_lane, needs_binutils, trespassers
 from test_determinism import capabilities, of_each_instruction_set
 from workshop import USE, Workshop, needs_compiler
 
-from fused_elbo import BackendUnavailable, build_spec
+from fused_elbo import BackendUnavailable
 from fused_elbo import build as builder
+from fused_elbo.build import spec as build_spec
 
 REPO = Path(__file__).parent.parent
 sys.path.insert(0, str(REPO / ".ci"))
@@ -138,7 +139,7 @@ def test_it_chooses_as_pytorch_does(library: Path) -> None:
 import ctypes, torch
 level = ctypes.CDLL({str(library)!r}).fused_elbo_cpu_level
 level.restype = ctypes.c_char_p
-from fused_elbo import build_spec
+from fused_elbo.build import spec as build_spec
 print(level().decode(), build_spec.instruction_set().lower())
 """
     for capability in (*capabilities(), "nonsense"):

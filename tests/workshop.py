@@ -16,7 +16,7 @@ import pytest
 
 import fused_elbo
 from fused_elbo import build as builder
-from fused_elbo import build_spec
+from fused_elbo.build import spec as build_spec
 
 REAL = shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
 needs_compiler = pytest.mark.skipif(REAL is None, reason="no C++ compiler (g++, clang++, c++) on this machine")

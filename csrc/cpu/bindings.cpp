@@ -167,8 +167,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tensors_of(
 
 Tensor stats(
     OptTensor recon, OptTensor target, OptTensor mu, OptTensor logvar, OptTensor log_sigma, OptTensor prior_mu,
-    OptTensor prior_logvar, double free_bits) {
-  return run_stats(Inputs(recon, target, mu, logvar, log_sigma, prior_mu, prior_logvar, free_bits));
+    OptTensor prior_logvar, OptTensor, OptTensor, int64_t sigma_mode, bool, double, double, double free_bits, double,
+    std::optional<double>, int64_t) {
+  return run_stats(
+      Inputs(recon, target, mu, logvar, element_sigma(log_sigma, sigma_mode), prior_mu, prior_logvar, free_bits));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
@@ -266,10 +268,11 @@ class Results {
 };
 
 EightTensors grads(
-    OptTensor grad_loss, OptTensor grad_distortion, OptTensor grad_rate, OptTensor recon, OptTensor target,
-    OptTensor mu, OptTensor logvar, OptTensor log_sigma, OptTensor prior_mu, OptTensor prior_logvar, OptTensor beta,
-    OptTensor capacity, Tensor stats, int64_t sigma_mode, bool softclip, double log_sigma_value, double min_log_sigma,
-    double free_bits, double beta_value, std::optional<double> capacity_value, int64_t reduction, int64_t mask) {
+    OptTensor recon, OptTensor target, OptTensor mu, OptTensor logvar, OptTensor log_sigma, OptTensor prior_mu,
+    OptTensor prior_logvar, OptTensor beta, OptTensor capacity, int64_t sigma_mode, bool softclip,
+    double log_sigma_value, double min_log_sigma, double free_bits, double beta_value,
+    std::optional<double> capacity_value, int64_t reduction, Tensor stats, OptTensor grad_loss,
+    OptTensor grad_distortion, OptTensor grad_rate, int64_t mask) {
   const Inputs in(recon, target, mu, logvar, element_sigma(log_sigma, sigma_mode), prior_mu, prior_logvar, free_bits);
   const Knobs knobs = knobs_of(
       log_sigma, beta, capacity, sigma_mode, softclip, log_sigma_value, min_log_sigma, beta_value, capacity_value,
@@ -287,9 +290,10 @@ using TwelveTensors =
 
 TwelveTensors step(
     OptTensor recon, OptTensor target, OptTensor mu, OptTensor logvar, OptTensor log_sigma, OptTensor prior_mu,
-    OptTensor prior_logvar, OptTensor beta, OptTensor capacity, OptTensor grad_scale, int64_t sigma_mode, bool softclip,
+    OptTensor prior_logvar, OptTensor beta, OptTensor capacity, int64_t sigma_mode, bool softclip,
     double log_sigma_value, double min_log_sigma, double free_bits, double beta_value,
-    std::optional<double> capacity_value, int64_t reduction, double grad_scale_value, int64_t mask) {
+    std::optional<double> capacity_value, int64_t reduction, OptTensor grad_scale, double grad_scale_value,
+    int64_t mask) {
   const Inputs in(recon, target, mu, logvar, element_sigma(log_sigma, sigma_mode), prior_mu, prior_logvar, free_bits);
   const Knobs knobs = knobs_of(
       log_sigma, beta, capacity, sigma_mode, softclip, log_sigma_value, min_log_sigma, beta_value, capacity_value,
@@ -336,7 +340,7 @@ Tensor levels(std::vector<OptTensor> tensors, double free_bits) {
 }
 
 std::vector<Tensor> levels_grads(
-    Tensor grad, std::vector<OptTensor> tensors, double free_bits, std::vector<int64_t> wanted) {
+    std::vector<OptTensor> tensors, double free_bits, Tensor grad, std::vector<int64_t> wanted) {
   const Levels in(tensors, free_bits);
   std::vector<Gradients> spans(in.latents.size());
   std::deque<Output> outputs;

@@ -74,9 +74,10 @@ void run_forward(const Inputs& in, const Knobs& knobs, const Outputs& outputs, c
 
 Tensor stats(
     OptTensor recon, OptTensor target, OptTensor mu, OptTensor logvar, OptTensor log_sigma, OptTensor prior_mu,
-    OptTensor prior_logvar, double free_bits) {
+    OptTensor prior_logvar, OptTensor, OptTensor, int64_t sigma_mode, bool, double, double, double free_bits, double,
+    std::optional<double>, int64_t) {
   const OnDevice on(recon ? *recon : *mu);
-  const Inputs in(recon, target, mu, logvar, log_sigma, prior_mu, prior_logvar, free_bits);
+  const Inputs in(recon, target, mu, logvar, element_sigma(log_sigma, sigma_mode), prior_mu, prior_logvar, free_bits);
   Tensor result = empty(in, {3, in.batch.size + 1});
   Outputs outputs;
   outputs.stats = result.data_ptr();
@@ -107,10 +108,11 @@ bool unequal(const OptTensor& grad_output) {
 }
 
 EightTensors grads(
-    OptTensor grad_loss, OptTensor grad_distortion, OptTensor grad_rate, OptTensor recon, OptTensor target,
-    OptTensor mu, OptTensor logvar, OptTensor log_sigma, OptTensor prior_mu, OptTensor prior_logvar, OptTensor beta,
-    OptTensor capacity, Tensor stats, int64_t sigma_mode, bool softclip, double log_sigma_value, double min_log_sigma,
-    double free_bits, double beta_value, std::optional<double> capacity_value, int64_t reduction, int64_t mask) {
+    OptTensor recon, OptTensor target, OptTensor mu, OptTensor logvar, OptTensor log_sigma, OptTensor prior_mu,
+    OptTensor prior_logvar, OptTensor beta, OptTensor capacity, int64_t sigma_mode, bool softclip,
+    double log_sigma_value, double min_log_sigma, double free_bits, double beta_value,
+    std::optional<double> capacity_value, int64_t reduction, Tensor stats, OptTensor grad_loss,
+    OptTensor grad_distortion, OptTensor grad_rate, int64_t mask) {
   const OnDevice on(recon ? *recon : *mu);
   const Inputs in(recon, target, mu, logvar, element_sigma(log_sigma, sigma_mode), prior_mu, prior_logvar, free_bits);
   const Values values = {sigma_mode, softclip,   log_sigma_value, min_log_sigma,
@@ -130,9 +132,10 @@ using TwelveTensors =
 
 TwelveTensors step(
     OptTensor recon, OptTensor target, OptTensor mu, OptTensor logvar, OptTensor log_sigma, OptTensor prior_mu,
-    OptTensor prior_logvar, OptTensor beta, OptTensor capacity, OptTensor grad_scale, int64_t sigma_mode, bool softclip,
+    OptTensor prior_logvar, OptTensor beta, OptTensor capacity, int64_t sigma_mode, bool softclip,
     double log_sigma_value, double min_log_sigma, double free_bits, double beta_value,
-    std::optional<double> capacity_value, int64_t reduction, double grad_scale_value, int64_t mask) {
+    std::optional<double> capacity_value, int64_t reduction, OptTensor grad_scale, double grad_scale_value,
+    int64_t mask) {
   const OnDevice on(recon ? *recon : *mu);
   const Inputs in(recon, target, mu, logvar, element_sigma(log_sigma, sigma_mode), prior_mu, prior_logvar, free_bits);
   const Values values = {sigma_mode, softclip,   log_sigma_value, min_log_sigma,
@@ -166,28 +169,8 @@ TwelveTensors step(
 }  // namespace
 }  // namespace elbo
 
-#define ELBO_INPUTS                                                                                          \
-  "Tensor? recon, Tensor? target, Tensor? mu, Tensor? logvar, Tensor? log_sigma, Tensor? prior_mu, Tensor? " \
-  "prior_logvar"
-#define ELBO_KNOBS "Tensor? beta, Tensor? capacity"
-#define ELBO_VALUES                                                                              \
-  "int sigma_mode, bool softclip, float log_sigma_value, float min_log_sigma, float free_bits, " \
-  "float beta_value, float? capacity_value, int reduction"
-#define ELBO_EIGHT "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor"
-
-// As in fused_elbo/ops.py, under a name of its own: which library stands behind fused_elbo's operators is decided
-// there.
-STABLE_TORCH_LIBRARY(fused_elbo_cuda, m) {
-  m.def("stats(" ELBO_INPUTS ", float free_bits) -> Tensor");
-  m.def("forward(" ELBO_INPUTS ", " ELBO_KNOBS ", " ELBO_VALUES ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "grads(Tensor? grad_loss, Tensor? grad_distortion, Tensor? grad_rate, " ELBO_INPUTS ", " ELBO_KNOBS
-      ", Tensor stats, " ELBO_VALUES ", int mask) -> (" ELBO_EIGHT ")");
-  m.def(
-      "step(" ELBO_INPUTS ", " ELBO_KNOBS ", Tensor? grad_scale, " ELBO_VALUES
-      ", float grad_scale_value, int mask) -> (Tensor, Tensor, Tensor, Tensor, " ELBO_EIGHT ")");
-}
-
+// The schemas are fused_elbo/operators/elbo.py's, defined there under this name too: which library stands behind
+// fused_elbo's own operators is decided in Python.
 STABLE_TORCH_LIBRARY_IMPL(fused_elbo_cuda, ELBO_DISPATCH_KEY, m) {
   m.impl("stats", TORCH_BOX(&elbo::stats));
   m.impl("forward", TORCH_BOX(&elbo::forward));

@@ -12,8 +12,9 @@ from types import TracebackType
 
 import torch
 
+from ..errors import BackendUnavailable, unavailable
 from . import cpp, cuda, triton
-from .base import BackendUnavailable, Status, unavailable
+from .base import Status
 
 NAMES = ("triton", "cuda", "cpp", "reference")  # in the order of choice
 

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 from fused_elbo import build as builder
-from fused_elbo.backends.base import BackendUnavailable
 from fused_elbo.backends.library import Library
+from fused_elbo.errors import BackendUnavailable
 
 POOL_MIB = 256  # at most, by default: gradients of a few large batches
 

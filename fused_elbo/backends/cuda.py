@@ -1,22 +1,27 @@
 """The CUDA C++ kernels, for NVIDIA GPUs that Triton does not serve: packaged, or built by nvcc when first needed.
 
-The library defines operators of its own, fused_elbo_cuda::stats and so on, with the schemas of ops.py; so it can stand
-behind fused_elbo's operators, or beside them where Triton's kernels do.
+They stand behind operators of their own, fused_elbo_cuda::stats and so on, which have the schemas of fused_elbo's; so
+they can stand behind fused_elbo's operators too, or beside them where Triton's kernels do.
 """
 
 from __future__ import annotations
 
 import threading
-from types import SimpleNamespace
 
 import torch
 
 from fused_elbo import build as builder
-from fused_elbo.backends.base import BackendUnavailable, sentence
 from fused_elbo.backends.library import Library
+from fused_elbo.call import Options, Tensors
+from fused_elbo.errors import BackendUnavailable, sentence
+from fused_elbo.operators import elbo, registry
 
 # Whose tensors the operators take. The tests have a library for CPU tensors: they say so here and in `library.loaded`.
 device = "cuda"
+NAMESPACE = "fused_elbo_cuda"
+
+registry.define(elbo.OPERATORS, NAMESPACE)  # known from now on; the library has the kernels
+_operators = elbo.Operators(NAMESPACE)
 
 
 class _Cuda(Library):
@@ -47,7 +52,7 @@ class _Cuda(Library):
         """The first launch: here an older driver than the toolkit needs is found while others can still serve."""
         one = torch.ones(1, 1, device=device)
         try:
-            torch.ops.fused_elbo_cuda.stats(one, one, None, None, None, None, None, 0.0)
+            _operators.stats(Tensors(one, one), Options())
         except RuntimeError as error:
             raise BackendUnavailable(f"the CUDA kernels do not run here: {sentence(error)}") from error
 
@@ -62,35 +67,26 @@ def _runs_on(kind: str, number: str, major: int, minor: int) -> bool:
 library = _Cuda()
 status = library.status
 
-_lock = threading.RLock()  # two threads may come with their first tensors
-_operators: SimpleNamespace | None = None
+_lock = threading.Lock()  # two threads may come with their first tensors
 
 
 def require() -> None:
-    """Get the operators loaded, and known to torch.compile and vmap."""
-    global _operators
-    from fused_elbo import ops
-
+    """Get the kernels loaded."""
     library.load()
-    with _lock:
-        if _operators is None:
-            ops.describe("fused_elbo_cuda")
-            namespace = torch.ops.fused_elbo_cuda
-            _operators = SimpleNamespace(**{name: getattr(namespace, name).default for name in ops.SCHEMAS})
 
 
-def operators() -> SimpleNamespace:
-    """stats, forward and so on; `require` comes first. Traced by torch.compile."""
-    assert _operators is not None
+def operators() -> elbo.Operators:
+    """stats, forward and so on; `require` comes first."""
     return _operators
 
 
 def load() -> None:
     """Put the operators behind fused_elbo's own for CUDA tensors, for the life of the process."""
-    from fused_elbo import backends, ops
+    from fused_elbo import backends
 
     require()
     with _lock:
         if backends.dispatched["cuda"] != "cuda":
-            ops.register(operators(), "CUDA")
+            for name in elbo.NAMES:
+                registry.implement(name, registry.find(name, NAMESPACE), "CUDA")
             backends.dispatched["cuda"] = "cuda"

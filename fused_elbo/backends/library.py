@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from fused_elbo import build as builder
-from fused_elbo.backends.base import BackendUnavailable, Status, sentence, unavailable
+from fused_elbo.backends.base import Status
+from fused_elbo.errors import BackendUnavailable, sentence, unavailable
 
 # Where a wheel made by `make wheel` has its libraries. A pure wheel, an sdist and a checkout have none.
 PACKAGED = Path(__file__).resolve().parent.parent / "lib"

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-from .base import BackendUnavailable, Status, once, sentence, unavailable
+from ..errors import BackendUnavailable, once, sentence, unavailable
+from ..operators import elbo
+from .base import Status
 
 MINIMUM_CAPABILITY = (8, 0)  # of an NVIDIA GPU: what the kernels are compiled and tested for
 
@@ -28,8 +30,6 @@ def operators() -> ModuleType:
 @once
 def load() -> None:
     """Register the kernels for GPU tensors, for the life of the process."""
-    from fused_elbo import ops
-
     if torch.cuda.is_available() and torch.version.hip is None:
         capability = torch.cuda.get_device_capability()
         if capability < MINIMUM_CAPABILITY:
@@ -39,7 +39,7 @@ def load() -> None:
     kernels = operators()
     if torch.cuda.is_available():
         _start()
-    ops.register(kernels, "CUDA")  # the key of HIP builds too
+    elbo.register(kernels, "CUDA")  # the key of HIP builds too
 
 
 def _start() -> None:

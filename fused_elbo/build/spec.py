@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from . import csrc
-from .backends.base import BackendUnavailable
-from .build_tools import Settings
+from .. import csrc
+from ..errors import BackendUnavailable
+from .tools import Settings
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")

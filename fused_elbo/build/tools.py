@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from .backends.base import BackendUnavailable, sentence
+from ..errors import BackendUnavailable, sentence
 
 
 @dataclass(frozen=True)

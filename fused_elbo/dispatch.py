@@ -1,0 +1,119 @@
+"""Who serves a call: PyTorch's dispatcher by device, or the backend that was asked for; and what happens before a
+device's kernels are loaded, or where there are none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, reference, tracing
+from .call import NONE, Gradients, GradOutputs, Options, Tensors, compute_dtype, mask_of
+from .operators import elbo, levels, registry
+from .operators.elbo import Implementation
+
+operators = elbo.Operators()
+
+
+def implementation(backend: str | None, x: Tensor) -> Implementation:
+    """Whose functions to call for tensors beside x: the operators, or a forced backend that is not behind them."""
+    if backend is None or backend == backends.dispatched.get(x.device.type):
+        return operators
+    if backend in ("triton", "cuda"):
+        return getattr(backends, backend).operators()
+    return reference
+
+
+def levels_implementation(backend: str | None, x: Tensor) -> Any:
+    """The same for the operators of a hierarchy's levels."""
+    by = implementation(backend, x)
+    return levels if by is operators else OneByOne(by)
+
+
+class OneByOne:
+    """The operators of the levels, as calls of `by` for each level."""
+
+    _LATENTS = ("mu", "logvar", "prior_mu", "prior_logvar")
+
+    def __init__(self, by: Implementation) -> None:
+        self.by = by
+
+    def levels(self, tensors: Sequence[Tensor | None], free_bits: float) -> Tensor:
+        dtype, options = compute_dtype(*tensors), Options(free_bits=free_bits, reduction=NONE)
+        rates = [self.by.stats(level, options)[2, :-1] for level in self._each(tensors)]
+        return torch.stack([rate.to(dtype) for rate in rates]).sum(0)
+
+    def levels_grads(
+        self, tensors: Sequence[Tensor | None], free_bits: float, grad: Tensor, wanted: Sequence[int]
+    ) -> list[Tensor]:
+        options = Options(free_bits=free_bits, reduction=NONE)
+        found: list[Tensor] = []
+        for i, level in enumerate(self._each(tensors)):
+            own = grad.to(compute_dtype(*level))
+            stats = own.new_zeros(3, own.shape[0] + 1)  # of no account where β is a number and there are no data
+            names = [self._LATENTS[k % 4] for k in wanted if k // 4 == i]
+            mask = mask_of(name in names for name in Gradients._fields)
+            gradients = Gradients._make(self.by.grads(level, options, stats, GradOutputs(loss=own), mask))
+            found += [getattr(gradients, name) for name in names]
+        return found
+
+    def _each(self, tensors: Sequence[Tensor | None]) -> list[Tensors]:
+        every = (tensors[i : i + 4] for i in range(0, len(tensors), 4))
+        return [Tensors(**dict(zip(self._LATENTS, latents, strict=True))) for latents in every]
+
+
+def check_served(x: Tensor) -> None:
+    """Refuse tensors that the backend which was asked for does not serve; left alone, the dispatcher finds one."""
+    name, device = backends.forced, x.device.type
+    if name is None or name == "reference":
+        return
+    if name == "cpp" and device != "cpu":
+        raise ValueError(f'backend: "cpp" was asked for, which serves CPU tensors, but the tensors are on {x.device}')
+    if name == "cuda" and device != backends.cuda.device:
+        raise ValueError(f'backend: "cuda" was asked for, which serves CUDA tensors, but the tensors are on {x.device}')
+    if tracing.transforms_traced():
+        raise ValueError(
+            f'backend: "{name}" was asked for, but where torch.func\'s transforms are compiled or exported '
+            'the loss is plain PyTorch: ask for "reference", or for none'
+        )
+    if name == "triton":
+        if device not in ("cpu", "cuda"):
+            raise ValueError(f'backend: "triton" was asked for, which serves GPU tensors; these are on {x.device}')
+        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if traced and backends.dispatched[device] != "triton":
+            raise ValueError(
+                f'backend: "triton" was asked for; for {device} tensors it works neither in torch.compile nor in vmap'
+            )
+        if not torch.compiler.is_compiling():
+            backends.triton.require(device)
+
+
+def _serve(name: str, otherwise: Callable[..., Any], by: Sequence[str] | None = None) -> None:
+    """Register an operator's default implementation, which PyTorch calls until a device's kernels are registered.
+
+    It gets them loaded and calls the operator again, which then reaches them; where there are none, or none of the
+    backends `by` is the device's, it calls `otherwise`.
+    """
+    operator = registry.find(name)
+
+    def default(*args: Any) -> Any:
+        device = next(
+            t.device.type for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if _is_tensor(t)
+        )
+        expected = by is None or backends.dispatched.get(device) in by
+        return operator(*args) if expected and backends.load_for(device) else otherwise(*args)
+
+    registry.implement(name, default, "CompositeExplicitAutograd")
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+for _name, _kernel in elbo.kernels_of(reference).items():
+    _serve(_name, _kernel)
+# The C++ library alone has kernels for all levels at once.
+_serve("levels", OneByOne(operators).levels, by=("cpp",))
+_serve("levels_grads", OneByOne(operators).levels_grads, by=("cpp",))

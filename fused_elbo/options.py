@@ -1,0 +1,111 @@
+"""The options of the public functions and modules: each has its type, its default and its range here, once."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+
+from torch import Tensor
+
+from .sigma import LOG_SIGMA_RANGE, Constant, Optimal
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class ReductionOptions(TypedDict, total=False):
+    reduction: str
+    process_group: ProcessGroup | None
+
+
+class NLLOptions(ReductionOptions, total=False):
+    """Those of `gaussian_nll`."""
+
+    sigma: str | float | Constant | Optimal
+    log_sigma: Tensor | None
+    min_log_sigma: float
+
+
+class KLOptions(ReductionOptions, total=False):
+    """Those of `gaussian_kl`, but for its prior, which may be a list."""
+
+    free_bits: float
+
+
+class LossOptions(KLOptions, total=False):
+    """Those of the loss that have nothing to do with σ; `LearnedSigmaELBO` takes them."""
+
+    beta: float | Tensor
+    capacity: float | Tensor | None
+
+
+class CriterionOptions(KLOptions, total=False):
+    """Those that `DecoupledELBO` takes beside beta and sigma."""
+
+    min_log_sigma: float
+    capacity: float | Tensor | None
+
+
+class ElboOptions(NLLOptions, LossOptions, total=False):
+    """Those of `decoupled_elbo` and `decoupled_elbo_backward`."""
+
+    prior: tuple[Tensor, Tensor] | None
+
+
+DEFAULTS: ElboOptions = {
+    "beta": 1.0,
+    "sigma": "optimal",
+    "log_sigma": None,
+    "min_log_sigma": -7.0,
+    "prior": None,
+    "free_bits": 0.0,
+    "capacity": None,
+    "reduction": "batchmean",
+    "process_group": None,
+}
+# The options that are numbers, and no tensors: least and greatest value. `call.Options` has a field of each one's name.
+NUMBERS = {"min_log_sigma": (-LOG_SIGMA_RANGE, LOG_SIGMA_RANGE), "free_bits": (0.0, None)}
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def defaults_of(options: Any) -> dict[str, Any]:
+    """By the name of each option of a TypedDict, in the order of DEFAULTS."""
+    return {name: value for name, value in DEFAULTS.items() if name in options.__optional_keys__}
+
+
+def complete(given: Mapping[str, Any], defaults: Mapping[str, Any], function: str) -> dict[str, Any]:
+    """All options, the defaults of those that are not given among them. TypeError for one that there is not."""
+    options = {**defaults, **given}
+    if len(options) > len(defaults):
+        unknown = next(name for name in given if name not in defaults)
+        raise TypeError(f"{function}() got an unexpected keyword argument {unknown!r}; it takes {', '.join(defaults)}")
+    return options
+
+
+def shown(options: Any) -> Callable[[F], F]:
+    """A decorator for a function that takes `**options: Unpack[…]`: help() and editors then show each with its default."""
+
+    def decorate(function: F) -> F:
+        signature = inspect.signature(function)
+        kept = [p for p in signature.parameters.values() if p.kind != inspect.Parameter.VAR_KEYWORD]
+        taken = {p.name for p in kept}
+        added = [
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=_annotation(options, name)
+            )
+            for name, value in defaults_of(options).items()
+            if name not in taken
+        ]
+        positional = [p for p in kept if p.kind != inspect.Parameter.KEYWORD_ONLY]
+        keywords = [p for p in kept if p.kind == inspect.Parameter.KEYWORD_ONLY]
+        function.__signature__ = signature.replace(parameters=[*positional, *added, *keywords])  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+def _annotation(options: Any, name: str) -> Any:
+    annotation = options.__annotations__[name]
+    return getattr(annotation, "__forward_arg__", annotation)
