@@ -50,9 +50,9 @@ check-release: $(VENV)/.dev ## what only a release needs: every GPU target's mac
 	@$(PYTEST) --tier=release $(ARGS)
 	@PYTHONPATH="tests:$$PYTHONPATH" $(PYTEST) -p cuda_plugin --tier=release $(ARGS)
 
-gpu-check: $(VENV)/.dev ## on a machine with a GPU: tests, CUDA graphs, benchmark, one report; ARGS go to bench/gpu_check.py
-	@echo "== Checking on the GPU: bench/gpu_check.py $(ARGS)"
-	@$(PY) bench/gpu_check.py $(ARGS)
+gpu-check: $(VENV)/.dev ## on a machine with a GPU: tests, CUDA graphs, benchmark, one report; ARGS go to bench/proof/gpu_check.py
+	@echo "== Checking on the GPU: bench/proof/gpu_check.py $(ARGS)"
+	@$(PY) bench/proof/gpu_check.py $(ARGS)
 
 bench: $(VENV)/.dev ## time the loss beside what it replaces; ARGS go to bench/run.py, e.g. ARGS=--quick
 	@echo "== Benchmark: bench/run.py $(ARGS)"

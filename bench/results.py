@@ -7,8 +7,8 @@
 The first run is results.json, which all of the pages but one section are made of. The others are of the same machine
 under ATEN_CPU_CAPABILITY, and named after their instruction sets; a kept one that is not given stays.
 
-`make bench-docs` is the same. tests/test_bench.py checks that the pages are what this makes of the kept results; how
-old those are it does not ask.
+`make bench-docs` is the same. tests/bench/test_bench.py checks that the pages are what this makes of the kept results;
+how old those are it does not ask.
 """
 
 from __future__ import annotations

@@ -54,6 +54,6 @@ So a faster loss does not make a large convolutional VAE train faster. It matter
 GPU = """\
 No kernel has been timed on a GPU. What is known without one: a step takes three launches and moves 5N + 6L bytes within
 1.1%, and `decoupled_elbo_backward` takes one launch for 3N + 6L within 1.7% where the batch fits on the chip, counted
-while the compiled kernels were executed on a CPU (tests/test_traffic.py). Registers, spills and widths of access of
-each kernel are in [compiled.md](compiled.md) for Triton's and [compiled_cuda.md](compiled_cuda.md) for CUDA's.
-`make gpu-check` measures the cases of this page on a GPU."""
+while the compiled kernels were executed on a CPU (tests/kernels/test_traffic.py). Registers, spills and widths of
+access of each kernel are in [compiled.md](proof/compiled.md) for Triton's and
+[compiled_cuda.md](proof/compiled_cuda.md) for CUDA's. `make gpu-check` measures the cases of this page on a GPU."""

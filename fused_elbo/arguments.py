@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import checks, dispatch, tracing
 from . import sigma as modes
-from .call import Options, Tensors, compute_dtype, first
+from .call import LATENTS, Options, Tensors, compute_dtype, first
 from .options import NUMBERS
 from .sigma import Kind, Optimal
 
@@ -37,9 +37,8 @@ def elbo(recon: Tensor, target: Tensor, mu: Tensor, logvar: Tensor, options: Map
     if options["capacity"] is not None:
         checks.capacity(options["capacity"], options["beta"], options["reduction"], recon)
     sigma = resolve_sigma((recon, target, mu, logvar), options)
-    mu, logvar, prior_mu, prior_logvar = _one_dtype(mu, logvar, options["prior"])
-    tensors = Tensors(recon, target, mu, logvar, sigma.log_sigma, prior_mu, prior_logvar)
-    return _pack(tensors, sigma, options)
+    latents = dict(zip(LATENTS, _one_dtype(mu, logvar, options["prior"]), strict=True))
+    return _pack(Tensors(recon, target, log_sigma=sigma.log_sigma, **latents), sigma, options)
 
 
 def nll(recon: Tensor, target: Tensor, options: Mapping[str, Any]) -> Call:
@@ -54,9 +53,8 @@ def kl(mu: Tensor, logvar: Tensor, prior: Any, options: Mapping[str, Any]) -> Ca
 
 
 def level(latents: Sequence[Tensor | None], options: Mapping[str, Any]) -> Call:
-    """The rate of mu, logvar, prior_mu, prior_logvar, checked before and of one dtype."""
-    mu, logvar, prior_mu, prior_logvar = latents
-    return _pack(Tensors(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar), Sigma(), options)
+    """The rate of `LATENTS`, checked before and of one dtype."""
+    return _pack(Tensors(**dict(zip(LATENTS, latents, strict=True))), Sigma(), options)
 
 
 def levels(

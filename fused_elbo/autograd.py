@@ -86,9 +86,9 @@ class ElboFunction(torch.autograd.Function):
         return implementation(backend, first(tensors)).forward(tensors, options)
 
     @staticmethod
-    def save(ctx: Any, tensors: tuple[Any, ...], options: Options, backend: str | None, stats: Tensor) -> None:
-        ctx.save_for_backward(*tensors, stats)
-        ctx.options, ctx.backend = options, backend
+    def save(ctx: Any, args: tuple[Any, ...], stats: Tensor) -> None:
+        ctx.save_for_backward(*args[:_TENSORS], stats)
+        ctx.options, ctx.backend = args[_TENSORS:]
         ctx.set_materialize_grads(False)  # or each output without a gradient would cost a launch of zeros
 
     @staticmethod
@@ -111,7 +111,7 @@ class _Elbo(ElboFunction):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         loss, distortion, rate, sigma, stats = ElboFunction.compute(args)
-        ElboFunction.save(ctx, args[:_TENSORS], *args[_TENSORS:], stats)
+        ElboFunction.save(ctx, args, stats)
         ctx.mark_non_differentiable(sigma)
         return loss, distortion, rate, sigma
 
@@ -125,7 +125,7 @@ class _FunctorchElbo(ElboFunction):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ElboFunction.save(ctx, inputs[:_TENSORS], *inputs[_TENSORS:], output[4])
+        ElboFunction.save(ctx, inputs, output[4])
         ctx.mark_non_differentiable(*output[3:])
 
 
@@ -138,9 +138,9 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        tensors, (options, backend, *scale) = Tensors._make(args[:_TENSORS]), args[_TENSORS:]
+        tensors, (options, backend, scale, number) = Tensors._make(args[:_TENSORS]), args[_TENSORS:]
         ctx.needs = ctx.needs_input_grad
-        outputs = implementation(backend, first(tensors)).step(tensors, options, *scale, mask_of(ctx.needs))
+        outputs = implementation(backend, first(tensors)).step(tensors, options, scale, number, mask_of(ctx.needs))
         ctx.gradients = outputs[4:]
         ctx.mark_non_differentiable(*outputs[1:4])
         ctx.set_materialize_grads(False)

@@ -35,6 +35,9 @@ class Tensors(NamedTuple):
     capacity: Tensor | None = None  # ()
 
 
+LATENTS = ("mu", "logvar", "prior_mu", "prior_logvar")  # the fields of one level, and their order in lists of levels
+
+
 class Options(NamedTuple):
     """The plain values of a call."""
 

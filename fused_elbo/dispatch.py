@@ -3,14 +3,14 @@ device's kernels are loaded, or where there are none."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import backends, reference, tracing
-from .call import NONE, Gradients, GradOutputs, Options, Tensors, compute_dtype, mask_of
+from .call import LATENTS, NONE, Gradients, GradOutputs, Options, Tensors, compute_dtype, mask_of
 from .operators import elbo, levels, registry
 from .operators.elbo import Implementation
 
@@ -35,8 +35,6 @@ def levels_implementation(backend: str | None, x: Tensor) -> Any:
 class OneByOne:
     """The operators of the levels, as calls of `by` for each level."""
 
-    _LATENTS = ("mu", "logvar", "prior_mu", "prior_logvar")
-
     def __init__(self, by: Implementation) -> None:
         self.by = by
 
@@ -53,7 +51,7 @@ class OneByOne:
         for i, level in enumerate(self._each(tensors)):
             own = grad.to(compute_dtype(*level))
             stats = own.new_zeros(3, own.shape[0] + 1)  # of no account where β is a number and there are no data
-            names = [self._LATENTS[k % 4] for k in wanted if k // 4 == i]
+            names = [LATENTS[k % 4] for k in wanted if k // 4 == i]
             mask = mask_of(name in names for name in Gradients._fields)
             gradients = Gradients._make(self.by.grads(level, options, stats, GradOutputs(loss=own), mask))
             found += [getattr(gradients, name) for name in names]
@@ -61,7 +59,7 @@ class OneByOne:
 
     def _each(self, tensors: Sequence[Tensor | None]) -> list[Tensors]:
         every = (tensors[i : i + 4] for i in range(0, len(tensors), 4))
-        return [Tensors(**dict(zip(self._LATENTS, latents, strict=True))) for latents in every]
+        return [Tensors(**dict(zip(LATENTS, latents, strict=True))) for latents in every]
 
 
 def check_served(x: Tensor) -> None:
@@ -99,17 +97,17 @@ def _serve(name: str, otherwise: Callable[..., Any], by: Sequence[str] | None = 
     operator = registry.find(name)
 
     def default(*args: Any) -> Any:
-        device = next(
-            t.device.type for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if _is_tensor(t)
-        )
+        device = next(t for t in _flat(args) if isinstance(t, Tensor)).device.type
         expected = by is None or backends.dispatched.get(device) in by
         return operator(*args) if expected and backends.load_for(device) else otherwise(*args)
 
     registry.implement(name, default, "CompositeExplicitAutograd")
 
 
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
+def _flat(args: Iterable[Any]) -> Iterator[Any]:
+    """The arguments, with those of a list one by one."""
+    for value in args:
+        yield from value if isinstance(value, (list, tuple)) else [value]
 
 
 for _name, _kernel in elbo.kernels_of(reference).items():

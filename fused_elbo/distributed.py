@@ -83,7 +83,7 @@ class _GlobalElbo(autograd.ElboFunction):
         if has_capacity(tensors, options):
             _equalise(stats[2], batch.kl_clamped)
         # In grads each sample weighs 1, and the grad_outputs bring the weight.
-        autograd.ElboFunction.save(ctx, tensors, options._replace(reduction=SUM), backend, stats)
+        autograd.ElboFunction.save(ctx, (*tensors, options._replace(reduction=SUM), backend), stats)
         ctx.weight, ctx.empty = batch.weight, first(tensors).shape[0] == 0
         ctx.mark_non_differentiable(outputs[3])
         return outputs

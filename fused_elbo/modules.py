@@ -75,11 +75,11 @@ class _Criterion(nn.Module):
 class DecoupledELBO(_Criterion):
     """`decoupled_elbo` with its configuration kept: `DecoupledELBO(beta=4.0)(recon, x, mu, logvar)`.
 
-    beta, sigma, min_log_sigma, free_bits, capacity, reduction, process_group: as in `fused_elbo.decoupled_elbo`. `beta`
-    and `capacity` are plain attributes: set them to follow a schedule. A tensor there stays on its device when the
-    module moves. `forward(..., prior=…)` passes a prior on, and `backward(…, prior=…, grad_scale=…)` stands for
-    `criterion(…).loss.backward()`, in one pass. Make a module with a process_group after `dist.init_process_group`:
-    before it, dist.group.WORLD is None. It cannot be deep-copied, as SyncBatchNorm with a group of its own cannot.
+    beta, sigma and all options that are not below: as in `fused_elbo.decoupled_elbo`. Each is a plain attribute: set
+    `beta` and `capacity` to follow a schedule. A tensor there stays on its device when the module moves. `forward(...,
+    prior=…)` passes a prior on, and `backward(…, prior=…, grad_scale=…)` stands for `criterion(…).loss.backward()`, in
+    one pass. Make a module with a process_group after `dist.init_process_group`: before it, dist.group.WORLD is None.
+    It cannot be deep-copied, as SyncBatchNorm with a group of its own cannot.
 
     momentum: with a number (0.1, say) and an optimal σ, training keeps a running average of σ² in the buffer
         `running_var` (the first batch sets it, batches that are not finite are left out), and eval mode uses it as one
@@ -202,9 +202,8 @@ class LearnedSigmaELBO(_Criterion):
         one shared σ again, for data of any shape.
     init: the initial log σ. 0 (σ = 1) is the slow, safe start; near ½ log MSE is the fast one. `reset_parameters` sets
         it again.
-    beta, free_bits, capacity, reduction, process_group: as in `fused_elbo.decoupled_elbo`. The gradient of log_sigma is
-        averaged over the ranks if the module lies inside the one that is wrapped. FSDP2 refuses scalar parameters:
-        give it channels=1.
+    All other options: as in `fused_elbo.decoupled_elbo`. The gradient of log_sigma is averaged over the ranks if the
+        module lies inside the one that is wrapped. FSDP2 refuses scalar parameters: give it channels=1.
     device, dtype: of log_sigma. It follows `.half()` and the like, as any weight: where steps of half precision are too
         coarse for it (2⁻⁷ near −1 in bf16), call `criterion.float()` afterwards; the loss takes mixed dtypes.
 

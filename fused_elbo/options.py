@@ -85,21 +85,20 @@ def complete(given: Mapping[str, Any], defaults: Mapping[str, Any], function: st
 
 
 def shown(options: Any) -> Callable[[F], F]:
-    """A decorator for a function that takes `**options: Unpack[…]`: help() and editors then show each with its default."""
+    """A decorator for a function with `**options: Unpack[…]`: help() and editors show each option and its default."""
 
     def decorate(function: F) -> F:
         signature = inspect.signature(function)
         kept = [p for p in signature.parameters.values() if p.kind != inspect.Parameter.VAR_KEYWORD]
         taken = {p.name for p in kept}
+        only = inspect.Parameter.KEYWORD_ONLY
         added = [
-            inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=_annotation(options, name)
-            )
+            inspect.Parameter(name, only, default=value, annotation=_annotation(options, name))
             for name, value in defaults_of(options).items()
             if name not in taken
         ]
-        positional = [p for p in kept if p.kind != inspect.Parameter.KEYWORD_ONLY]
-        keywords = [p for p in kept if p.kind == inspect.Parameter.KEYWORD_ONLY]
+        positional = [p for p in kept if p.kind != only]
+        keywords = [p for p in kept if p.kind == only]
         function.__signature__ = signature.replace(parameters=[*positional, *added, *keywords])  # type: ignore[attr-defined]
         return function
 

@@ -52,16 +52,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Where Triton runs on CPU tensors, only what runs on a backend, or is about Triton, is worth its time."""
     tiers.select(config, items)
     if backends.triton.runs_on_cpu():
-        about_triton = {
-            "test_triton.py",
-            "test_triton_step.py",
-            "test_triton_step_mutants.py",
-            "test_mutants.py",
-            "test_traffic.py",
-            "test_ops.py",
-            "test_compile.py",
-        }
-        keep = [i for i in items if i.path.name in about_triton or "backend" in getattr(i, "fixturenames", ())]
+        keep = [i for i in items if i.get_closest_marker("triton") or "backend" in getattr(i, "fixturenames", ())]
         config.hook.pytest_deselected(items=[i for i in items if i not in keep])
         items[:] = keep
 

@@ -15,8 +15,6 @@ import pytest
 from fused_elbo import BackendUnavailable, backends
 from fused_elbo.operators import elbo, registry
 
-KEPT = {"test_ops.py", "test_compile.py", "test_cuda_shim.py", "test_cuda_compiled.py", "test_cuda_ptx.py"}
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     names = "|".join(cuda_shim.SCHEDULES)
@@ -45,7 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     def kept(item: pytest.Item) -> bool:
         parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-        return parameters.get("backend") == "cuda" or item.path.name in KEPT
+        return parameters.get("backend") == "cuda" or item.get_closest_marker("cuda") is not None
 
     config.hook.pytest_deselected(items=[i for i in items if not kept(i)])
     items[:] = [i for i in items if kept(i)]

@@ -1,4 +1,4 @@
-"""Runs the tests on another device: `PYTHONPATH=tests pytest -p device_plugin --device cuda tests/test_elbo.py …`
+"""Runs the tests on another device: `PYTHONPATH=tests pytest -p device_plugin --device cuda tests/loss/test_elbo.py …`
 
 Tests say nothing of a device, so their tensors are made on the default one, which is all that has to be set. What is
 promised of the C++ backend is promised of CPU tensors, and deselected.

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -16,7 +15,7 @@ MINIMUM_CAPABILITY = (8, 0)  # of an NVIDIA GPU: what the kernels are compiled a
 
 
 @once
-def operators() -> ModuleType:
+def operators() -> elbo.Implementation:
     """The operators on Triton kernels; importing them imports Triton, which costs a second."""
     if importlib.util.find_spec("triton") is None:
         raise BackendUnavailable("Triton is not installed.", "Install it: pip install triton (Linux).")
@@ -24,7 +23,7 @@ def operators() -> ModuleType:
         from fused_elbo.kernels import operators as loaded
     except Exception as error:  # one for another Python, say, or another package of that name
         raise BackendUnavailable(f"Triton cannot be imported: {sentence(error)}", "Install it anew.") from error
-    return loaded
+    return cast(elbo.Implementation, loaded)
 
 
 @once

@@ -81,7 +81,7 @@ def _forward_fake(*args: Any) -> Outputs:
     reduced = (x.shape[0],) if REDUCTIONS[options.reduction] == "none" else ()
     given = () if tensors.log_sigma is None else tuple(tensors.log_sigma.shape)
     sigma = {Kind.GIVEN: given, Kind.BATCH: (), Kind.IMAGE: (x.shape[0],), Kind.ELEMENT: (0,)}[Kind(options.sigma_mode)]
-    shapes = Outputs(*[reduced] * 3, sigma, (3, x.shape[0] + 1))  # type: ignore[arg-type]
+    shapes: tuple[Any, ...] = (reduced, reduced, reduced, sigma, (3, x.shape[0] + 1))
     return Outputs._make(x.new_empty(shape, dtype=dtype) for shape in shapes)
 
 

@@ -26,11 +26,10 @@ def gradients(tensors: Tensors, options: Options, stats: Tensor, grad_outputs: G
     """The gradient of grad_loss·loss + grad_distortion·distortion + grad_rate·rate, each in its input's dtype."""
     batch = batch_terms(stats, tensors, options)
     weights = weights_of(stats, batch, tensors, options, grad_outputs)
-    data = _data_gradients(weights.distortion, stats[0, :-1], batch, tensors, options)
-    latents = _latent_gradients(weights, tensors, options)
-    beta = tensors.beta
-    of_beta = None if beta is None else weights.beta.sum_to_size(beta.shape).to(beta.dtype)
-    return Gradients(*data[:2], *latents[:2], data[2], *latents[2:], of_beta)
+    recon, target, log_sigma = _data_gradients(weights.distortion, stats[0, :-1], batch, tensors, options)
+    mu, logvar, prior_mu, prior_logvar = _latent_gradients(weights, tensors, options)
+    beta = None if tensors.beta is None else _of_its_shape(weights.beta, tensors.beta)
+    return Gradients(recon, target, mu, logvar, log_sigma, prior_mu, prior_logvar, beta)
 
 
 def weights_of(
@@ -71,7 +70,7 @@ def _data_gradients(
         g = _per_sample(_recon_scale(w, s, batch, options), recon) * e
     if log_sigma is None or of_log_sigma is None:
         return g.to(recon.dtype), (-g).to(target.dtype), None
-    return g.to(recon.dtype), (-g).to(target.dtype), of_log_sigma.sum_to_size(log_sigma.shape).to(log_sigma.dtype)
+    return g.to(recon.dtype), (-g).to(target.dtype), _of_its_shape(of_log_sigma, log_sigma)
 
 
 def _recon_scale(w: Tensor, s: Tensor, batch: BatchTerms, options: Options) -> Tensor:
@@ -100,6 +99,11 @@ def _latent_gradients(weights: Weights, tensors: Tensors, options: Options) -> l
     b = grad_kl_clamped + grad_kl
     of_kl = math.kl_grad(mu, logvar, prior_mu, prior_logvar)
     return [None if g is None or t is None else (b * g).to(t.dtype) for g, t in zip(of_kl, inputs, strict=True)]
+
+
+def _of_its_shape(g: Tensor, like: Tensor) -> Tensor:
+    """Summed over what a broadcast input repeats; then rounded, once."""
+    return g.sum_to_size(like.shape).to(like.dtype)
 
 
 def _per_sample(w: Tensor, like: Tensor) -> Tensor:  # [B] -> [B, 1, …]

@@ -91,7 +91,7 @@ def optimal_log_sigma(total: Tensor, n: float | Tensor, options: Options) -> Ten
     return 0.5 * mse.clamp(min=math.exp(2 * options.min_log_sigma)).log()
 
 
-def optimal_sigma_grad(total: Tensor, n: float, options: Options) -> tuple[Tensor, Tensor]:
+def optimal_sigma_grad(total: Tensor, n: float | Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """(1/σ², ∂ log σ / ∂ ½ log MSE) of an optimal σ. The slope is 0 at and below a hard floor, and at MSE = 0."""
     mse = total / n
     if options.softclip:

@@ -1,0 +1,379 @@
+"""What the compilers make of the Triton kernels, for GPUs that need not be here.
+
+    python bench/proof/compiled.py --out bench/proof
+
+Runs the loss once for each case under a driver that launches nothing, which shows every launch with the arguments that
+a real one has; each is then compiled for each target as Triton would at its first launch, and the machine code is read.
+Writes compiled.md and compiled.csv. No GPU is needed and nothing here has been measured on one. The columns:
+
+- kernel: of the default loss at 64×3×64×64 with 128 latents; [pixel]: a log σ for each pixel; [channel]: for each
+  channel, which every element looks up by its index; [prior]: a Gaussian prior; [large]: 3072 images, of which each
+  program walks several tiles in a loop; [by8]: 3×50×36 with 200 latents, sizes that 8 divides and 16 does not.
+  elbo_step is the whole step in one launch; [full]: 250 images, for which a program holds all that it can on an H100;
+  [image], [given]: σ per image, and constant, where no program waits for another.
+- registers of a thread (gfx942: VGPRs); spill_bytes: stores and loads of spilled registers in ptxas's log, once each
+  (gfx942: private memory of a lane); shared_bytes of a block.
+- global_accesses: loads and stores of global memory in the code, wide_accesses: those of 128 bits or more. The rest are
+  of O(batch) values: partial sums, grad_outputs, stats.
+- instructions_per_element: instructions in the code, over the elements that one pass through it covers in a thread: a
+  tile of data and one of latents. It is static: it counts both paths, the arithmetic of addresses and the reductions,
+  of which a thread runs a part. For comparing versions, no estimate of time.
+- bytes_in_flight_per_sm: the most bytes that a thread has asked for before it uses the first of them, reading the code
+  from top to bottom (so never across turns of a loop), times the threads that an SM's 65536 registers and 2048 threads
+  hold. It says how much latency is covered if all of them load at once.
+
+The last two are blank for the kernels of one block, which hold O(batch) values, and in flight for gfx942.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import functools
+import io
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from fused_elbo import backend, decoupled_elbo, decoupled_elbo_backward
+from fused_elbo.kernels import elbo_finalize, elbo_grads, elbo_stats, elbo_step
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+JITTED = (
+    (elbo_stats, "elbo_stats_kernel"),
+    (elbo_finalize, "elbo_finalize_kernel"),
+    (elbo_finalize, "elbo_weights_kernel"),
+    (elbo_grads, "elbo_grads_kernel"),
+    (elbo_step, "elbo_step_kernel"),
+)
+# what a case is called -> its kernels in the table
+CASES = {
+    "": ("elbo_stats", "elbo_finalize", "elbo_weights", "elbo_grads", "elbo_step"),
+    "pixel": ("elbo_stats", "elbo_grads"),
+    "channel": ("elbo_stats", "elbo_grads"),
+    "prior": ("elbo_stats", "elbo_grads", "elbo_step"),
+    "large": ("elbo_stats", "elbo_grads"),
+    "by8": ("elbo_stats", "elbo_grads", "elbo_step"),
+    "full": ("elbo_step",),
+    "image": ("elbo_step",),
+    "given": ("elbo_step",),
+}
+KERNELS = [f"{kernel}[{case}]" if case else kernel for case, kernels in CASES.items() for kernel in kernels]
+SIZES = {
+    "large": (3072, (3, 64, 64), 128),
+    "by8": (64, (3, 50, 36), 200),
+    "full": (250, (3, 64, 64), 128),
+}  # batch, image, latents
+USUAL = (64, (3, 64, 64), 128)
+SMS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}  # of A100, H100, B200 and MI300X
+SM_REGISTERS, SM_THREADS = 65536, 2048  # of sm_80, sm_90 and sm_100 alike
+WIDE = 16  # bytes
+
+
+class Offline:
+    """A driver of Triton that knows its target and no more; Triton keeps what it compiled per `device`."""
+
+    def __init__(self, name: str) -> None:
+        self.target, self.device = TARGETS[name], 1000 + list(TARGETS).index(name)
+        self.utils, self.sms = self, SMS[name]
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"multiprocessor_count": self.sms}
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def offline(target: str) -> Iterator[None]:
+    driver = triton.runtime.driver
+    try:
+        previous = driver.active
+    except RuntimeError:  # there is no GPU
+        previous = None
+    driver.set_active(Offline(target))
+    try:
+        yield
+    finally:
+        driver.set_active(previous)
+
+
+# ---------------------------------------------------------------------------------------------------------- launches
+
+
+@dataclass
+class Launch:
+    """The arguments that the launcher passed to a kernel."""
+
+    kernel: triton.JITFunction
+    grid: tuple[int, ...]
+    args: list[Any]  # dtypes in place of tensors, as Triton's warmup takes them: aligned pointers
+    kwargs: dict[str, Any]
+    tensors: list[Tensor] = field(repr=False)  # on the meta device
+
+    def tile_elements(self, *kinds: str) -> int:
+        return sum(self.kwargs[f"{kind}_ROWS"] * self.kwargs[f"{kind}_COLS"] * self.tiles(kind) for kind in kinds)
+
+    def tiles(self, kind: str) -> int:
+        """Of one pass through the code: programs of elbo_step that wait hold two of the data."""
+        return 2 if kind == "DATA" and self.kwargs.get("WAITS") else 1
+
+    def bytes_per_thread(self, elements: dict[int, str], warp_size: int) -> int:
+        """Of the big tensors in one tile of data and one of latents, with {elements of a tensor: kind of its tile}."""
+        total = 0
+        for t in self.tensors:
+            expanded = 0 in t.stride()  # as large by its shape alone
+            if not expanded and (kind := elements.get(t.numel())):
+                total += self.tile_elements(kind) * t.element_size()
+                if kind == "LATENT" and "WAITS" in self.kwargs:  # elbo_step reads latents twice, and writes them once
+                    total += self.tile_elements(kind) * t.element_size() // 2
+        return total // (self.kwargs["num_warps"] * warp_size)
+
+
+class Spy:
+    """In a kernel's place: takes down its launches."""
+
+    def __init__(self, kernel: triton.JITFunction, seen: dict[str, Launch]) -> None:
+        self.kernel, self.seen = kernel, seen
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            tensors = [a for a in args if isinstance(a, Tensor)]
+            if any(t.data_ptr() % WIDE for t in tensors):
+                raise RuntimeError("a tensor is not aligned, so Triton would compile narrower accesses than usual")
+            dtypes = [a.dtype if isinstance(a, Tensor) else a for a in args]
+            name = self.kernel.__name__.removesuffix("_kernel")
+            shapes = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in tensors]
+            self.seen[name] = Launch(self.kernel, grid, dtypes, kwargs, shapes)
+
+        return launch
+
+
+@contextlib.contextmanager
+def spied() -> Iterator[dict[str, Launch]]:
+    seen: dict[str, Launch] = {}
+    kernels = [getattr(module, name) for module, name in JITTED]
+    try:
+        for (module, name), kernel in zip(JITTED, kernels, strict=True):
+            setattr(module, name, Spy(kernel, seen))
+        yield seen
+    finally:
+        for (module, name), kernel in zip(JITTED, kernels, strict=True):
+            setattr(module, name, kernel)
+
+
+@functools.cache
+def launches(case: str, dtype: str, target_name: str) -> dict[str, Launch]:
+    """The launches of training steps of a case. Kernels do not run, so what they would have read and written is not."""
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=DTYPES[dtype], requires_grad=True)
+
+    batch, image, latents = SIZES.get(case, USUAL)
+    recon, target, mu, logvar = leaf(batch, *image), leaf(batch, *image), leaf(batch, latents), leaf(batch, latents)
+    extra: dict[str, Any] = {}
+    leaves = [recon, mu, logvar]
+    if case in ("pixel", "channel"):
+        extra["log_sigma"] = leaf(batch, *image) if case == "pixel" else leaf(image[0], 1, 1)
+        leaves.append(extra["log_sigma"])
+    if case == "prior":
+        extra["prior"] = leaf(batch, latents), leaf(batch, latents)
+        leaves.extend(extra["prior"])
+    if case == "image":
+        extra["sigma"] = "optimal-per-image"
+    if case == "given":
+        extra["sigma"] = 0.1
+    with offline(target_name), spied() as seen, backend("triton"):
+        if not case:  # unequal weights of the samples need one kernel more, and specialise the gradients' differently
+            loss = decoupled_elbo(recon, target.detach(), mu, logvar, reduction="none").loss
+            torch.autograd.grad(loss, leaves, torch.linspace(0.5, 1.0, batch))
+        loss = decoupled_elbo(recon, target.detach(), mu, logvar, **extra).loss
+        torch.autograd.grad(loss, leaves)
+        if "elbo_step" in CASES[case]:
+            decoupled_elbo_backward(recon, target.detach(), mu, logvar, **extra)
+    return seen
+
+
+def launch_of(kernel: str, dtype: str, target: str) -> Launch:
+    """`kernel` as in KERNELS."""
+    name, _, case = kernel.rstrip("]").partition("[")
+    return launches(case, dtype, target)[name]
+
+
+def big_bytes(kernel: str, dtype: str, target: str) -> int:
+    """What one pass through the code must read and write of recon, target, mu, logvar, …, in bytes of a thread."""
+    batch, image, latents = SIZES.get(kernel.rstrip("]").partition("[")[2], USUAL)
+    elements = {batch * torch.Size(image).numel(): "DATA", batch * latents: "LATENT"}
+    return launch_of(kernel, dtype, target).bytes_per_thread(elements, TARGETS[target].warp_size)
+
+
+# ---------------------------------------------------------------------------------------------------- machine code
+
+
+@dataclass(frozen=True)
+class Code:
+    """What can be read from a kernel's assembly."""
+
+    registers: int
+    spill_bytes: int
+    instructions: int
+    widths: list[int]  # of every global access, in bytes
+    in_flight: int | None  # bytes of a thread
+
+    @property
+    def wide(self) -> list[int]:
+        return [w for w in self.widths if w >= WIDE]
+
+
+def sass_width(opcode: str) -> int:
+    """LDG.E.128 -> 16, LDG.E.U16 -> 2, LDG.E -> 4."""
+    bits = [int(m) for m in re.findall(r"\.[US]?(8|16|64|128|256)\b", opcode)]
+    return bits[-1] // 8 if bits else 4
+
+
+def read_sass(sass: str, log: str) -> Code:
+    lines = [line.partition("\t")[2] for line in sass.splitlines()]
+    instructions = [line for line in lines if line and not line.startswith("NOP")]
+    widths, pending, asked, most = [], set(), 0, 0
+    for instruction in instructions:
+        access = re.search(r"\b(LDG|STG)[.\w]* ", instruction)
+        loads = re.search(r"\bLDG[.\w]* R(\d+)", instruction)
+        used = {int(r) for r in re.findall(r"\bR(\d+)", instruction)}
+        if access:
+            widths.append(sass_width(access[0].strip()))
+        if not loads and used & pending:
+            pending, asked = set(), 0
+        if loads:
+            first, width = int(loads[1]), widths[-1]
+            pending |= set(range(first, first + max(1, width // 4)))
+            asked += width
+            most = max(most, asked)
+    registers = int(re.findall(r"Used (\d+) registers", log)[0])
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
+    return Code(registers, spills, len(instructions), widths, most)
+
+
+def read_amdgcn(assembly: str) -> Code:
+    instructions = re.findall(r"^\t([a-z]\w+)\b(?!:)", assembly, re.MULTILINE)
+    widths = []
+    for name in instructions:
+        if access := re.match(r"(?:global|buffer|flat)_(?:load|store)_[us]?(byte|short|dword)(?:x(\d))?", name):
+            widths.append({"byte": 1, "short": 2, "dword": 4}[access[1]] * int(access[2] or 1))
+
+    def entry(name: str) -> int:
+        return int(re.findall(rf"^ *\.{name}: *(\d+)", assembly, re.MULTILINE)[0])
+
+    return Code(entry("vgpr_count"), entry("private_segment_fixed_size"), len(instructions), widths, None)
+
+
+_logs: dict[str, str] = {}  # of ptxas, which speaks only when it compiles
+
+
+@functools.cache
+def compiled(kernel: str, dtype: str, target: str) -> tuple[Code, int]:
+    """(code, bytes of shared memory)."""
+    launch, log = launch_of(kernel, dtype, target), io.StringIO()
+    knobs = triton.knobs
+    with offline(target), knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
+        knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
+        binary = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.kwargs)
+    if TARGETS[target].backend == "hip":
+        return read_amdgcn(binary.asm["amdgcn"]), binary.metadata.shared
+    return read_sass(binary.asm["sass"], _logs.setdefault(binary.hash, log.getvalue())), binary.metadata.shared
+
+
+def threads_per_sm(registers: int, num_warps: int) -> int:
+    """Registers are given to warps in units of 8 a thread; no kernel here has the shared memory to be limited by it."""
+    threads = 32 * num_warps
+    return threads * min(SM_REGISTERS // (threads * -(-registers // 8) * 8), SM_THREADS // threads)
+
+
+# ----------------------------------------------------------------------------------------------------------- table
+
+
+@dataclass(frozen=True)
+class Row:
+    kernel: str
+    dtype: str
+    target: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    global_accesses: int
+    wide_accesses: int
+    instructions_per_element: float | None
+    bytes_in_flight_per_sm: int | None
+
+
+def row(kernel: str, dtype: str, target: str) -> Row:
+    code, shared = compiled(kernel, dtype, target)
+    launch = launch_of(kernel, dtype, target)
+    warps = launch.kwargs["num_warps"]
+    per_element = in_flight = None
+    if big_bytes(kernel, dtype, target):
+        per_element = round(
+            code.instructions * warps * TARGETS[target].warp_size / launch.tile_elements("DATA", "LATENT"), 1
+        )
+        in_flight = None if code.in_flight is None else code.in_flight * threads_per_sm(code.registers, warps)
+    return Row(
+        kernel, dtype, target, code.registers, code.spill_bytes, shared, len(code.widths), len(code.wide),
+        per_element, in_flight,
+    )  # fmt: skip
+
+
+def cells(row: Row) -> list[str]:
+    return ["" if value is None else str(value) for value in asdict(row).values()]
+
+
+def write(rows: list[Row], out: Path) -> None:
+    names = list(Row.__dataclass_fields__)
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "compiled.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows([names, *map(cells, rows)])
+    lines = [names, ["---"] * 3 + ["---:"] * (len(names) - 3), *map(cells, rows)]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    head = "Written by `python bench/proof/compiled.py`, which says what the columns mean; Triton"
+    (out / "compiled.md").write_text(f"{head} {triton.__version__}.\n\n{table}\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--out", type=Path, default=Path("."), help="folder for compiled.md and compiled.csv (default .)"
+    )
+    out = parser.parse_args().out
+    if triton.knobs.runtime.interpret:
+        raise SystemExit("Triton's interpreter compiles nothing: unset TRITON_INTERPRET.")
+    rows = []
+    for kernel in KERNELS:
+        for target in TARGETS:
+            rows += [row(kernel, dtype, target) for dtype in DTYPES]
+        print(f"{kernel}: compiled for {', '.join(TARGETS)}", flush=True)
+    write(rows, out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,340 @@
+"""The benchmark: that it times only what is right, says what its numbers mean, and refuses those that mean nothing.
+
+No test looks at how long anything takes.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+REPO = Path(__file__).parents[2]
+BENCH = REPO / "bench"
+sys.path.insert(0, str(BENCH))
+
+import limit  # noqa: E402
+import losses  # noqa: E402
+import measure  # noqa: E402
+import page  # noqa: E402
+import peak  # noqa: E402
+import providers  # noqa: E402
+import report  # noqa: E402
+import results  # noqa: E402
+import run  # noqa: E402
+import timing  # noqa: E402
+import workloads  # noqa: E402
+from timing import Ratio, Timing  # noqa: E402
+from workloads import Case  # noqa: E402
+
+BY_NAME = {provider.name: provider for provider in providers.ALL}
+SMALL = [Case((4, 3, 8, 8), (5,), sigma=sigma) for sigma in workloads.SIGMAS if sigma != "levels"]
+
+
+@pytest.fixture(autouse=True)
+def not_deterministic(poison: None) -> None:
+    """F.gaussian_nll_loss and torch.compile are slow, or warn, in the mode that poisons torch.empty."""
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def few_levels(monkeypatch: pytest.MonkeyPatch) -> Case:
+    monkeypatch.setattr(workloads, "LEVELS", {1: 1, 4: 2})
+    return Case((2,), (), sigma="levels")
+
+
+def step(provider: str, case: Case) -> providers.Step:
+    return providers.Step(BY_NAME[provider], case, case.tensors())
+
+
+# ------------------------------------------------------------------------------------------------------- what is right
+
+
+@pytest.mark.parametrize("dtype", workloads.DTYPES)
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.sigma)
+def test_every_provider_agrees_with_fp64(case: Case, dtype: str) -> None:
+    case = dataclasses.replace(case, dtype=dtype)
+    serving = [p for p in providers.chosen(None, case) if not p.compiled]
+    assert {"single_pass", "reference", "limit"} < {p.name for p in serving}
+    assert any(p.kind == "baseline" for p in serving)
+    for provider in serving:
+        providers.check(step(provider.name, case), case)
+
+
+def test_every_provider_of_levels_agrees_with_fp64(few_levels: Case) -> None:
+    serving = [p for p in providers.chosen(None, few_levels) if not p.compiled]
+    assert {"eager_levels", "reference", "limit"} <= {p.name for p in serving}
+    for provider in serving:
+        providers.check(step(provider.name, few_levels), few_levels)
+
+
+def test_compiled_baselines_are_the_eager_ones() -> None:
+    for name, provider in BY_NAME.items():
+        if provider.compiled:
+            eager = BY_NAME[name.removesuffix("_compiled")]
+            assert dataclasses.replace(eager, name=name, compiled=True) == provider
+
+
+def test_the_formula_is_the_librarys() -> None:
+    """Two independent writings of it, fp64."""
+    for case in SMALL:
+        tensors = [t.detach().double().requires_grad_(t.requires_grad) for t in case.tensors()]
+        ours, exact = losses.fused(case.sigma, *tensors), losses.exact(case.sigma, False, *tensors)
+        torch.testing.assert_close(ours, exact)
+
+
+def wrong_loss(*tensors: torch.Tensor) -> torch.Tensor:
+    return losses.one_liner(*tensors) + 1.0
+
+
+def wrong_gradient(*tensors: torch.Tensor) -> torch.Tensor:
+    recon, *rest = tensors
+    return losses.one_liner(recon, *rest) + 0.01 * (recon - recon.detach()).sum()
+
+
+@pytest.mark.parametrize(
+    ("loss", "complaint"), [(wrong_loss, "the loss differs"), (wrong_gradient, "gradient 0 differs")]
+)
+def test_a_wrong_provider_is_refused_by_name(
+    loss: object, complaint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    wrong = dataclasses.replace(BY_NAME["one_liner"], name="wrong", loss=loss)
+    case = SMALL[0]
+    with pytest.raises(providers.Disagrees, match=rf"wrong at {case.name}: {complaint}"):
+        providers.check(providers.Step(wrong, case, case.tensors()), case)
+
+    monkeypatch.setattr(providers, "ALL", [BY_NAME["one_liner"], wrong])
+    monkeypatch.setattr(workloads, "registry", lambda device="cpu": {case.name: case})
+    assert run.main(["--rounds", "1", "--out", str(tmp_path)]) == 1
+    assert f"NOT TIMED: wrong at {case.name}: {complaint}" in capsys.readouterr().err
+    assert [r["provider"] for r in json.loads((tmp_path / "results.json").read_text())["results"]] == ["one_liner"]
+
+
+# ---------------------------------------------------------------------------------------------------------- arithmetic
+
+
+def test_bytes_and_rates() -> None:
+    tensors = Case((2, 3, 4), (5,)).tensors()
+    n, l = 2 * 3 * 4 * 4, 2 * 5 * 4
+    assert workloads.forward_bytes(tensors) == 2 * n + 2 * l
+    assert workloads.backward_bytes(tensors) == 3 * n + 4 * l
+    assert workloads.step_bytes(tensors) == 5 * n + 6 * l
+    half = Case((2, 3, 4), (5,), dtype="bf16").tensors()
+    assert 2 * workloads.step_bytes(half) == workloads.step_bytes(tensors)
+    pixel = Case((2, 3, 4), (5,), sigma="pixel").tensors()
+    assert workloads.step_bytes(pixel) == 8 * n + 6 * l
+    assert measure.gb_per_s(3_000_000_000, 1.5) == 2.0
+
+
+def test_the_limit_reads_and_writes_every_word() -> None:
+    for case in SMALL:
+        tensors = case.tensors()
+        moved = limit.Limit(tensors, case.sigma)
+        recon, target, mu, logvar = (t.detach().view(torch.int32) for t in tensors[:4])
+        data = [recon ^ target]
+        if case.sigma == "pixel":
+            mixed = recon ^ target ^ tensors[4].detach().view(torch.int32)
+            data = [mixed, mixed + 1]
+        expected = [*data, mu ^ logvar, (mu ^ logvar) + 1]
+        got = [t.view(torch.int32) for group in moved.backward() for t in group]
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        read = [data[0].long().sum(), (mu ^ logvar).long().sum()]
+        assert moved.forward() == sum(int(part) for part in read) % 2**32
+    bytes_of = sum(t.numel() * t.element_size() for group in moved.groups for t in group)
+    assert bytes_of == workloads.forward_bytes(tensors)
+
+
+def test_without_a_compiler_there_is_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limit, "available", lambda: False)
+    assert "limit" not in [p.name for p in providers.chosen(None, SMALL[0])]
+
+
+# -------------------------------------------------------------------------------------------------------------- spread
+
+
+def rounds(*seconds: float, waits: tuple[float, ...] = ()) -> Timing:
+    return Timing(list(seconds), [0.0] * len(seconds), list(waits) or [0.0] * len(seconds))
+
+
+def noisy(centre: float, width: float, count: int = 30) -> Timing:
+    """Evenly between centre ∓ width/2, in random order."""
+    values = [centre + width * (i / (count - 1) - 0.5) for i in range(count)]
+    random.Random(0).shuffle(values)
+    return rounds(*values)
+
+
+ONES = rounds(*[1.0] * 30)
+
+
+def test_a_ratio_needs_rounds_that_agree() -> None:
+    assert Ratio.of_rounds(noisy(2.0, 0.4), ONES).hidden is None
+    assert "median apart" in (Ratio.of_rounds(noisy(2.0, 3.0), ONES).hidden or "")
+    assert "either may be faster" in (Ratio.of_rounds(noisy(1.02, 0.4), ONES).hidden or "")
+    assert Ratio.of_rounds(noisy(1.0, 0.05), ONES).hidden is None  # equal, and known to be
+    assert "median apart" in (Ratio.of_rounds(noisy(2.0, 1.6, 5), rounds(*[1.0] * 5)).hidden or "")  # too few rounds
+    assert Ratio.of_rounds(rounds(2.0, float("nan")), rounds(1.0, 1.0)).hidden is not None
+
+
+def test_rounds_in_which_others_had_the_processors_are_left_out() -> None:
+    waits = (0.0, 0.5, 0.0)
+    ratio = Ratio.of_rounds(rounds(2.0, 50.0, 2.0, waits=waits), rounds(1.0, 1.0, 1.0))
+    assert (ratio.low, ratio.high, ratio.hidden) == (2.0, 2.0, None)
+    assert Ratio.of_rounds(rounds(1.0, 1.0, 1.0), rounds(2.0, 50.0, 2.0, waits=waits)).low == 0.5
+    mostly = rounds(2.0, 2.0, 2.0, waits=(0.5, 0.0, 0.5))
+    assert "others had the processors" in (Ratio.of_rounds(mostly, rounds(1.0, 1.0, 1.0)).hidden or "")
+    assert mostly.calm_share < timing.CALM
+
+
+def test_ratios_are_of_rounds_and_not_of_medians() -> None:
+    slow_rounds = [1.0, 10.0, 100.0]
+    assert Ratio.of_rounds(rounds(*(3 * s for s in slow_rounds)), rounds(*slow_rounds)).median == 3.0
+
+
+def test_the_interval_holds_the_median() -> None:
+    """Against the binomial distribution's table: 95% for n = 30 are the 10th to the 21st value, none below six."""
+    assert [timing.outside(n) for n in (1, 5, 6, 10, 30, 100)] == [0, 0, 0, 1, 9, 39]
+    ratio = Ratio.of_rounds(rounds(*range(1, 31)), ONES)
+    assert (ratio.low, ratio.median, ratio.high) == (10, 15.5, 21)
+
+
+def test_a_sample_is_taken_again_while_others_have_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = iter([(1.0, 0.0, 0.9), (0.5, 0.5, 0.5), (0.2, 0.0, 0.0), (1.0, 0.0, 0.9), (0.3, 0.0, 0.8)])
+    monkeypatch.setattr(timing, "sample", lambda *arguments: next(seen))
+    found = Timing()
+    for _ in range(2):
+        timing.take_turn(None, SMALL[0], 1, found)  # type: ignore[arg-type]
+    assert found.forward == [0.2, 0.3]  # the second, though disturbed, when patience was over
+    assert found.repeated == timing.PATIENCE == 3.0
+    assert found.calm == [True, False]
+
+
+def test_what_is_hidden_is_not_shown() -> None:
+    ratio = {"median": 1.234, "low": 0.5, "high": 2.5, "hidden": "between …"}
+    record = {"case": "c", "own_to_limit": ratio, "step_s": {"median": 1.0}, "busy": True}
+    assert report.median(record, "step") == "?"
+    assert report.median(record | {"busy": False}, "step") == "1.00 s"
+    assert report.ratio(ratio) == page.ratio(ratio) == page.with_interval(ratio) == "?"
+    assert report.flat(report.shown(record))["own_to_limit.median"] is None
+    assert "1.2" in page.with_interval(ratio | {"hidden": None})
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+def test_memory_kept_for_backward() -> None:
+    case = Case((64, 3, 16, 16))
+    recon = case.elements * 4
+    for name in ("cpp", "reference"):
+        if name in providers.available("cpu"):
+            assert measure.saved_bytes(step(name, case)) < 2000  # O(B)
+    assert measure.saved_bytes(step("single_pass", case)) == 0
+    assert measure.saved_bytes(step("stock", case)) >= 3 * recon
+    assert recon <= measure.saved_bytes(step("one_liner", case)) < 2 * recon
+
+
+@pytest.mark.skipif(not peak.available(), reason="needs Linux's /proc/self/clear_refs")
+def test_peak_memory() -> None:
+    """Of gradients alone, and of an eager formula's tensors beside them."""
+    case = workloads.registry()["128x3x64x64"]
+    recon = case.elements * 4
+    one_liner = peak.in_a_process(case, "one_liner", 1)
+    # What else is resident may shrink beside it, by some pages in a thousand.
+    assert 0.95 * recon < one_liner < 8 * recon
+    assert one_liner < peak.in_a_process(case, "stock", 1)
+
+
+def test_operators() -> None:
+    case = SMALL[0]
+    assert measure.operators(step("stock", case)) > measure.operators(step("one_liner", case)) > 10
+    if "cpp" in providers.available("cpu"):
+        assert measure.operators(step("cpp", case)) == 3  # forward, ones_like, grads
+
+
+# -------------------------------------------------------------------------------------------------- the run, the pages
+
+
+def test_a_quick_run_from_end_to_end(tmp_path: Path) -> None:
+    few = ["cpp", "single_pass", "one_liner", "latent_diffusion", "limit"]
+    command = [sys.executable, BENCH / "run.py", "--quick", "--rounds", "2", "--out", tmp_path, "--providers", *few]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = report.read_json(tmp_path / "results.json")
+    assert tuple(found["cases"]) == workloads.QUICK
+    assert {"processor", "cores", "caches"} <= set(found["machine"])
+    assert {"torch", "commit", "compiler"} <= set(found["versions"])
+    for record in found["results"]:
+        assert record["step_s"]["q1"] <= record["step_s"]["median"] <= record["step_s"]["q3"]
+    with (tmp_path / "results.csv").open(encoding="utf-8") as file:
+        assert len(list(csv.DictReader(file))) == len(found["results"])
+    assert (tmp_path / "bars.png").stat().st_size > 10_000
+    for name in workloads.QUICK:
+        assert f"{name}: " in done.stdout
+    text = page.results_page(found, ["bars.png"])
+    assert "![bars](results/bars.png)" in text
+    assert "| 64x1x28x28 |" in page.readme_table(found)
+
+
+def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--cases", "128x3x64x65"], ["--providers", "one-liner"], ["--rounds", "0"]):
+        with pytest.raises(SystemExit):
+            run.parse(arguments)
+        assert arguments[1] in capsys.readouterr().err or arguments[0] == "--rounds"
+    assert {c.name for c in run.parse(["--cases", "16x3x256x256*"]).cases} >= {"16x3x256x256", "16x3x256x256-bf16"}
+
+
+def test_names_are_unique() -> None:
+    for device in ("cpu", "cuda"):
+        for name, case in workloads.registry(device).items():
+            assert (name, device) == (case.name, case.device)
+    assert len(BY_NAME) == len(providers.ALL)
+
+
+def test_the_pages_are_what_the_kept_results_make() -> None:
+    """Of the format: numbers may be as old as the kept run."""
+    for path, text in results.rendered().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name} is stale: run make bench-docs"
+
+
+def test_a_narrower_instruction_set_s_run_is_kept_beside_the_widest_s(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Under its name, and in one section, where each case stands beside the same one of the page's own run."""
+    found = report.read_json(results.KEPT / "results.json")
+    other = json.loads(json.dumps(found))
+    other["flags"]["instruction_set"] = "AVX2"
+    for record in other["results"]:
+        record["step_s"]["median"] = 123e-6
+    for name, run_ in (("widest", found), ("narrower", other)):
+        (tmp_path / name).mkdir()
+        report.write_json(run_, tmp_path / name / "results.json")
+    monkeypatch.setattr(results, "KEPT", tmp_path / "kept")
+    results.keep(tmp_path / "widest", tmp_path / "narrower")
+    assert {"results.json", "results.csv", "avx2.json", "avx2.csv"} <= {p.name for p in (tmp_path / "kept").iterdir()}
+    assert report.read_json(tmp_path / "kept/avx2.json") == other
+    text = results.rendered()[results.PAGE]
+    before, _, section = text.partition("## Narrower instruction sets")
+    section, _, after = section.partition("\n## ")
+    own = found["results"][[r["provider"] for r in found["results"]].index("cpp")]
+    assert f"| AVX2 | {own['case']} | 123.0 µs |" in section
+    assert report.seconds(own["step_s"]["median"]) in section
+    assert "123.0 µs" not in before + after
+    assert "AVX512)" in results.rendered()[results.README]  # which machine
+
+
+def test_what_the_results_page_links_to_is_there() -> None:
+    for link in re.findall(r"\]\(([^)#]+)\)", results.PAGE.read_text(encoding="utf-8")):
+        assert (BENCH / link).exists(), link
+
+
+def test_the_readme_has_one_place_for_the_table() -> None:
+    with pytest.raises(ValueError, match=r"0 of them in README\.md"):
+        results.between("no markers", "table")
+    assert results.between(f"a\n{results.START}old{results.END}b", "new") == f"a\n{results.START}\nnew\n{results.END}b"

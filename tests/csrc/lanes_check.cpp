@@ -1,0 +1,238 @@
+// The element loops of csrc/cpu on made-up numbers, for whatever instruction set and compiler: conversions against
+// PyTorch's own, exp against libm's, then a line for each loop with a hash of what it gave. The lines must be the same
+// everywhere; tests/csrc/test_lanes.py compiles and runs this.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "cpu/blocks.h"
+#include "cpu/latents.h"
+
+namespace {
+
+using namespace elbo;
+
+template <class T>
+T bits_of(uint32_t bits) {
+  T value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+bool same(float a, float b) {
+  return std::memcmp(&a, &b, sizeof a) == 0 || (std::isnan(a) && std::isnan(b));
+}
+
+[[noreturn]] void differs(const char* what, double at, double got, double expected) {
+  std::printf("%s of %a is %a, not %a\n", what, at, got, expected);
+  std::exit(1);
+}
+
+// ---------------------------------------------------------------------------------------------------- conversions, exp
+
+// Every number of T, one vector and two at a time.
+template <class T>
+void check_widening(const char* name) {
+  constexpr int64_t L = kLanes<float>;
+  for (uint32_t first = 0; first < 65536; first += 2 * L) {
+    T in[2 * L];
+    for (int64_t k = 0; k < 2 * L; ++k) in[k] = bits_of<T>(first + k);
+    float one[2 * L], two[2 * L];
+    for (int64_t i = 0; i < 2 * L; i += L) store(one + i, load(in + i, AllLanes<float>{}), AllLanes<float>{});
+    store_two<false>(two, in_order<T>(load_two(in)));
+    for (int64_t k = 0; k < 2 * L; ++k) {
+      const float expected = static_cast<float>(in[k]);
+      if (!same(one[k], expected)) differs(name, first + k, one[k], expected);
+      if (!same(two[k], expected)) differs(name, first + k, two[k], expected);
+    }
+  }
+}
+
+// Floats about every number of T: exact ones, halfway between two, and beside those.
+template <class T>
+void check_rounding(const char* name) {
+  constexpr int64_t L = kLanes<float>;
+  const uint32_t lower[] = {0,      1,      0x0FFF, 0x1000, 0x1001, 0x2000, 0x3000, 0x5000,
+                            0x7FFF, 0x8000, 0x8001, 0x9000, 0xB000, 0xD000, 0xF000, 0xFFFF};
+  for (uint32_t upper = 0; upper < 65536; upper += 2 * L) {
+    for (uint32_t low : lower) {
+      float in[2 * L];
+      T one[2 * L], two[2 * L];
+      for (int64_t k = 0; k < 2 * L; ++k) in[k] = bits_of<float>((upper + k) << 16 | low);
+      for (int64_t i = 0; i < 2 * L; i += L) store(one + i, load(in + i, AllLanes<float>{}), AllLanes<float>{});
+      for (int64_t i = 0; i < 2 * L; ++i) {  // one number in all lanes, whose order then does not matter
+        float all[L];
+        std::fill_n(all, L, in[i]);
+        T many[2 * L];
+        store_two<false>(many, Two<Vector<float>>{load(all, L), load(all, L)});
+        two[i] = many[i];
+      }
+      for (int64_t k = 0; k < 2 * L; ++k) {
+        const float expected = static_cast<float>(T(in[k]));
+        if (!same(one[k], expected)) differs(name, in[k], one[k], expected);
+        if (!same(two[k], expected)) differs(name, in[k], two[k], expected);
+      }
+    }
+  }
+}
+
+// A pair that is loaded and stored again is what it was.
+template <class T>
+void check_order(const char* name) {
+  constexpr int64_t L = kLanes<float>;
+  T in[2 * L], out[2 * L];
+  for (int64_t k = 0; k < 2 * L; ++k) in[k] = T(static_cast<float>(k));
+  store_two<false>(out, load_two(in));
+  for (int64_t k = 0; k < 2 * L; ++k) {
+    if (!same(out[k], in[k])) differs(name, k, out[k], in[k]);
+  }
+}
+
+float lane(Vector<float> v) {
+  return v[kLanes<float> - 1];
+}
+
+void check_exp() {
+  for (float x = -110; x < 100; x += 0.00371f) {
+    const float got = lane(Lanes<Vector<float>>::exp(Vector<float>{} + x)),
+                expected = static_cast<float>(std::exp(double{x}));
+    const bool right = expected < 1e-37f || std::isinf(expected)
+                           ? std::fabs(got - expected) <= 1e-37f || got == expected
+                           : std::fabs(got / expected - 1) < 2.5e-7f;
+    if (!right) differs("exp", x, got, expected);
+  }
+  for (double x = -2; x < 2; x += 0.00037) {
+    const float t = static_cast<float>(x);
+    const double expected = std::expm1(double{t}), far = expected - t;
+    if (std::fabs(lane(expm1(Vector<float>{} + t)) - expected) > 4e-7 * std::fabs(expected))
+      differs("expm1", t, lane(expm1(Vector<float>{} + t)), expected);
+    if (std::fabs(lane(excess(Vector<float>{} + t)) - far) > 2e-6 * std::fabs(far) + 1e-14)
+      differs("excess", t, lane(excess(Vector<float>{} + t)), far);
+  }
+  for (float x : {NAN, INFINITY, -INFINITY}) {
+    const float got = lane(Lanes<Vector<float>>::exp(Vector<float>{} + x));
+    if (!same(got, std::exp(x))) differs("exp", x, got, std::exp(x));
+  }
+}
+
+// --------------------------------------------------------------------------------------------------------- the loops
+
+struct Hash {
+  uint64_t value = 14695981039346656037u;
+
+  void add(const void* data, size_t bytes) {
+    for (size_t k = 0; k < bytes; ++k) value = (value ^ static_cast<const unsigned char*>(data)[k]) * 1099511628211u;
+  }
+  void add(double x) {
+    add(&x, sizeof x);
+  }
+};
+
+template <class T>
+struct Numbers {
+  std::vector<T> values;
+  int64_t dims;
+
+  Numbers(int64_t batch, int64_t dims, uint32_t seed, float scale) : values(batch * dims), dims(dims) {
+    for (T& value : values) {
+      seed = seed * 1664525 + 1013904223;
+      value = T(scale * (static_cast<float>(seed >> 8) * 0x1p-23f - 1));
+    }
+  }
+
+  Span span() {
+    return {reinterpret_cast<char*>(values.data()), kDtype<T>, sizeof(T), dims};
+  }
+};
+
+constexpr int64_t kBatch = 2;
+
+template <class T>
+void of_data(const char* name) {
+  Hash sums, gradients;
+  for (int64_t dims : {1, 7, 15, 16, 17, 40, 63, 64, 65, 127, 200, 1023, 1024, 3333}) {
+    Numbers<T> recon(kBatch, dims, 1, 1), target(kBatch, dims, 2, 1), g(kBatch, dims, 3, 0),
+        g_target(kBatch, dims, 4, 0);
+    Data data;
+    data.dims = dims;
+    data.recon = recon.span();
+    data.target = target.span();
+    Gradients out;
+    out.recon = g.span();
+    out.target = g_target.span();
+    for (bool past_caches : {false, true}) {
+      out.past_caches = past_caches;
+      for (int64_t sample = 0; sample < kBatch; ++sample) {
+        sums.add(chunk_sum<float>(data, sample, 0));
+        chunk_gradient<float>(data, 0.3f, sample, 0, out);
+      }
+      gradients.add(g.values.data(), g.values.size() * sizeof(T));
+      gradients.add(g_target.values.data(), g.values.size() * sizeof(T));
+    }
+  }
+  std::printf(
+      "data %s %016llx %016llx\n", name, static_cast<unsigned long long>(sums.value),
+      static_cast<unsigned long long>(gradients.value));
+}
+
+template <class T, bool Prior>
+void of_latents(const char* name) {
+  Hash sums, gradients;
+  for (int64_t dims : {1, 7, 16, 17, 40, 64, 65, 200, 1024, 1500}) {
+    for (double free_bits : {0.0, 0.4}) {
+      Numbers<T> mu(kBatch, dims, 5, 2), logvar(kBatch, dims, 6, 3), prior_mu(kBatch, dims, 7, 2),
+          prior_logvar(kBatch, dims, 8, 1);
+      Numbers<T> g[4] = {{kBatch, dims, 0, 0}, {kBatch, dims, 0, 0}, {kBatch, dims, 0, 0}, {kBatch, dims, 0, 0}};
+      Latents latents;
+      latents.dims = dims;
+      latents.mu = mu.span();
+      latents.logvar = logvar.span();
+      latents.has_prior = Prior;
+      latents.prior_mu = prior_mu.span();
+      latents.prior_logvar = prior_logvar.span();
+      if (free_bits > 0) latents.free_bits = free_bits;
+      Gradients out;
+      out.mu = g[0].span();
+      out.logvar = g[1].span();
+      if (Prior) out.prior_mu = g[2].span();
+      if (Prior) out.prior_logvar = g[3].span();
+      for (bool past_caches : {false, true}) {
+        out.latents_past_caches = past_caches;
+        for (int64_t sample = 0; sample < kBatch; ++sample) {
+          double rate, clamped;
+          rates<float, Prior>(latents, sample, 0, rate, clamped);
+          sums.add(rate);
+          sums.add(clamped);
+          latent_gradient<float, Prior>(latents, 0.7f, 0.2f, sample, 0, out);
+        }
+        for (auto& of : g) gradients.add(of.values.data(), of.values.size() * sizeof(T));
+      }
+    }
+  }
+  std::printf(
+      "latents %s%s %016llx %016llx\n", name, Prior ? " prior" : "", static_cast<unsigned long long>(sums.value),
+      static_cast<unsigned long long>(gradients.value));
+}
+
+template <class T>
+void run(const char* name) {
+  of_data<T>(name);
+  of_latents<T, false>(name);
+  of_latents<T, true>(name);
+}
+
+}  // namespace
+
+int main() {
+  check_widening<BFloat16>("bf16 to float");
+  check_widening<Half>("fp16 to float");
+  check_rounding<BFloat16>("float to bf16");
+  check_rounding<Half>("float to fp16");
+  check_order<BFloat16>("bf16's order");
+  check_order<Half>("fp16's order");
+  check_exp();
+  run<float>("fp32");
+  run<BFloat16>("bf16");
+  run<Half>("fp16");
+}

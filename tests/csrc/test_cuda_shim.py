@@ -1,0 +1,309 @@
+"""The CUDA kernels as CPU code, thread for thread: under several schedules, under AddressSanitizer, and with faults.
+
+The faults (tests/mutants.py) are compiled into one library, in which a number says which one runs, and
+cuda_check.py must notice each. Not here, because the shim cannot tell: a missing __threadfence, and accesses out of
+bounds that change no value (AddressSanitizer sees them).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import cuda_shim
+import pytest
+from mutants import Mutant, copy, switch_in
+
+if "cuda_plugin" not in sys.modules:
+    pytest.skip("minutes of compiling, which `make test-cuda` takes", allow_module_level=True)
+from cuda_plugin import kept_folder
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(cuda_shim.compiler() is None, reason="there is no C++ compiler"),
+]
+PROGRAM = Path(__file__).with_name("cuda_check.py")
+
+DEVICE, ELEMENTS = "cuda/device.cuh", "cuda/elements.cuh"
+STATS, FINALIZE, GRADS, STEP, EACH = (
+    f"cuda/elbo_{stem}.cuh" for stem in ("stats", "finalize", "grads", "step", "step_each")
+)
+INPUTS, BINDINGS, MATH, SPAN = "cuda/inputs.h", "cuda/bindings.cpp", "elbo_math.h", "span.h"
+
+# Few elements then make many pieces, several for a warp, and pieces of several times the least size.
+SMALL = (
+    Mutant("cuda/elbo_stats.cu", "", "constexpr int64_t kPiece = $N;", "constexpr int64_t kPiece = 512;"),
+    Mutant("cuda/elbo_stats.cu", "", "constexpr int64_t kMany = $N;", "constexpr int64_t kMany = 16;"),
+    Mutant("cuda/launch.h", "", "constexpr int kBlocksPerSm = $N;", "constexpr int kBlocksPerSm = 1;"),
+)
+
+MUTANTS = {
+    # barriers and shuffles
+    "no_barrier_before_the_block_sums_up": Mutant(
+        DEVICE, "block_sum", "__syncthreads();", "", ("descending", "optimal, none"), place=(0, 2),
+    ),
+    "no_barrier_before_the_next_block_sum": Mutant(
+        DEVICE, "block_sum", "__syncthreads();", "", ("descending", "optimal, none"), place=(1, 2),
+    ),
+    "no_barrier_before_the_total": Mutant(
+        FINALIZE, "sum_pieces", "__syncthreads();", "", ("ascending", "step, given, several pieces"), place=(1, 2),
+    ),
+    "half_a_warp_is_summed": Mutant(DEVICE, "warp_sum", "$STEP > 0", "$STEP > 1", ("random:1", "far apart")),
+    "a_barrier_in_a_branch": Mutant(
+        DEVICE, "block_sum", "__syncthreads();", "if (warp() == 0) __syncthreads();", ("random:1", "far apart"),
+        place=(0, 2),
+    ),
+    # tails
+    "no_elements_after_the_last_vector": Mutant(
+        DEVICE, "walk", "$N - $X", "$HEAD", ("descending", "per-image-softclip, none"), place=(1, 2),
+        beside="($ALL - $HEAD) / $V",
+    ),
+    "an_element_too_many": Mutant(
+        DEVICE, "walk", "$N - $X", "$N - $X + 1", ("descending", "per-image-softclip, none"), place=(1, 2),
+    ),
+    "the_head_is_taken_for_the_tail": Mutant(
+        DEVICE, "walk", "$G < $HEAD ? $G : $G + $X", "$G + $X", ("descending", "per-image-softclip, none"),
+    ),
+    "a_vector_too_few": Mutant(
+        DEVICE, "walk_groups", "$G < $N", "$G < $N - 1", ("descending", "per-image-softclip, none"), place=(3, 4),
+    ),
+    "vectors_off_their_place": Mutant(
+        DEVICE, "walk", "$HEAD + $G * $N", "$G * $N", ("descending", "per-image-softclip, none"),
+    ),
+    "one_turn_of_two": Mutant(
+        DEVICE, "walk_groups", "$G += $T * $W", "$G += 2 * $T * $W", ("ascending", "step, per image, of 75 kB"),
+    ),
+    # latents
+    "vectors_of_latents_at_any_address": Mutant(
+        ELEMENTS, "vector", "$ADDRESS | 16", "0u | 16", ("descending", "per-image-softclip, none"),
+    ),
+    "vectors_of_gradients_at_any_address": Mutant(
+        GRADS, "latent_gradient", "min($A.vector(), $B.vector())", "16",
+        ("descending", "latents of one sample for all"), place=(0, 2),
+    ),
+    "no_latents_after_the_last_vector": Mutant(
+        ELEMENTS, "walk", "$I < $N", "$I < 0", ("descending", "per-image-softclip, none"), place=(2, 3),
+    ),
+    "the_first_turn_again": Mutant(
+        DEVICE, "take", "$W[$K - $N] = $W[$K]", "$W[$K] = $W[$K]", ("random:1", "far apart"),
+    ),
+    "the_halves_of_64_bits_swapped": Mutant(
+        DEVICE, "write", "Few<uint32_t, 2>{$A, $B}", "Few<uint32_t, 2>{$B, $A}",
+        ("descending", "variances of 0 and infinity"),
+    ),
+    "one_of_the_vectors_alone": Mutant(
+        ELEMENTS, "walk", "$G += kWarpSize", "$G += 1 << 20", ("ascending", "step, given, several pieces"),
+        place=(0, 2),
+    ),
+    # pieces and partial sums
+    "a_dropped_partial": Mutant(
+        FINALIZE, "sum_pieces", "for (int64_t $P = threadIdx.x % $W; $P < $N; $P += $W) $BODY",
+        "for (int64_t $P = threadIdx.x % $W; $P < $N - 1; $P += $W) $BODY", ("random:1", "far apart"),
+    ),
+    "one_round_of_the_grid": Mutant(
+        DEVICE, "for_pieces", "$I += $WARPS", "$I += int64_t{1} << 40", ("ascending", "step, waits"),
+    ),
+    "samples_beyond_the_block": Mutant(
+        FINALIZE, "sum_pieces", "for (int64_t $I = 0; $I < $N; $I += $TOGETHER) $BODY",
+        "for (int64_t $I = 0; $I < 1; $I += $TOGETHER) $BODY", ("ascending", "more samples than finalize has threads"),
+    ),
+    "a_piece_too_long": Mutant(
+        DEVICE, "for_pieces", "min($N - $I, $SIZE)", "min($N - $I + 1, $SIZE)", ("random:1", "far apart"),
+    ),
+    "32_bits_for_an_offset": Mutant(
+        SPAN, "at", "$I * $S + $E", "static_cast<int32_t>($I * $S) + $E", ("random:1", "far apart"),
+    ),
+    # factors
+    "no_scale_by_the_reduction": Mutant(
+        GRADS, "weight_of", "$S * at($G, $I)", "at($G, $I)", ("ascending", "step, learned-channel"), place=(0, 3),
+    ),
+    "no_scale_by_grad_distortion": Mutant(
+        GRADS, "weight_of", "$S * at($G, $I)", "$S", ("descending", "per-image-softclip, none"), place=(1, 3),
+    ),
+    "no_scale_by_grad_rate": Mutant(
+        GRADS, "weight_of", "$S * at($G, $I)", "$S", ("random:1", "far apart"), place=(2, 3),
+    ),
+    "one_grad_loss_for_all": Mutant(
+        GRADS, "weight_of", "$S * at($G, $I)", "$S * at($G, 0)", ("random:1", "far apart"), place=(0, 3),
+    ),
+    "no_scale_by_beta": Mutant(
+        MATH, "factors", "$LOSS * $BETA", "$LOSS", ("descending", "beta-sample, none"), place=(0, 5),
+    ),
+    "no_coupling_by_a_shared_sigma": Mutant(GRADS, "factors_of", "$E += $X;", "", ("descending", "optimal, none")),
+    "weights_are_taken_for_equal": Mutant(
+        BINDINGS, "grads", "!unequal($A) && !unequal($B)", "unequal($A) || !unequal($B)",
+        ("descending", "optimal, none"),
+    ),
+    "no_coupling_by_the_sigma_of_an_image": Mutant(
+        MATH, "factors", "$E += $S * $X / $Y", "$E += 0", ("descending", "per-image-softclip, none"),
+    ),
+    "sign_of_g_target": Mutant(
+        GRADS, "data_gradient", "return -$G;", "return $G;", ("descending", "per-image-softclip, none"),
+    ),
+    "sign_of_the_capacity_gap": Mutant(
+        MATH, "limit_by_capacity", "($G > 0) - ($G < 0)", "($G > 0)", ("ascending", "capacity-above"),
+    ),
+    "free_bits_mask_inverted": Mutant(
+        GRADS, "latent_gradient", "$X >= $F", "$X < $F", ("descending", "free-bits, none"),
+    ),
+    "free_bits_hide_nan": Mutant(
+        STATS, "rates", "$X < $F ? $F : $X", "$X >= $F ? $X : $F", ("ascending", "NaN in the latents"),
+    ),
+    # σ inside a sample, and layouts
+    "log_sigma_does_not_wrap": Mutant(ELEMENTS, "offset_of", "$I / $D % $N", "$I / $D", ("ascending", "learned-rows")),
+    "one_level_of_log_sigma_only": Mutant(ELEMENTS, "offset_of", "$L < $N", "$L < 1", ("ascending", "learned-rows")),
+    "the_samples_log_sigma_is_the_first_ones": Mutant(
+        INPUTS, "set_levels", "span_of($T, $S)", "span_of($T, 0)", ("ascending", "learned-channel-image"),
+    ),
+    "log_sigma_is_rounded_to_the_targets_dtype": Mutant(
+        INPUTS, "set_data", "$A &= $B", "$A |= $B", ("descending", "a log σ of another dtype"),
+    ),
+    "orders_are_taken_for_equal": Mutant(
+        "layout.h", "in_order_of", "same_order($A, $B) && $X", "$X", ("ascending", "two orders"),
+    ),
+    # the step
+    "the_leader_does_not_wait": Mutant(
+        STEP, "latent_role", "$GRID.sync();", "", ("ascending", "step, beta-tensor"), place=(0, 2),
+    ),
+    "data_do_not_wait_for_the_leader": Mutant(
+        STEP, "data_role", "$GRID.sync();", "", ("ascending", "step, beta-tensor"), place=(1, 2),
+    ),
+    "nobody_waits_for_the_leader": Mutant(
+        STEP, "latent_role", "$GRID.sync();", "", ("ascending", "step, beta-tensor"), place=(1, 2),
+    ),
+    "a_row_too_few_in_registers": Mutant(
+        STEP, "read", "for (int $K = 0; $K < $N; ++$K) $SUM += square($E);",
+        "for (int $K = 0; $K < $N - 1; ++$K) $SUM += square($E);", ("random:1", "step, in shared memory, fp16"),
+    ),
+    "one_place_in_shared_memory_for_all": Mutant(
+        STEP, "beyond", "($K * $V + $J) * $N + $X", "$K * $V + $J", ("random:1", "step, in shared memory, fp16"),
+    ),
+    "a_dropped_block": Mutant(
+        STEP, "lead", "for (int $B = threadIdx.x; $B < $N; $B += $D) $BODY",
+        "for (int $B = threadIdx.x; $B < $N - 1; $B += $D) $BODY", ("ascending", "step, beta-tensor"),
+    ),
+    "no_grad_scale": Mutant(STEP, "lead", "$S * at($G, 0)", "$S", ("ascending", "step, beta-tensor"), place=(0, 2)),
+    "what_does_not_fit_is_tried": Mutant(
+        "cuda/step_plan.h", "step_plan", "$N <= $LIMIT", "true", ("random:1", "step, too large"),
+    ),
+    "no_barrier_before_the_next_sample": Mutant(
+        EACH, "own_sample", "__syncthreads();", "", ("ascending", "step, per image, several for a block"),
+    ),
+    "one_sample_of_a_block": Mutant(
+        EACH, "run_step_each", "$I += $N", "$I += int64_t{1} << 40",
+        ("ascending", "step, per image, several for a block"),
+    ),
+    "all_warps_keep_at_one_place": Mutant(
+        EACH, "own_sample", "$KEPT + $I", "$KEPT", ("ascending", "step, per image, of 75 kB"), place=(2, 5),
+    ),
+    "no_grad_scale_for_each": Mutant(EACH, "own_factors", "$S * at($G, $I)", "$S", ("ascending", "step, constant")),
+    "too_large_a_sample_is_tried": Mutant(
+        "cuda/elbo_step_each.cu", "elbo_step_each_fits", "$N * 4 <= $M", "$N * 4 > 0",
+        ("descending", "step, per image, too large"),
+    ),
+    "batches_are_taken_for_dense": Mutant(
+        "cuda/elbo_step.cu", "one_block_of_memory", "$B == 1 || $S == $N", "true",
+        ("descending", "step, samples apart"),
+    ),
+}  # fmt: skip
+
+# Which AddressSanitizer alone can see: they change no value.
+OUT_OF_BOUNDS = {
+    "an_element_too_many_of_the_data": Mutant(
+        GRADS,
+        "data_gradient",
+        "walk<$A, $B>($N, $$$X)",
+        "walk<$A, $B>($N + 1, $$$X)",
+        ("ascending", "softclip, none"),
+    ),
+    "a_row_beyond_the_end": Mutant(STEP, "Row", "$K < $N && $I < $M", "$K < $N", ("ascending", "step, optimal")),
+}
+
+Check = Callable[..., "str | None"]  # of a mutant's name, if any, and what is known to notice it: the fault
+
+
+@contextmanager
+def checked(library: Path, numbers: Mapping[str, int], *schedules: str, **environment: str) -> Iterator[Check]:
+    """A process that has the library and the cases."""
+    command = [sys.executable, str(PROGRAM), str(library), *schedules]
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    path = os.pathsep.join(filter(None, [str(PROGRAM.parents[1]), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path} | environment
+    with subprocess.Popen(command, env=environment, text=True, **streams) as process:
+
+        def check(mutant: str | None = None, first: tuple[str, str] | None = None) -> str | None:
+            print(json.dumps([numbers[mutant] if mutant else 0, first]), file=process.stdin, flush=True)
+            answer = process.stdout.readline()
+            assert answer, f"{' '.join(command)} has ended"
+            fault, end = json.loads(answer)
+            assert end is None, end
+            return fault
+
+        yield check
+
+
+def with_mutants(
+    mutants: Mapping[str, Mutant], config: pytest.Config, folder: Path, *flags: str
+) -> tuple[Path, dict[str, int]]:
+    """The library with all of them, in few and small pieces, and their numbers."""
+    csrc = copy(cuda_shim.CSRC, folder / "csrc", *SMALL)
+    numbers = switch_in(csrc, mutants, "shim::mutant")
+    return cuda_shim.build(kept_folder(config), csrc, ("-include", "cuda_runtime.h", *flags)), numbers
+
+
+@pytest.fixture(scope="module")
+def check(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Check]:
+    with checked(*with_mutants(MUTANTS, pytestconfig, tmp_path_factory.mktemp("cuda"))) as check:
+        yield check
+
+
+def test_the_kernels_as_they_are_pass(pytestconfig: pytest.Config) -> None:
+    with checked(cuda_shim.build(kept_folder(pytestconfig)), {}) as check:
+        assert check() is None
+
+
+def test_many_pieces(check: Check) -> None:
+    assert check() is None
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_is_noticed(name: str, check: Check) -> None:
+    fault = check(name, MUTANTS[name].killer)
+    assert fault is not None, "nothing was noticed"
+    # A library that does not even run would pass for a noticed fault; a launch that fails says why.
+    assert (
+        "AssertionError" in fault
+        or "threads wait at a barrier" in fault
+        or "more shared memory" in fault
+        or "not aligned" in fault
+    )
+
+
+@pytest.fixture(scope="module")
+def sanitized(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Check]:
+    """Under AddressSanitizer, and one schedule: which addresses a thread takes does not depend on who is next."""
+    asked = [cuda_shim.compiler() or "", "-print-file-name=libasan.so"]
+    runtime = Path(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip())
+    if not runtime.is_absolute():
+        pytest.skip("the compiler has no AddressSanitizer")
+    environment = {"LD_PRELOAD": str(runtime), "ASAN_OPTIONS": "detect_leaks=0"}
+    built = with_mutants(OUT_OF_BOUNDS, pytestconfig, tmp_path_factory.mktemp("asan"), "-fsanitize=address")
+    with checked(*built, "ascending", **environment) as check:
+        yield check
+
+
+@pytest.mark.xdist_group("sanitized")
+def test_no_access_out_of_bounds(sanitized: Check) -> None:
+    assert sanitized() is None
+
+
+@pytest.mark.xdist_group("sanitized")
+@pytest.mark.parametrize("name", OUT_OF_BOUNDS)
+def test_an_access_out_of_bounds_is_seen(name: str, sanitized: Check) -> None:
+    with pytest.raises(AssertionError, match="heap-buffer-overflow"):
+        sanitized(name, OUT_OF_BOUNDS[name].killer)

@@ -1,0 +1,226 @@
+"""A test of the tests: kernels with one fault each, every one of which tests/kernel_check.py must notice.
+
+A mutant is a copy of the kernels folder with one replacement (tests/mutants.py). All run in Triton's interpreter, so no
+GPU is needed. Not here, because the interpreter cannot tell: faults of a load's mask where the store's mask hides what
+was read (compute-sanitizer sees them: `make gpu-check`), races, and offsets inside one sample beyond 2³¹ elements,
+which would take hours to walk.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from fused_elbo import backends
+
+if backends.triton.runs_on_cpu() != "its interpreter":
+    pytest.skip(
+        "the kernels are not in Triton's interpreter: TRITON_INTERPRET=1 (make test-triton)", allow_module_level=True
+    )
+
+from kernel_check import Case, cases, fault_of
+from mutants import Mutant, copy
+
+pytestmark = pytest.mark.triton
+KERNELS = Path(__file__).parents[2] / "kernels"
+
+STATS, FINALIZE, GRADS, STEP = (f"elbo_{stem}.py" for stem in ("stats", "finalize", "grads", "step"))
+LAYOUT, MATH, FACTORS, GRID = "_layout.py", "_math.py", "_factors.py", "_grid.py"
+
+MASK = "$ROWS & ($C < $N)"
+LOADED = "tl.load($P, $M, 0.0).to($T)"
+
+MUTANTS = {
+    # masks
+    "stats_reads_a_column_too_many": Mutant(
+        STATS, "elbo_stats_kernel", MASK, "$ROWS & ($C <= $N)", "learned-image, none",
+    ),
+    "stats_reads_a_column_too_few": Mutant(
+        STATS, "elbo_stats_kernel", MASK, "$ROWS & ($C < $N - 1)", "learned-image, none",
+    ),
+    "stats_reads_a_latent_too_many": Mutant(STATS, "latent_sums", MASK, "$ROWS & ($C <= $N)", "far apart"),
+    "stats_writes_a_row_too_many": Mutant(
+        STATS, "elbo_stats_kernel", "tl.store($P, $X, $R < $B)", "tl.store($P, $X, $R <= $B)", "learned-image, none",
+    ),
+    "grads_writes_a_column_too_many": Mutant(
+        GRADS, "elbo_grads_kernel", "tl.store($P, $G.to($T), $M)", "tl.store($P, $G.to($T), $C <= $N)",
+        "learned-image, none", place=(1, 3), beside=MASK,
+    ),
+    "grads_writes_a_column_too_few": Mutant(
+        GRADS, "elbo_grads_kernel", "tl.store($P, $G.to($T), $M)", "tl.store($P, $G.to($T), $M & ($C > 0))",
+        "learned-image, none", place=(1, 3), beside=MASK,
+    ),
+    "grads_reads_a_column_too_few": Mutant(
+        GRADS, "elbo_grads_kernel", f"{LOADED} - $E", "tl.load($P, $M & ($C < $N - 1), 0.0).to($T) - $E",
+        "learned-image, none", beside=MASK,
+    ),
+    "grads_writes_a_latent_too_many": Mutant(
+        GRADS, "latent_gradients", "tl.store($P, ($A * $D).to($T), $M)",
+        "tl.store($P, ($A * $D).to($T), $ROWS & ($C <= $N))", "far apart", place=(0, 2), beside=MASK,
+    ),
+    "padding_is_clamped_to_free_bits": Mutant(
+        STATS, "latent_sums", "tl.where($M, at_least($$$X), 0.0)", "tl.where($C >= 0, at_least($$$X), 0.0)",
+        "free-bits, none", beside=MASK,
+    ),
+    "empty_rows_are_counted": Mutant(
+        FINALIZE, "elbo_finalize_kernel", "$SUM += tl.where($M, $X, 0.0)", "$SUM += $X", "mean", place=(0, 2),
+    ),
+    # partial sums
+    "the_last_partial_is_dropped": Mutant(
+        FINALIZE, "row_sums", "($C < $N)[None, :]", "($C < $N - 1)[None, :]", "far apart",
+    ),
+    "only_the_first_block_of_partials": Mutant(
+        FINALIZE, "row_sums", "range(0, $N, $S)", "range(0, $S, $S)", "free-bits, none",
+    ),
+    "the_last_tile_of_a_chunk_is_dropped": Mutant(
+        STATS, "elbo_stats_kernel", "range($A, $B)", "range($A, $B - 1)", "learned-image, none",
+    ),
+    "one_block_of_rows_only": Mutant(
+        FINALIZE, "elbo_finalize_kernel", "range(0, $N, $S)", "range(0, $S, $S)", "free-bits, none", place=(1, 2),
+    ),
+    # signs
+    "e_is_a_sum_in_stats": Mutant(
+        STATS, "elbo_stats_kernel", f"{LOADED} - $E", f"{LOADED} + $E", "learned-image, none",
+    ),
+    "e_is_a_sum_in_grads": Mutant(
+        GRADS, "elbo_grads_kernel", f"{LOADED} - $E", f"{LOADED} + $E", "learned-image, none",
+    ),
+    "sign_of_g_target": Mutant(GRADS, "elbo_grads_kernel", "(-$G).to($T)", "$G.to($T)", "learned-image, none"),
+    "sign_of_g_prior_mu": Mutant(GRADS, "latent_gradients", "(-($G)).to($T)", "($G).to($T)", "prior-shared"),
+    "sign_of_g_prior_logvar": Mutant(GRADS, "latent_gradients", "-0.5 * $B * $X", "0.5 * $B * $X", "prior-shared"),
+    "sign_of_the_capacity_gap": Mutant(
+        FACTORS, "factors", "tl.where($G > 0, 1.0, 0.0) - tl.where($G < 0, 1.0, 0.0)", "tl.where($G > 0, 1.0, 0.0)",
+        "capacity-above",
+    ),
+    # factors
+    "no_scale_by_grad_loss": Mutant(
+        FACTORS, "factors", "$R * value_at($$$X)", "$R + 0.0 * value_at($$$X)", "far apart", place=(0, 2),
+    ),
+    "no_scale_by_grad_distortion": Mutant(FACTORS, "factors", "$G + $R * $X", "$G", "learned-image, none"),
+    "no_scale_by_grad_rate": Mutant(
+        FACTORS, "factors", "$R * value_at($$$X)", "0.0 * value_at($$$X)", "far apart", place=(1, 2),
+    ),
+    "one_grad_loss_for_all": Mutant(
+        FACTORS, "factors", "$R * value_at($P, $ROWS, $S, $$$X)", "$R * value_at($P, $ROWS, 0, $$$X)", "far apart",
+        place=(0, 2),
+    ),
+    "no_scale_by_beta": Mutant(FACTORS, "factors", "$LOSS = $G * $B", "$LOSS = $G", "beta-sample, none", place=(2, 8)),
+    "the_mean_is_a_batchmean": Mutant(FINALIZE, "scale", "1 / ($B * $D)", "1 / $B", "mean"),
+    "g_logvar_without_its_half": Mutant(GRADS, "latent_gradients", "$B * 0.5 * $X", "$B * $X", "far apart"),
+    "2_log_sigma_is_left_out": Mutant(STATS, "elbo_stats_kernel", "$E + 2.0 * $X", "$E", "learned-channel-image"),
+    "exp_does_not_overflow": Mutant(
+        MATH, "exp_reduced", "tl.where($X > 89.0, $Y, $E)", "$E", "variances of 0 and infinity",
+    ),
+    "exp_does_not_underflow": Mutant(
+        MATH, "exp_reduced", "tl.where($X < -104.0, 0.0, $E)", "$E", "variances of 0 and infinity",
+    ),
+    "a_series_too_short": Mutant(MATH, "excess_series", "$N if $X else $M", "8 if $X else $M", "two tiles"),
+    # the step
+    "the_steps_last_column_is_left_out": Mutant(STEP, "tile_of", MASK, "$ROWS & ($C < $N - 1)", "step, one log sigma"),
+    "the_step_is_not_scaled": Mutant(STEP, "elbo_step", "$X is not None", "False", "step, one log sigma", place=(0, 2)),
+    "the_step_finishes_before_the_last_program": Mutant(
+        STEP, "elbo_step_kernel", "arrive($B, $N)", "arrive($B, $N - 1)", "step, one sigma",
+    ),
+    "the_steps_counter_is_not_reset": Mutant(
+        GRID, "arrive", "tl.atomic_xchg($B, 0, $$$X)", "tl.atomic_xchg($B, 1, $$$X)", "step, per image",
+    ),
+    "the_sum_of_the_latents_of_one_tile": Mutant(
+        STEP, "elbo_step_kernel", "$SUM += latent_sums($$$X)", "$SUM = latent_sums($$$X)", "step, waits",
+    ),
+    "a_sigma_for_the_wrong_image": Mutant(
+        STEP, "elbo_step_kernel", "data_gradients($P * $T, $E, $S, $$$X)",
+        "data_gradients($P * $T, $E, $S + $S, $$$X)", "step, per image",
+    ),
+    "samples_that_are_not_there_pull_on_beta": Mutant(
+        GRADS, "given_gradients", "tl.where($R < $B, $X, 0.0)", "$X", "step, one beta", place=(1, 2),
+    ),
+    "samples_that_are_not_there_pull_on_log_sigma": Mutant(
+        GRADS, "given_gradients", "tl.where($R < $B, $X, 0.0)", "$X", "step, one log sigma", place=(0, 2),
+    ),
+    # σ inside a sample
+    "one_level_of_log_sigma_only": Mutant(STATS, "log_sigma_at", "$N == 2", "$N == 3", "learned-rows"),
+    "log_sigma_does_not_wrap": Mutant(
+        STATS, "log_sigma_at", "$C // $D % $N * $S", "$C // $D * $S", "learned-rows", place=(0, 2),
+    ),
+    "one_log_sigma_for_a_run": Mutant(
+        STATS, "log_sigma_at", "$C // $D % $N * $S", "$C * 0 % $N * $S", "learned-channel", place=(0, 2),
+    ),
+    "the_samples_log_sigma_is_the_first_ones": Mutant(
+        STATS, "log_sigma_at", "row_offsets($R, $S, $W) + $X", "row_offsets($R, 0, $W) + $X", "learned-channel-image",
+        place=(1, 2),
+    ),
+    # σ and the rate
+    "no_coupling_by_sigma_for_unequal_weights": Mutant(
+        FACTORS, "factors", "$E += tl.load($P)", "$E += 0.0", "optimal, none",
+    ),
+    "no_error_at_all_is_divided_by": Mutant(
+        FINALIZE, "elbo_weights_kernel", "$X / tl.where($S == 0.0, 1.0, $S)", "$X / $S", "no error",
+    ),
+    "no_coupling_by_sigma_for_equal_weights": Mutant(
+        FACTORS, "factors", "$E += $S * $X / tl.where($$$Y)", "$E += 0.0 * $X / tl.where($$$Y)", "softclip",
+        place=(1, 2),
+    ),
+    "no_coupling_by_the_sigma_of_an_image": Mutant(
+        FACTORS, "factors", "$E += $S * $X / tl.where($$$Y)", "$E += 0.0 * $X / tl.where($$$Y)",
+        "per-image-softclip, none", place=(0, 2),
+    ),
+    "the_floor_passes_a_gradient": Mutant(
+        MATH, "optimal_sigma", "tl.where($X > $F, 1.0, 0.0)", "tl.where($X > $F, 1.0, 1.0)", "floor",
+    ),
+    "free_bits_mask_inverted": Mutant(GRADS, "latent_gradients", "$X >= $F", "$X < $F", "free-bits, none"),
+    "free_bits_mask_the_rate_too": Mutant(
+        GRADS, "latent_gradients", "tl.where($X, $L, 0.0) + $R", "tl.where($X, $L + $R, 0.0)", "free-bits, none",
+    ),
+    "a_floor_hides_nan": Mutant(
+        MATH, "at_least", "tl.where($X < $F, $F, $X)", "tl.maximum($X, $F)", "NaN in the latents",
+    ),
+    # memory
+    "strides_of_32_bits": Mutant(STATS, "elements", "tl.full((), $N, tl.int64) * $V", "$N * $V", "farther apart"),
+    "64_bits_never_asked_for": Mutant(LAYOUT, "__init__", "$N >= 2**31", "$N >= 2**62", "far apart"),
+    "samples_are_taken_for_packed": Mutant(
+        LAYOUT, "batch_stride", "0 if $X else $T.stride(0)", "0 if $X else sample_size($T)", "far apart",
+    ),
+    "orders_are_taken_for_equal": Mutant(LAYOUT, "in_order_of", "$T if $X else $Y", "$T if True else $Y", "two orders"),
+    "rows_are_taken_for_multiples_of_16": Mutant(
+        LAYOUT, "unit", "all($N % $V == 0 for $N in $X)", "$V == 16 or all($N % $V == 0 for $N in $X)",
+        "learned-image, none",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def every() -> Iterator[dict[str, Case]]:
+    with cases() as made:
+        yield made
+
+
+@pytest.fixture
+def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ModuleType]]:
+    """The operators of a copy of the kernels with some mutants."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def operators(*mutants: Mutant) -> ModuleType:
+        copy(KERNELS, tmp_path / "mutated_kernels", *mutants)
+        return importlib.import_module("mutated_kernels.operators")
+
+    yield operators
+    for module in [m for m in sys.modules if m.partition(".")[0] == "mutated_kernels"]:
+        del sys.modules[module]
+
+
+def test_the_kernels_as_they_are_pass(every: dict[str, Case], kernels: Callable[..., ModuleType]) -> None:
+    assert fault_of(kernels(), every) is None
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_is_noticed(name: str, every: dict[str, Case], kernels: Callable[..., ModuleType]) -> None:
+    mutant = MUTANTS[name]
+    fault = fault_of(kernels(mutant), every, first=mutant.killer)
+    assert fault is not None, "nothing was noticed"
+    # A copy that does not even run would pass for a noticed one.
+    assert "AssertionError" in fault

@@ -1,0 +1,128 @@
+"""Bytes that the compiled kernels of a training step move, counted where a driver executes them on the CPU.
+
+N are the bytes of recon and of target, each; L those of mu and of logvar, each. Forward reads 2N + 2L, backward reads
+them again and writes the gradients of recon, mu and logvar: 5N + 6L; both in one launch, 3N + 6L. What is O(batch)
+comes on top and must fit in the 2%: elbo_stats writes four bytes for each partial sum, which is checked exactly, one
+kernel is O(batch) altogether, and every warp of elbo_grads reads grad_loss and the sum of squares for its samples: 0.1
+to 0.3% of what that kernel moves.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+
+import pytest
+import torch
+
+import fused_elbo
+from fused_elbo import decoupled_elbo, decoupled_elbo_backward
+
+pytest.importorskip("triton", reason="Triton is not installed (it is for Linux)")
+
+pytestmark = [pytest.mark.triton, pytest.mark.ptx]
+Launch = tuple[str, tuple[int, ...], int, dict[str, int]]  # kernel, grid, warps, what it did
+
+LATENTS = 128
+TILE = 4096  # elements, and a partial sum for each that a sample begins
+SECTOR = 32  # bytes
+
+
+@pytest.fixture
+def log() -> list[Launch]:
+    """Every launch so far."""
+    how = fused_elbo.backends.triton.runs_on_cpu()
+    if how != "a driver for the CPU":
+        pytest.skip(f"compiled kernels are not executed on the CPU here: Triton runs by {how or 'no driver at all'}")
+    executor = sys.modules.get("triton_emu")
+    if executor is None:
+        pytest.skip("Triton's driver is not triton_emu, whose LOG has the bytes that kernels move")
+    return executor.LOG
+
+
+def moved_since(log: list[Launch], before: int) -> tuple[dict[str, int], dict[str, Counter[str]]]:
+    """Bytes read and written by each kernel, and all its counts."""
+    done: dict[str, Counter[str]] = {}
+    for name, _, _, counts in log[before:]:
+        done.setdefault(name.removesuffix("_kernel"), Counter()).update(counts)
+    return {name: c["read_bytes"] + c["written_bytes"] for name, c in done.items()}, done
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 1), (1, 128, 1), (2, 3, 1, 1)], ids=str)
+def test_a_broadcast_sigma_is_read_where_it_lies(shape: tuple[int, ...], log: list[Launch]) -> None:
+    """Forward reads 2N, and no copy of log σ as large as the data, with which it would be 3N."""
+    target = torch.randn(2, 3, 128, 64)
+    recon = target + 0.3 * torch.randn(2, 3, 128, 64)
+    before = len(log)
+    with fused_elbo.backend("triton"):
+        fused_elbo.gaussian_nll(recon, target, log_sigma=torch.zeros(shape))
+    moved, _ = moved_since(log, before)
+    n = recon.numel() * recon.element_size()
+    assert list(moved) == ["elbo_stats", "elbo_finalize"]
+    assert 2.0 <= moved["elbo_stats"] / n <= 2.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("batch", "dims"), [(16, 1024), (8, 2048), (7, 3072), (6, 4096), (3, 12288)])
+def test_a_step_moves_five_times_its_data(batch: int, dims: int, dtype: torch.dtype, log: list[Launch]) -> None:
+    target = torch.randn(batch, dims).to(dtype)
+    recon = (target + 0.3 * torch.randn(batch, dims)).to(dtype).requires_grad_()
+    mu, logvar = (torch.randn(batch, LATENTS).to(dtype).requires_grad_() for _ in range(2))
+    before = len(log)
+    with fused_elbo.backend("triton"):
+        torch.autograd.grad(decoupled_elbo(recon, target, mu, logvar).loss, [recon, mu, logvar])
+
+    moved, done = moved_since(log, before)
+    assert list(done) == ["elbo_stats", "elbo_finalize", "elbo_grads"]
+    n, latents = recon.numel() * recon.element_size(), mu.numel() * mu.element_size()
+    ratio = sum(moved.values()) / (5 * n + 6 * latents)
+    used = {name: moved[name] / (SECTOR * done[name]["sectors"]) for name in ("elbo_stats", "elbo_grads")}
+    print(f"{batch}x{dims} {dtype}: {ratio:.4f} of 5N + 6L; sectors used {used}; {moved}")  # with pytest -s
+    assert 1.0 <= ratio <= 1.02
+    assert min(used.values()) >= 0.95
+    # Each kernel on its own, so that one that moves too little cannot hide one that moves too much.
+    partial_sums = batch * (-(-dims // TILE) + 1)
+    assert moved["elbo_stats"] == 2 * n + 2 * latents + 4 * partial_sums
+    assert 1.0 < moved["elbo_grads"] / (3 * n + 4 * latents) < 1.005
+
+
+def step_in_one_launch(batch: int, dims: int, sigma: str | float, dtype: torch.dtype, log: list[Launch]) -> Launch:
+    """The launch of decoupled_elbo_backward, after a look at what it moved."""
+    target = torch.randn(batch, dims).to(dtype)
+    recon = (target + 0.3 * torch.randn(batch, dims)).to(dtype).requires_grad_()
+    mu, logvar = (torch.randn(batch, LATENTS).to(dtype).requires_grad_() for _ in range(2))
+    before = len(log)
+    with fused_elbo.backend("triton"):
+        decoupled_elbo_backward(recon, target, mu, logvar, sigma=sigma)
+    moved, done = moved_since(log, before)
+    n, latents = recon.numel() * recon.element_size(), mu.numel() * mu.element_size()
+    ratio = moved["elbo_step"] / (3 * n + 6 * latents)
+    used = moved["elbo_step"] / (SECTOR * done["elbo_step"]["sectors"])
+    print(
+        f"{batch}x{dims} {dtype}, {sigma}: {ratio:.4f} of 3N + 6L, in {log[before][1][0]} programs; sectors used {used}"
+    )
+    assert len(log) == before + 1
+    assert 1.0 <= ratio <= 1.02
+    assert used >= 0.95
+    return log[before]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("sigma", ["optimal", "optimal-per-image", 0.5], ids=str)
+@pytest.mark.parametrize(("batch", "dims"), [(16, 2048), (11, 3072), (5, 12288)])
+def test_a_step_in_one_launch_moves_three_times_its_data(
+    batch: int, dims: int, sigma: str | float, dtype: torch.dtype, log: list[Launch]
+) -> None:
+    step_in_one_launch(batch, dims, sigma, dtype, log)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_programs_that_hold_all_that_they_can(
+    dtype: torch.dtype, log: list[Launch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU of two SMs, nearly filled."""
+    from fused_elbo.kernels import operators
+
+    monkeypatch.setattr(operators, "resident_programs", lambda device: 2)
+    _, grid, warps, _ = step_in_one_launch(5, 12288, "optimal", dtype, log)
+    assert (grid[0], warps) == (2, 32)

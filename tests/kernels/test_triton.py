@@ -1,0 +1,187 @@
+"""The Triton backend where there is no GPU: what it says of itself, and the launches that a step makes.
+
+Its numbers are tested by the other files: with TRITON_INTERPRET=1 in the environment, or under a driver that runs
+compiled kernels on the CPU, they run on Triton alone.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import Call
+
+import fused_elbo
+from fused_elbo import BackendUnavailable, backends, decoupled_elbo
+from fused_elbo.operators import elbo
+
+pytest.importorskip("triton", reason="Triton is not installed (it is for Linux)")
+pytestmark = [pytest.mark.triton, pytest.mark.ptx]
+on_cpu = pytest.mark.skipif(
+    not backends.triton.runs_on_cpu(), reason="Triton runs on no CPU here: needs TRITON_INTERPRET=1 or such a driver"
+)
+
+
+@pytest.mark.skipif(
+    bool(backends.triton.runs_on_cpu()) or torch.cuda.is_available(),
+    reason="Triton can run here, which is not the case",
+)
+def test_it_says_why_it_cannot_serve() -> None:
+    with pytest.raises(BackendUnavailable, match="no GPU is"), fused_elbo.backend("triton"):
+        pass
+    row = backends.statuses()[0]
+    assert (row.name, row.ready) == ("triton", False)
+    assert "no GPU is" in row.detail
+    assert "TRITON_INTERPRET=1" in row.remedy
+
+
+class NoCompiler:
+    """Triton's driver where there is nothing to compile it with."""
+
+    @property
+    def active(self) -> object:
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable")
+
+
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As PyTorch would see one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(backends.triton, "load", backends.triton.load.__wrapped__)  # which remembers nothing
+
+
+def test_a_driver_that_cannot_start_is_no_backend(a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one serves, as on a machine without a compiler it does with a wheel's CUDA kernels."""
+    import triton
+
+    served: list[str] = []
+    monkeypatch.setattr(triton.runtime, "driver", NoCompiler())
+    monkeypatch.setattr(backends.cuda, "load", lambda: served.append("cuda"))
+    assert backends.load_for("cuda")
+    assert served == ["cuda"]
+    row = backends.triton.status()
+    assert not row.ready
+    assert "driver cannot start: Failed to find C compiler" in row.detail
+    assert "CC" in row.remedy
+    with pytest.raises(BackendUnavailable, match="driver cannot start"), fused_elbo.backend("triton"):
+        pass
+
+
+def test_of_cpu_tensors_it_does_not_say_that_there_is_no_gpu(a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends.triton, "runs_on_cpu", lambda: None)
+    with pytest.raises(BackendUnavailable, match="is here, but these are CPU tensors"):
+        backends.triton.require("cpu")
+
+
+@on_cpu
+def test_its_state_names_version_and_target() -> None:
+    import triton
+
+    row = backends.statuses()[0]
+    assert (row.name, row.ready) == ("triton", True)
+    assert triton.__version__ in row.detail
+    if triton.knobs.runtime.interpret:
+        assert "CPU tensors by its interpreter" in row.detail
+    else:
+        assert f"for sm_{triton.runtime.driver.active.get_current_target().arch}, " in row.detail
+
+
+def test_gpu_tensors_go_to_triton() -> None:
+    """The kernels are registered for the GPU's dispatch key when the first GPU tensor comes."""
+    assert backends.load_for("cuda")
+    for name in elbo.NAMES:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_elbo::{name}", "CUDA")
+
+
+def test_beside_the_operators_it_is_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU tensors have the C++ kernels behind the operators. Triton's are then called past them, which neither vmap nor
+    torch.compile can see through."""
+    monkeypatch.setattr(backends, "forced", "triton")
+    monkeypatch.setitem(backends.dispatched, "cpu", "cpp")
+    x = torch.zeros(2, 3, 4)
+    for traced in (torch.vmap(decoupled_elbo), torch.compile(decoupled_elbo, backend="eager", fullgraph=True)):
+        with pytest.raises(Exception, match=r"neither in torch\.compile nor in vmap"):
+            traced(x, x, x, x)
+
+
+def launches(monkeypatch: pytest.MonkeyPatch, call: Call) -> list[str]:
+    """The names of the kernels that a training step launches."""
+    from fused_elbo.kernels import elbo_finalize, elbo_grads, elbo_stats
+
+    seen: list[str] = []
+
+    class Spy:
+        def __init__(self, kernel: object, name: str) -> None:
+            self.kernel, self.name = kernel, name
+
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            seen.append(self.name)
+            return self.kernel[grid]  # type: ignore[index]
+
+    for module, name in (
+        (elbo_stats, "elbo_stats_kernel"),
+        (elbo_finalize, "elbo_finalize_kernel"),
+        (elbo_finalize, "elbo_weights_kernel"),
+        (elbo_grads, "elbo_grads_kernel"),
+    ):
+        monkeypatch.setattr(module, name, Spy(getattr(module, name), name))
+    loss = call(decoupled_elbo).loss
+    weight = torch.linspace(0.5, 1.0, loss.numel()).reshape(loss.shape)
+    torch.autograd.grad(loss, call.leaves(), weight, allow_unused=True)
+    return seen
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    "mode", ["optimal", "per-image", "learned", "learned-image", "beta-tensor", "beta-sample", "prior"]
+)
+def test_a_step_is_three_launches(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with fused_elbo.backend("triton"):
+        expected = ["elbo_stats_kernel", "elbo_finalize_kernel", "elbo_grads_kernel"]
+        assert launches(monkeypatch, Call(mode)) == expected
+        if mode in ("per-image", "learned", "learned-image"):
+            assert launches(monkeypatch, Call(mode, "none")) == expected
+
+
+@on_cpu
+def test_unequal_weights_and_a_shared_sigma_take_a_fourth(monkeypatch: pytest.MonkeyPatch) -> None:
+    with fused_elbo.backend("triton"):
+        assert "elbo_weights_kernel" in launches(monkeypatch, Call("optimal", "none"))
+        call = Call("optimal", "none")
+        loss = call(decoupled_elbo).loss
+        seen = launches(monkeypatch, Call("optimal", "none", batch=1))
+        assert loss.shape == (4,)
+        assert len(seen) == 4
+
+
+@on_cpu
+@pytest.mark.parametrize("mode", ["optimal", "learned-pixel", "prior"])
+def test_64_bit_offsets(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forced: no test has memory for a tensor that needs them."""
+    from fused_elbo.kernels import _layout
+
+    with fused_elbo.backend("triton"):
+        narrow = Call(mode)
+        expected = narrow.gradients(narrow(decoupled_elbo))
+        monkeypatch.setattr(_layout, "FORCE_WIDE", True)
+        wide = Call(mode)
+        for a, b in zip(wide.gradients(wide(decoupled_elbo)), expected, strict=True):
+            assert torch.equal(a, b)
+
+
+@on_cpu
+@pytest.mark.schedules
+@pytest.mark.parametrize(("data", "latent"), [((8,), (3,)), ((5000,), (5000,)), ((3, 40, 40), (1,))], ids=str)
+def test_short_rows_and_many_tiles(
+    data: tuple[int, ...], latent: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D = 8 and K = 3 raced with contracted multiply-adds; few programs make each walk several tiles."""
+    from fused_elbo.kernels import _layout
+
+    with fused_elbo.backend("triton"):
+        plain = Call("free-bits", data=data, latent=latent)
+        expected = plain.gradients(plain(decoupled_elbo))
+        monkeypatch.setattr(_layout, "MANY", 2)
+        few = Call("free-bits", data=data, latent=latent)
+        for a, b in zip(few.gradients(few(decoupled_elbo)), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
