@@ -133,7 +133,7 @@ ELBO_INLINE DistortionGrad<V> distortion_grad(V w, V e, V log_sigma) {
 
 // ------------------------------------------------------------------------------------------ O(B): the σ of a group
 
-// As in fused_elbo/sigma.py and fused_elbo/reference.py.
+// As in fused_elbo/sigma.py and fused_elbo/reference/math.py.
 enum SigmaMode : int64_t { kGiven, kBatch, kImage, kElement };
 enum Reduction : int64_t { kBatchMean, kSum, kMean, kNone };
 

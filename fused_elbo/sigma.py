@@ -56,7 +56,7 @@ class Optimal:
     """The σ that maximises the likelihood, σ² = MSE, in closed form (Rybkin et al. 2021).
 
     per_image: one σ for every sample instead of one for the batch.
-    softclip: bound log σ from below by m + softplus(½ log MSE − m), m = min_log_sigma, as the calibrated-decoder code
+    softclip: bound log σ from below by m + softplus(½ log MSE − m), m being the floor, as the calibrated-decoder code
         does, instead of by max(½ log MSE, m). Kept to reproduce that code: it is biased above the floor too
         (½ log MSE = −5 becomes −4.69 at m = −6).
     """

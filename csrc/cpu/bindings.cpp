@@ -1,4 +1,4 @@
-// The operators of fused_elbo/ops.py for CPU tensors, against LibTorch's stable ABI: tensors in, plain structures to
+// The operators of fused_elbo/operators/elbo.py for CPU tensors, against LibTorch's stable ABI: tensors in, plain structures to
 // the kernels, tensors out. Arguments were validated in Python; the order of arguments is the schema's.
 #include "../errors.h"
 

@@ -2,7 +2,7 @@
 //
 // Everything else in this folder is compiled once for each instruction set that the library is made for, and its
 // namespace elbo renamed to elbo_baseline, elbo_avx2 or elbo_avx512. ELBO_LEVELS lists them, the narrowest first:
-// LEVEL(baseline) LEVEL(avx2) …; fused_elbo/build_spec.py has the flags. This file is compiled for any machine.
+// LEVEL(baseline) LEVEL(avx2) …; fused_elbo/build/spec.py has the flags. This file is compiled for any machine.
 #include "../errors.h"
 
 #include <torch/csrc/stable/library.h>

@@ -1,4 +1,4 @@
-// The operators of fused_elbo/ops.py for CUDA tensors, against LibTorch's stable ABI: tensors in, plain structures to
+// The operators of fused_elbo/operators/elbo.py for CUDA tensors, against LibTorch's stable ABI: tensors in, plain structures to
 // the launch functions, tensors out. Arguments were validated in Python; the order of arguments is the schema's.
 // Nothing here waits for the device or reads a value from it.
 #include "../errors.h"

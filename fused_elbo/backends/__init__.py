@@ -15,15 +15,13 @@ import torch
 from ..errors import BackendUnavailable, unavailable
 from . import cpp, cuda, triton
 from .base import Status
+from .base import dispatched as dispatched
 
 NAMES = ("triton", "cuda", "cpp", "reference")  # in the order of choice
 
 # Read once, in forward. A plain global, since Dynamo guards on it, but cannot trace a ContextVar and silently ignores a
 # thread-local.
 forced: str | None = None
-
-# Which backend's kernels the dispatcher has, or will have, for a type of device; `cuda.load` may change it.
-dispatched = {"cpu": "cpp", "cuda": "triton"}
 
 
 class backend:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# Which backend's kernels the dispatcher has, or will have, for a type of device; `cuda.load` may change it.
+dispatched = {"cpu": "cpp", "cuda": "triton"}
+
 
 @dataclass(frozen=True)
 class Status:

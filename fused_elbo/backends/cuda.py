@@ -11,6 +11,7 @@ import threading
 import torch
 
 from fused_elbo import build as builder
+from fused_elbo.backends.base import dispatched
 from fused_elbo.backends.library import Library
 from fused_elbo.call import Options, Tensors
 from fused_elbo.errors import BackendUnavailable, sentence
@@ -82,11 +83,9 @@ def operators() -> elbo.Operators:
 
 def load() -> None:
     """Put the operators behind fused_elbo's own for CUDA tensors, for the life of the process."""
-    from fused_elbo import backends
-
     require()
     with _lock:
-        if backends.dispatched["cuda"] != "cuda":
+        if dispatched["cuda"] != "cuda":
             for name in elbo.NAMES:
                 registry.implement(name, registry.find(name, NAMESPACE), "CUDA")
-            backends.dispatched["cuda"] = "cuda"
+            dispatched["cuda"] = "cuda"
