@@ -2,6 +2,6 @@
 
 The three stages are `elbo_stats` (one read of the data), `elbo_finalize` (O(batch)) and `elbo_grads` (one read, one
 write); `elbo_step` is all three in one launch (one read, one write). This package is part of the installed library, as
-`fused_elbo.kernels`. The schemas in `fused_elbo/operators/elbo.py` are the contract that a kernel has to fulfil, and the
-tests run on every backend that is present.
+`fused_elbo.kernels`. The schemas in `fused_elbo/operators/elbo.py` are the contract that a kernel has to fulfil, and
+the tests run on every backend that is present.
 """

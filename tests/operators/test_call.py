@@ -1,0 +1,70 @@
+"""The one definition of a call and the options of the public functions: what is derived from them holds together."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, get_type_hints
+
+import pytest
+import torch
+
+from fused_elbo import (
+    DecoupledELBO,
+    LearnedSigmaELBO,
+    call,
+    decoupled_elbo,
+    decoupled_elbo_backward,
+    gaussian_kl,
+    options,
+)
+from fused_elbo.call import Gradients, GradOutputs, Options, Outputs, Tensors
+from fused_elbo.operators import elbo, registry
+
+
+@pytest.mark.parametrize("name", elbo.NAMES)
+def test_every_operator_begins_with_the_tensors_and_the_options(name: str) -> None:
+    arguments = [argument.name for argument in registry.find(name)._schema.arguments]
+    assert arguments[: len(Tensors._fields) + len(Options._fields)] == [*Tensors._fields, *Options._fields]
+
+
+def test_gradients_are_of_the_first_tensors_in_their_order() -> None:
+    assert Tensors._fields[: len(Gradients._fields)] == Gradients._fields
+    assert Outputs._fields[: len(GradOutputs._fields)] == GradOutputs._fields
+    for i in range(len(Gradients._fields)):
+        assert call.mask_of(k == i for k in range(len(Tensors._fields))) == (1 << i) % (1 << len(Gradients._fields))
+
+
+def test_a_schema_has_each_fields_type() -> None:
+    assert call.schema(GradOutputs, "grad_") == "Tensor? grad_loss, Tensor? grad_distortion, Tensor? grad_rate"
+    assert call.schema(Options).startswith("int sigma_mode, bool softclip, float log_sigma_value")
+    assert "float? capacity_value" in call.schema(Options)
+
+
+def test_the_options_that_are_numbers_are_fields_of_a_call() -> None:
+    assert set(options.NUMBERS) <= set(Options._fields) & set(options.DEFAULTS)
+
+
+def of(function: Any) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY}
+
+
+def test_signatures_show_every_option_with_its_default() -> None:
+    assert of(decoupled_elbo) == options.DEFAULTS
+    assert of(decoupled_elbo_backward) == {**options.DEFAULTS, "grad_scale": None, "retain_graph": False}
+    assert of(gaussian_kl) == {"prior": None, "free_bits": 0.0, "reduction": "batchmean", "process_group": None}
+    assert inspect.signature(DecoupledELBO).parameters["min_log_sigma"].default == -7.0
+    assert "min_log_sigma" not in inspect.signature(LearnedSigmaELBO).parameters
+
+
+def test_every_option_has_a_type_and_a_default() -> None:
+    hints = get_type_hints(options.ElboOptions, {**vars(options), "ProcessGroup": object, "Tensor": torch.Tensor})
+    assert set(hints) == set(options.DEFAULTS)
+
+
+@pytest.mark.parametrize(
+    "function", [lambda **kw: decoupled_elbo(*[torch.zeros(2, 3)] * 4, **kw), DecoupledELBO, LearnedSigmaELBO]
+)
+def test_an_option_that_there_is_not(function: Any) -> None:
+    with pytest.raises(TypeError, match=r"got an unexpected keyword argument 'betta'; it takes .*free_bits"):
+        function(betta=1.0)
