@@ -11,8 +11,7 @@ from torch import Tensor
 
 from . import checks, dispatch, tracing
 from . import sigma as modes
-from .call import LATENTS, Options, Tensors, compute_dtype, first
-from .options import NUMBERS
+from .call import Options, Tensors, compute_dtype
 from .sigma import Kind, Optimal
 
 Call = tuple[Tensors, Options]
@@ -37,14 +36,12 @@ def elbo(recon: Tensor, target: Tensor, mu: Tensor, logvar: Tensor, options: Map
     if options["capacity"] is not None:
         checks.capacity(options["capacity"], options["beta"], options["reduction"], recon)
     sigma = resolve_sigma((recon, target, mu, logvar), options)
-    latents = dict(zip(LATENTS, _one_dtype(mu, logvar, options["prior"]), strict=True))
-    return _pack(Tensors(recon, target, log_sigma=sigma.log_sigma, **latents), sigma, options)
+    return _pack(recon, target, _one_dtype(mu, logvar, options["prior"]), sigma, options)
 
 
 def nll(recon: Tensor, target: Tensor, options: Mapping[str, Any]) -> Call:
     checks.pair("recon", recon, "target", target, options["process_group"] is not None)
-    sigma = resolve_sigma((recon, target), options)
-    return _pack(Tensors(recon, target, log_sigma=sigma.log_sigma), sigma, options)
+    return _pack(recon, target, (None,) * 4, resolve_sigma((recon, target), options), options)
 
 
 def kl(mu: Tensor, logvar: Tensor, prior: Any, options: Mapping[str, Any]) -> Call:
@@ -54,7 +51,7 @@ def kl(mu: Tensor, logvar: Tensor, prior: Any, options: Mapping[str, Any]) -> Ca
 
 def level(latents: Sequence[Tensor | None], options: Mapping[str, Any]) -> Call:
     """The rate of `LATENTS`, checked before and of one dtype."""
-    return _pack(Tensors(**dict(zip(LATENTS, latents, strict=True))), Sigma(), options)
+    return _pack(None, None, latents, Sigma(), options)
 
 
 def levels(
@@ -98,24 +95,27 @@ def resolve_sigma(inputs: tuple[Tensor, ...], options: Mapping[str, Any]) -> Sig
     return Sigma(log_sigma_value=math.log(mode.value))
 
 
-def _pack(tensors: Tensors, sigma: Sigma, options: Mapping[str, Any]) -> Call:
+def _pack(
+    recon: Tensor | None,
+    target: Tensor | None,
+    latents: Sequence[Tensor | None],
+    sigma: Sigma,
+    options: Mapping[str, Any],
+) -> Call:
     """With beta, capacity and the options that are numbers."""
-    reduction = checks.reduction(options["reduction"])
-    numbers = {name: options[name] for name in NUMBERS if name in options}
-    checks.options(numbers)
-    dispatch.check_served(first(tensors))
-    beta, beta_value = _scalar(options.get("beta", 1.0), *tensors[:4])
-    capacity, capacity_value = _scalar(options.get("capacity"), *tensors[:4])
-    packed = Options(
-        sigma_mode=int(sigma.mode),
-        softclip=sigma.softclip,
-        log_sigma_value=sigma.log_sigma_value,
-        beta_value=1.0 if beta_value is None else float(beta_value),
-        capacity_value=None if capacity_value is None else float(capacity_value),
-        reduction=reduction,
-        **{name: float(value) for name, value in numbers.items()},
-    )
-    return tensors._replace(beta=beta, capacity=capacity), packed
+    mu, logvar, prior_mu, prior_logvar = latents
+    reduction, numbers = checks.reduction(options["reduction"]), checks.numbers(options)
+    dispatch.check_served(mu if recon is None else recon)  # type: ignore[arg-type]
+    beta, beta_value = _scalar(options["beta"], recon, target, mu, logvar)
+    capacity, capacity_value = _scalar(options["capacity"], recon, target, mu, logvar)
+    tensors = Tensors(recon, target, mu, logvar, sigma.log_sigma, prior_mu, prior_logvar, beta, capacity)
+    values = (
+        int(sigma.mode), sigma.softclip, sigma.log_sigma_value, *numbers,
+        1.0 if beta_value is None else float(beta_value),
+        None if capacity_value is None else float(capacity_value),
+        reduction,
+    )  # fmt: skip
+    return tensors, Options._make(values)
 
 
 def _scalar(value: Any, *like: Tensor | None) -> tuple[Tensor | None, Any]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import backends, reference, tracing
-from .call import GradOutputs, Options, Tensors, first, mask_of
+from .call import GradOutputs, Options, Tensors, mask_of
 from .dispatch import implementation
 from .operators import registry
 
@@ -26,12 +26,14 @@ _operator = registry.find("elbo")
 
 def elbo(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
     """(loss, distortion, rate, sigma, …), differentiable."""
+    compiling, transformed = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
+    if not compiling and not transformed:
+        return cast(Any, _Elbo).apply(*tensors, options, backends.forced)
     if plain():
         return reference.forward(tensors, options)
-    if torch.compiler.is_compiling():
+    if compiling:
         return _operator(*tensors, *options, backends.forced)
-    function = _FunctorchElbo if torch._C._are_functorch_transforms_active() else _Elbo
-    return cast(Any, function).apply(*tensors, options, backends.forced)
+    return cast(Any, _FunctorchElbo).apply(*tensors, options, backends.forced)
 
 
 def plain() -> bool:
@@ -72,8 +74,8 @@ def refuse_forward_mode() -> NoReturn:
 
 def for_inputs(gradients: tuple[Tensor, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """What a Function's backward returns: a gradient, or None, for each argument of its apply."""
-    found = [g if needed else None for g, needed in zip(gradients, needs, strict=False)]
-    return (*found, *[None] * (len(needs) - len(found)))
+    rest = (None,) * (len(needs) - len(gradients))
+    return (*[g if needed else None for g, needed in zip(gradients, needs, strict=False)], *rest)
 
 
 class ElboFunction(torch.autograd.Function):
@@ -83,7 +85,7 @@ class ElboFunction(torch.autograd.Function):
     @staticmethod
     def compute(args: tuple[Any, ...]) -> tuple[Tensor, ...]:
         tensors, (options, backend) = Tensors._make(args[:_TENSORS]), args[_TENSORS:]
-        return implementation(backend, first(tensors)).forward(tensors, options)
+        return implementation(backend, tensors).forward(tensors, options)
 
     @staticmethod
     def save(ctx: Any, args: tuple[Any, ...], stats: Tensor) -> None:
@@ -95,11 +97,12 @@ class ElboFunction(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         *inputs, stats = ctx.saved_tensors  # once: activation checkpointing recomputes at each access
         tensors, needs = Tensors._make(inputs), ctx.needs_input_grad
-        by = implementation(ctx.backend, first(tensors))
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # A backward that is itself differentiated: the formulas, with S and KL as functions of the inputs again.
             by, stats = reference, reference.stats(tensors, ctx.options)
-        gradients = by.grads(tensors, ctx.options, stats, GradOutputs._make(grad_outputs[:3]), mask_of(needs))
+        else:
+            by = implementation(ctx.backend, tensors)
+        gradients = by.grads(tensors, ctx.options, stats, GradOutputs(*grad_outputs[:3]), mask_of(needs))
         return for_inputs(gradients, needs)
 
     @staticmethod
@@ -140,7 +143,7 @@ class _Step(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         tensors, (options, backend, scale, number) = Tensors._make(args[:_TENSORS]), args[_TENSORS:]
         ctx.needs = ctx.needs_input_grad
-        outputs = implementation(backend, first(tensors)).step(tensors, options, scale, number, mask_of(ctx.needs))
+        outputs = implementation(backend, tensors).step(tensors, options, scale, number, mask_of(ctx.needs))
         ctx.gradients = outputs[4:]
         ctx.mark_non_differentiable(*outputs[1:4])
         ctx.set_materialize_grads(False)

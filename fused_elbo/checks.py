@@ -6,9 +6,10 @@ looking at them would wait for the device.
 
 from __future__ import annotations
 
-import numbers
 import warnings
 from collections.abc import Mapping
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 MAX = float(torch.finfo(torch.float32).max)  # numbers meet fp32 tensors
+_NUMBERS = tuple((name, low, MAX if high is None else high) for name, (low, high) in NUMBERS.items())
 
 
 def shape(t: Tensor) -> tuple[int, ...]:
@@ -69,7 +71,7 @@ def number(name: str, value: object, minimum: float = -MAX, maximum: float = MAX
     if type(value) is not float and type(value) is not int:  # what it mostly is; the rest is slower to tell
         if isinstance(value, (torch.SymFloat, torch.SymInt)):  # traced by torch.compile: there is no value to check
             return
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name}: expected a number, got {value!r}")
     if not minimum <= value <= maximum:  # type: ignore[operator]
         least = "" if minimum == -MAX else f" of at least {minimum:g}"
@@ -89,11 +91,11 @@ def weight(value: object, batch: int, like: Tensor) -> None:
         number("beta", value, 0)
 
 
-def options(given: Mapping[str, object]) -> None:
-    """Those of `options.NUMBERS` that are given."""
-    for name, value in given.items():
-        minimum, maximum = NUMBERS[name]
-        number(name, value, minimum, MAX if maximum is None else maximum)
+def numbers(options: Mapping[str, Any]) -> list[float]:
+    """The options that are numbers, in the order of `options.NUMBERS`."""
+    for name, minimum, maximum in _NUMBERS:
+        number(name, options[name], minimum, maximum)
+    return [float(options[name]) for name in NUMBERS]
 
 
 def configuration(given: Mapping[str, object]) -> None:
@@ -101,7 +103,7 @@ def configuration(given: Mapping[str, object]) -> None:
     for name in ("beta", "capacity"):
         if given[name] is not None and not isinstance(given[name], Tensor):
             number(name, given[name], 0)
-    options({name: given[name] for name in NUMBERS if name in given})
+    numbers(given)
     index = reduction(given["reduction"])
     if given["process_group"] is not None:
         process_group(given["process_group"], index)
@@ -176,7 +178,7 @@ def dtype(value: object) -> None:
 def channels(value: object) -> int | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:  # NumPy's integers are Integral
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:  # NumPy's integers are Integral
         raise ValueError(f"channels: expected None or a positive integer, got {value!r}")
     return int(value)
 

@@ -10,25 +10,25 @@ import torch
 from torch import Tensor
 
 from . import backends, reference, tracing
-from .call import LATENTS, NONE, Gradients, GradOutputs, Options, Tensors, compute_dtype, mask_of
+from .call import LATENTS, NONE, Gradients, GradOutputs, Options, Tensors, compute_dtype, first, mask_of
 from .operators import elbo, levels, registry
 from .operators.elbo import Implementation
 
 operators = elbo.Operators()
 
 
-def implementation(backend: str | None, x: Tensor) -> Implementation:
-    """Whose functions to call for tensors beside x: the operators, or a forced backend that is not behind them."""
-    if backend is None or backend == backends.dispatched.get(x.device.type):
+def implementation(backend: str | None, tensors: Tensors) -> Implementation:
+    """Whose functions to call: the operators, or those of a forced backend that is not behind them."""
+    if backend is None or backend == backends.dispatched.get(first(tensors).device.type):
         return operators
     if backend in ("triton", "cuda"):
         return getattr(backends, backend).operators()
     return reference
 
 
-def levels_implementation(backend: str | None, x: Tensor) -> Any:
+def levels_implementation(backend: str | None, mu: Tensor) -> Any:
     """The same for the operators of a hierarchy's levels."""
-    by = implementation(backend, x)
+    by = implementation(backend, Tensors(mu=mu))
     return levels if by is operators else OneByOne(by)
 
 
@@ -64,9 +64,10 @@ class OneByOne:
 
 def check_served(x: Tensor) -> None:
     """Refuse tensors that the backend which was asked for does not serve; left alone, the dispatcher finds one."""
-    name, device = backends.forced, x.device.type
+    name = backends.forced
     if name is None or name == "reference":
         return
+    device = x.device.type
     if name == "cpp" and device != "cpu":
         raise ValueError(f'backend: "cpp" was asked for, which serves CPU tensors, but the tensors are on {x.device}')
     if name == "cuda" and device != backends.cuda.device:

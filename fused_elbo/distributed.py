@@ -117,7 +117,7 @@ def _stats(tensors: Tensors, options: Options, backend: str | None) -> Tensor:
     x = first(tensors)
     if x.shape[0] == 0:
         return x.new_zeros((3, 1), dtype=compute_dtype(*tensors[:4]))
-    return implementation(backend, x).stats(tensors, options)
+    return implementation(backend, tensors).stats(tensors, options)
 
 
 def _equalise(row: Tensor, value: Tensor) -> None:

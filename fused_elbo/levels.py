@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import arguments, autograd, backends, checks, distributed, reference, tracing
-from .call import compute_dtype
+from .call import Tensors, compute_dtype
 from .dispatch import OneByOne, implementation, levels_implementation
 from .operators import registry
 from .reference.math import reduction_weight
@@ -37,7 +37,7 @@ class _Levels(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a backward that is itself differentiated
             by = _by_reference
         elif tracing.of_grads_batched(grad_outputs[0]):
-            by = OneByOne(implementation(ctx.backend, tensors[0]))
+            by = OneByOne(implementation(ctx.backend, Tensors(mu=tensors[0])))
         else:
             by = levels_implementation(ctx.backend, tensors[0])
         gradients = iter(by.levels_grads(tensors, ctx.free_bits, grad_outputs[0], wanted))
@@ -67,7 +67,7 @@ def rate(mu: Any, logvar: Any, prior: Any, options: Mapping[str, Any]) -> Tensor
     group, reduction = options["process_group"], options["reduction"]
     levels = arguments.levels(mu, logvar, prior, group is not None)
     index = checks.reduction(reduction)
-    checks.options({"free_bits": options["free_bits"]})
+    checks.numbers(options)
     latents = sum(cast(Tensor, level[0]).shape[1:].numel() for level in levels)
     if group is not None:
         of_each = {**options, "reduction": "batchmean" if reduction == "mean" else reduction}

@@ -30,11 +30,11 @@ class _Criterion(nn.Module):
     reduction: str
     process_group: ProcessGroup | None
 
-    def _hold(self, options: Mapping[str, Any]) -> None:
+    def _hold(self, options: Mapping[str, Any], names: tuple[str, ...]) -> None:
         checks.configuration(options)
-        self._held = tuple(options)
-        for name, value in options.items():
-            setattr(self, name, value)
+        self._held = names
+        for name in names:
+            setattr(self, name, options[name])
 
     def forward(
         self, recon: Tensor, target: Tensor, mu: Tensor, logvar: Tensor, prior: tuple[Tensor, Tensor] | None = None
@@ -115,7 +115,8 @@ class DecoupledELBO(_Criterion):
     ) -> None:
         super().__init__()
         mode = modes.resolve(sigma)
-        self._hold({"beta": beta, "sigma": sigma, **complete(options, _CRITERION, "DecoupledELBO")})
+        given = {**complete(options, _CRITERION, "DecoupledELBO"), "beta": beta, "sigma": sigma}
+        self._hold(given, ("beta", "sigma", *_CRITERION))
         checks.dtype(dtype)
         if momentum is not None:
             checks.number("momentum", momentum)
@@ -229,7 +230,7 @@ class LearnedSigmaELBO(_Criterion):
     ) -> None:
         super().__init__()
         checks.number("init", init)
-        self._hold(complete(options, _LEARNED, "LearnedSigmaELBO"))
+        self._hold(complete(options, _LEARNED, "LearnedSigmaELBO"), tuple(_LEARNED))
         checks.dtype(dtype)
         self.channels = checks.channels(channels)
         self.init = float(init)

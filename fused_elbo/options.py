@@ -64,7 +64,7 @@ DEFAULTS: ElboOptions = {
     "reduction": "batchmean",
     "process_group": None,
 }
-# The options that are numbers, and no tensors: least and greatest value. `call.Options` has a field of each one's name.
+# The options that are numbers, and no tensors: least and greatest value. `call.Options` has them in this order.
 NUMBERS = {"min_log_sigma": (-LOG_SIGMA_RANGE, LOG_SIGMA_RANGE), "free_bits": (0.0, None)}
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -75,13 +75,12 @@ def defaults_of(options: Any) -> dict[str, Any]:
     return {name: value for name, value in DEFAULTS.items() if name in options.__optional_keys__}
 
 
-def complete(given: Mapping[str, Any], defaults: Mapping[str, Any], function: str) -> dict[str, Any]:
-    """All options, the defaults of those that are not given among them. TypeError for one that there is not."""
-    options = {**defaults, **given}
-    if len(options) > len(defaults):
-        unknown = next(name for name in given if name not in defaults)
-        raise TypeError(f"{function}() got an unexpected keyword argument {unknown!r}; it takes {', '.join(defaults)}")
-    return options
+def complete(given: Mapping[str, Any], taken: Mapping[str, Any], function: str) -> dict[str, Any]:
+    """Every option there is: as given, or its default. TypeError for one that is not among those `taken`."""
+    for name in given:
+        if name not in taken:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}; it takes {', '.join(taken)}")
+    return {**DEFAULTS, **given}
 
 
 def shown(options: Any) -> Callable[[F], F]:
