@@ -4,99 +4,97 @@ sample, a mode of σ is added here."""
 import triton
 import triton.language as tl
 
-from ._math import exp, number, optimal_sigma
+from ._math import distortion_slope, exp, number, optimal_sigma, sigma_term
+from .structs import Factors, Sums
 
 GIVEN, BATCH, IMAGE, ELEMENT = (tl.constexpr(k) for k in range(4))  # as in fused_elbo/sigma.py
 
 
 @triton.jit
-def value_at(pointer, rows, stride, inside, value, PRESENT: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr):
-    """The tensor's value of each sample (stride 0: one for all), or the number where there is no tensor."""
-    if PRESENT:
-        values = tl.load(pointer + rows * stride, inside, 0.0).to(ACC)
+def value_of(scalar, ACC: tl.constexpr):
+    """Of a `structs.Scalar` that is one for all samples."""
+    if scalar.tensor is not None:
+        value = tl.load(scalar.tensor).to(ACC)
     else:
-        values = tl.zeros((ROWS,), ACC) + number(value, ACC)
+        value = number(scalar.value, ACC)
+    return value
+
+
+@triton.jit
+def values_of(scalar, rows, batch):
+    """Of a `structs.Scalar`, one for each sample; 0 where there is none."""
+    if scalar is None:
+        values = (rows * 0).to(batch.ACC)
+    elif scalar.tensor is None:
+        values = (rows * 0).to(batch.ACC) + number(scalar.value, batch.ACC)
+    elif scalar.stride is None:
+        values = tl.load(scalar.tensor + rows * 0, rows < batch.size, 0.0).to(batch.ACC)
+    else:
+        values = tl.load(scalar.tensor + rows * scalar.stride, rows < batch.size, 0.0).to(batch.ACC)
     return values
 
 
 @triton.jit
-def sigma_of(
-    s, given, total, batch, dims, min_log_sigma,
-    MODE: tl.constexpr, SOFTCLIP: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+def shared_sigma(total, opts, batch):
+    """(log σ, 1/σ², slope) of the σ that the batch shares."""
+    n = number(batch.count, batch.ACC) * number(batch.dims, batch.ACC)
+    return optimal_sigma(total, n, number(opts.min_log_sigma, batch.ACC), opts.SOFTCLIP)
+
+
+@triton.jit
+def sigma_of(rows, s, total, opts, batch):
     """(log σ, 1/σ², slope) of each sample of a block."""
-    if MODE == BATCH:
-        everywhere = tl.zeros((ROWS,), ACC) + total
-        return optimal_sigma(everywhere, batch * dims, min_log_sigma, SOFTCLIP)
-    elif MODE == IMAGE:
-        return optimal_sigma(s, dims, min_log_sigma, SOFTCLIP)
+    if opts.MODE == BATCH:
+        return shared_sigma((rows * 0).to(batch.ACC) + total, opts, batch)
+    elif opts.MODE == IMAGE:
+        least = number(opts.min_log_sigma, batch.ACC)
+        return optimal_sigma(s, number(batch.dims, batch.ACC), least, opts.SOFTCLIP)
     else:
+        given = values_of(opts.log_sigma, rows, batch)
         return given, exp(-2.0 * given), s * 0.0
 
 
 @triton.jit
-def factors(
-    rows, inside, s, total, clamped, clamped_total,
-    grad_loss, grad_distortion, grad_rate, log_sigma, beta, capacity, through,
-    grad_loss_value, log_sigma_value, min_log_sigma, beta_value, capacity_value, scale, dims, batch_size,
-    grad_loss_stride, grad_distortion_stride, grad_rate_stride, log_sigma_stride, beta_stride,
-    HAS_GRAD_LOSS: tl.constexpr, HAS_GRAD_DISTORTION: tl.constexpr, HAS_GRAD_RATE: tl.constexpr,
-    MODE: tl.constexpr, SOFTCLIP: tl.constexpr, HAS_LOG_SIGMA: tl.constexpr, HAS_BETA: tl.constexpr,
-    HAS_CAPACITY: tl.constexpr, CAPACITY_TENSOR: tl.constexpr, HAS_THROUGH: tl.constexpr,
-    ROWS: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """What a sample's elements are multiplied by: (a_i; the part of b_i that free_bits can mask; the other part), and
-    its part of the gradients of a given log σ and of β."""
-    d, n, floor, r = number(dims, ACC), number(batch_size, ACC), number(min_log_sigma, ACC), number(scale, ACC)
-    g = r * value_at(grad_loss, rows, grad_loss_stride, inside, grad_loss_value, HAS_GRAD_LOSS, ROWS, ACC)
-    of_distortion = value_at(grad_distortion, rows, grad_distortion_stride, inside, 0.0, HAS_GRAD_DISTORTION, ROWS, ACC)
-    w = g + r * of_distortion
-    through_rate = r * value_at(grad_rate, rows, grad_rate_stride, inside, 0.0, HAS_GRAD_RATE, ROWS, ACC)
-    b = value_at(beta, rows, beta_stride, inside, beta_value, HAS_BETA, ROWS, ACC)
-    through_loss = g * b
-    of_beta = g * clamped
-    if HAS_CAPACITY:
-        mean = clamped_total / n
-        if CAPACITY_TENSOR:
-            gap = mean - tl.load(capacity).to(ACC)
-        else:
-            gap = mean - number(capacity_value, ACC)
-        through_loss = through_loss * (tl.where(gap > 0, 1.0, 0.0) - tl.where(gap < 0, 1.0, 0.0))
-        of_beta = g * tl.abs(gap)
-
-    error, of_log_sigma = w, w * 0.0
-    if MODE != ELEMENT:
-        given = value_at(log_sigma, rows, log_sigma_stride, inside, log_sigma_value, HAS_LOG_SIGMA, ROWS, ACC)
-        _, inverse, slope = sigma_of(s, given, total, n, d, floor, MODE, SOFTCLIP, ROWS, ACC)
-        of_log_sigma = w * (d - s * inverse)
-        error = w * inverse
-        if MODE == IMAGE:
-            error += slope * of_log_sigma / tl.where(s == 0.0, 1.0, s)
-        if MODE == BATCH:  # what reaches every error through the σ that the batch shares
-            if HAS_THROUGH:
-                error += tl.load(through)
-            else:
-                error += slope * (w * (n * d - total * inverse)) / tl.where(total == 0.0, 1.0, total)
-    return error, through_loss, through_rate, of_log_sigma, of_beta
+def capacity_gap(clamped_total, opts, batch):
+    """By how much the mean of the clamped KL exceeds the capacity."""
+    return clamped_total / number(batch.count, batch.ACC) - value_of(opts.capacity, batch.ACC)
 
 
 @triton.jit
-def sample_factors(
-    rows, inside, grad_loss, grad_distortion, grad_rate, stats, log_sigma, beta, capacity, through,
-    grad_loss_value, log_sigma_value, min_log_sigma, beta_value, capacity_value, scale, dims, batch_size,
-    batch, grad_loss_stride, grad_distortion_stride, grad_rate_stride, log_sigma_stride, beta_stride,
-    HAS_GRAD_LOSS: tl.constexpr, HAS_GRAD_DISTORTION: tl.constexpr, HAS_GRAD_RATE: tl.constexpr,
-    MODE: tl.constexpr, SOFTCLIP: tl.constexpr, HAS_LOG_SIGMA: tl.constexpr, HAS_BETA: tl.constexpr,
-    HAS_CAPACITY: tl.constexpr, CAPACITY_TENSOR: tl.constexpr, HAS_THROUGH: tl.constexpr,
-    ROWS: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """`factors` of samples whose sums are in stats."""
-    return factors(
-        rows, inside, tl.load(stats + rows, inside, 0.0), tl.load(stats + batch),
-        tl.load(stats + 2 * (batch + 1) + rows, inside, 0.0), tl.load(stats + 2 * (batch + 1) + batch),
-        grad_loss, grad_distortion, grad_rate, log_sigma, beta, capacity, through,
-        grad_loss_value, log_sigma_value, min_log_sigma, beta_value, capacity_value, scale, dims, batch_size,
-        grad_loss_stride, grad_distortion_stride, grad_rate_stride, log_sigma_stride, beta_stride,
-        HAS_GRAD_LOSS, HAS_GRAD_DISTORTION, HAS_GRAD_RATE, MODE, SOFTCLIP, HAS_LOG_SIGMA, HAS_BETA,
-        HAS_CAPACITY, CAPACITY_TENSOR, HAS_THROUGH, ROWS, ACC,
+def sample_sums(stats, rows, batch):
+    """`structs.Sums` of a block of samples, from stats."""
+    clamped = stats + 2 * (batch.size + 1)
+    return Sums(
+        tl.load(stats + rows, rows < batch.size, 0.0), tl.load(stats + batch.size),
+        tl.load(clamped + rows, rows < batch.size, 0.0), tl.load(clamped + batch.size),
     )  # fmt: skip
+
+
+@triton.jit
+def factors(rows, sums, opts, grad_outputs, batch):
+    """`structs.Factors` of a block of samples."""
+    d, r = number(batch.dims, batch.ACC), number(batch.scale, batch.ACC)
+    g = r * values_of(grad_outputs.loss, rows, batch)
+    w = g + r * values_of(grad_outputs.distortion, rows, batch)
+    grad_kl = r * values_of(grad_outputs.rate, rows, batch)
+    grad_kl_clamped = g * values_of(opts.beta, rows, batch)
+    of_beta = g * sums.clamped
+    if opts.capacity is not None:
+        gap = capacity_gap(sums.clamped_total, opts, batch)
+        grad_kl_clamped = grad_kl_clamped * (tl.where(gap > 0, 1.0, 0.0) - tl.where(gap < 0, 1.0, 0.0))
+        of_beta = g * tl.abs(gap)
+
+    recon_scale, of_log_sigma = w, w * 0.0
+    if opts.MODE != ELEMENT:
+        _, inverse, slope = sigma_of(rows, sums.s, sums.total, opts, batch)
+        of_log_sigma = w * distortion_slope(sums.s, d, inverse)
+        recon_scale = w * inverse
+        if opts.MODE == IMAGE:
+            recon_scale += sigma_term(slope, of_log_sigma, sums.s)
+        if opts.MODE == BATCH:
+            if grad_outputs.shared_sigma_term is not None:
+                recon_scale += tl.load(grad_outputs.shared_sigma_term)
+            else:  # equal weights
+                n = number(batch.count, batch.ACC)
+                recon_scale += sigma_term(slope, w * distortion_slope(sums.total, n * d, inverse), sums.total)
+    return Factors(recon_scale, grad_kl_clamped, grad_kl, of_log_sigma, of_beta)

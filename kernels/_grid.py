@@ -23,7 +23,7 @@ def arrive(barrier, programs):
 
 
 @triton.jit
-def meet(barrier, programs):
+def grid_barrier(barrier, programs):
     """Returns when all programs have arrived, which the last one tells by adding 1 to barrier[1].
 
     What it returns is 0, but no compiler can know: what is computed again with it need not be kept in registers from

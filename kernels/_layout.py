@@ -13,14 +13,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from fused_elbo.call import Options, Tensors
+from fused_elbo.sigma import Kind
+
+from .structs import Broadcast, Data, Latents, Run, Span, constant, number
 
 TILE = 4096  # elements of a tile: with 8 warps 16 a thread, so four 128-bit loads of fp32 in flight for each tensor
 WARPS = 8
-PIECE = 4096  # elements of a sample in one row of a tile of pieces: 128-bit loads of fp32 by 1024 threads
+CHUNK = 4096  # elements of a sample in one row of a tile of chunks: 128-bit loads of fp32 by 1024 threads
 MANY = 8192  # programs that fill any GPU; past that a program walks several tiles, which keeps the partials few
+
+
+def cdiv(n: int, size: int) -> int:
+    """As triton.cdiv, and as `power_of_2` triton.next_power_of_2, which on the host take 4.5 µs each."""
+    return -(-n // size)
+
+
+def power_of_2(n: int) -> int:
+    """The least that is at least n."""
+    return 1 << (n - 1).bit_length()
 
 
 def sample_size(t: Tensor) -> int:
@@ -60,51 +73,35 @@ def batch_stride(t: Tensor) -> int:
 class Output:
     """A result with empty_like's strides; written through a buffer where those are not the leader's order."""
 
-    def __init__(self, like: Tensor, lead: Tensor, dtype: torch.dtype | None = None) -> None:
-        self.result = torch.empty_like(like, dtype=dtype)
-        dense = like.shape[0] == 1 or self.result.stride(0) == sample_size(like)
-        direct = dense and inner_strides(self.result) == inner_strides(lead)
-        self.buffer = self.result if direct else empty_in_order(lead, self.result.dtype)
+    def __init__(self, like: Tensor, lead: Tensor | None, dtype: torch.dtype | None = None) -> None:
+        """`lead`: None where there are no elements to walk, but one value or one for each sample."""
+        self.result = self.buffer = torch.empty_like(like, dtype=dtype)
+        if lead is not None:
+            dense = like.shape[0] == 1 or self.result.stride(0) == sample_size(like)
+            if not dense or inner_strides(self.result) != inner_strides(lead):
+                self.buffer = empty_in_order(lead, self.result.dtype)
 
     def finish(self) -> Tensor:
         return self.result if self.buffer is self.result else self.result.copy_(self.buffer)
 
 
-@dataclass(frozen=True)
-class Inside:
-    """Where the log σ of an element lies, if it varies inside a sample: Σ over levels of
-    element // divisor % size · stride, from the place where the sample's own begin.
-
-    A level is a run of dimensions that can be walked as one and over which log σ is not repeated. No level: log σ lies
-    as the data do. Two are enough for up to five dimensions (video); beyond, log σ may have to be copied.
-    """
-
-    levels: tuple[tuple[int, int, int], ...]  # (divisor, size, stride), innermost first
-
-    @classmethod
-    def of(cls, log_sigma: Tensor, lead: Tensor) -> Inside:
-        """`log_sigma`: expanded to lead's shape, so that it has stride 0 where it is repeated."""
-        levels: list[tuple[int, int, int]] = []
-        dims = sorted((k for k in range(1, lead.dim()) if lead.shape[k] > 1), key=lead.stride)
-        divisor = 1
-        for k in dims:
-            n = lead.shape[k]
-            stride = log_sigma.stride(k)
-            if levels and stride == levels[-1][1] * levels[-1][2] and divisor == levels[-1][0] * levels[-1][1]:
-                levels[-1] = (levels[-1][0], levels[-1][1] * n, levels[-1][2])
-            elif stride:
-                levels.append((divisor, n, stride))
-            divisor *= n
-        if levels == [(1, divisor, 1)]:
-            return AS_THE_DATA
-        return cls(tuple(levels) or ((1, 1, 0),))
-
-    def arguments(self) -> tuple[int, ...]:
-        """Of two levels; one that is missing adds 0."""
-        return tuple(n for level in (*self.levels, (1, 1, 0), (1, 1, 0))[:2] for n in level)
-
-
-AS_THE_DATA = Inside(())
+def runs_of(log_sigma: Tensor, lead: Tensor) -> list[Run]:
+    """The runs of dimensions over which log σ is not repeated, innermost first; none if it lies as the data do.
+    `log_sigma`: expanded to lead's shape, so that it has stride 0 where it is repeated."""
+    runs: list[Run] = []
+    dims = sorted((k for k in range(1, lead.dim()) if lead.shape[k] > 1), key=lead.stride)
+    divisor = 1
+    for k in dims:
+        n = lead.shape[k]
+        stride = log_sigma.stride(k)
+        if runs and stride == runs[-1].size * runs[-1].stride and divisor == runs[-1].divisor * runs[-1].size:
+            runs[-1] = runs[-1]._replace(size=runs[-1].size * n)
+        elif stride:
+            runs.append(Run(divisor, n, stride))
+        divisor *= n
+    if runs == [(1, divisor, 1)]:
+        return []
+    return runs or [Run(1, 1, 0)]
 
 
 def unit(elements: int, strides: list[int]) -> int:
@@ -126,99 +123,106 @@ class Tiles:
     cols: int
     chunks: int  # partial sums of a sample
     per_chunk: int  # tiles of a chunk
-    pieces: bool = False  # a row is a chunk, of any sample; or else a sample, in one of its chunks
+    by_chunk: bool = False  # a row is a chunk, of any sample; or else a sample, in one of its chunks
 
     @classmethod
     def of(cls, elements: int, batch: int, strides: list[int], tile: int | None = None) -> Tiles:
-        cols = min(tile or TILE, max(16, triton.next_power_of_2(elements)))
-        rows = min((tile or TILE) // cols, triton.next_power_of_2(batch))
-        tiles = triton.cdiv(elements, cols)
-        per_chunk = min(tiles, triton.cdiv(tiles * triton.cdiv(batch, rows), MANY))
+        cols = min(tile or TILE, max(16, power_of_2(elements)))
+        rows = min((tile or TILE) // cols, power_of_2(batch))
+        tiles = cdiv(elements, cols)
+        per_chunk = min(tiles, cdiv(tiles * cdiv(batch, rows), MANY))
         vec = unit(elements, strides)
-        return cls(elements // vec, vec, rows, cols, triton.cdiv(tiles, per_chunk), per_chunk)
+        return cls(elements // vec, vec, rows, cols, cdiv(tiles, per_chunk), per_chunk)
 
     @classmethod
-    def of_pieces(cls, elements: int, batch: int, strides: list[int], tile: int, whole: bool) -> Tiles:
-        """Tiles whose rows are the pieces of all samples in turn, so that whatever the shape few of them stay empty; a
-        program walks one tile. `whole`: a sample is one piece."""
-        cols = max(16, triton.next_power_of_2(elements))
-        cols = cols if whole else min(PIECE, tile, cols)
-        chunks, vec = triton.cdiv(elements, cols), unit(elements, strides)
-        rows = min(tile // cols, triton.next_power_of_2(batch * chunks))
-        return cls(elements // vec, vec, rows, cols, chunks, 1, pieces=True)
-
-    @classmethod
-    def nothing(cls) -> Tiles:
-        return cls(length=0, vec=1, rows=1, cols=16, chunks=1, per_chunk=0)
+    def of_chunks(cls, elements: int, batch: int, strides: list[int], tile: int, whole: bool) -> Tiles:
+        """Tiles whose rows are the chunks of all samples in turn, so that whatever the shape few of them stay empty; a
+        program walks one tile. `whole`: a sample is one chunk."""
+        cols = max(16, power_of_2(elements))
+        cols = cols if whole else min(CHUNK, tile, cols)
+        chunks, vec = cdiv(elements, cols), unit(elements, strides)
+        rows = min(tile // cols, power_of_2(batch * chunks))
+        return cls(elements // vec, vec, rows, cols, chunks, 1, by_chunk=True)
 
     def programs(self, batch: int) -> int:
-        if self.pieces:
-            return triton.cdiv(batch * self.chunks, self.rows)
-        return triton.cdiv(batch, self.rows) * self.chunks
+        if self.by_chunk:
+            return cdiv(batch * self.chunks, self.rows)
+        return cdiv(batch, self.rows) * self.chunks
+
+    def arguments(self) -> tuple[Any, ...]:
+        """The fields that `structs.Data` and `structs.Latents` end with."""
+        fixed = map(constant, (self.vec, self.rows, self.cols, self.by_chunk))
+        return (self.length, self.chunks, self.per_chunk, *fixed)
 
 
 class Inputs:
     """The tensors of a call in an order in which they can be walked together, and the tiles that cover them."""
 
-    def __init__(
-        self,
-        recon: Tensor | None, target: Tensor | None, mu: Tensor | None, logvar: Tensor | None,
-        log_sigma: Tensor | None, prior_mu: Tensor | None, prior_logvar: Tensor | None,
-    ) -> None:  # fmt: skip
+    def __init__(self, tensors: Tensors, options: Options) -> None:
+        recon, target, mu, logvar, log_sigma, prior_mu, prior_logvar, *_ = tensors
         given = [t for t in (recon, target, mu, logvar) if t is not None]
         self.like, self.batch = given[0], given[0].shape[0]
         self.dtype = torch.float64 if any(t.dtype == torch.float64 for t in given) else torch.float32
         self.recon = self.target = self.log_sigma = self.mu = self.logvar = self.prior_mu = self.prior_logvar = None
-        self.inside = AS_THE_DATA
+        self.runs: list[Run] = []
         if recon is not None and target is not None:
             self.recon = leader(recon)
             self.target = in_order_of(target, self.recon)
-            if log_sigma is not None:
+            if log_sigma is not None and options.sigma_mode == Kind.ELEMENT:
                 self.log_sigma = log_sigma.expand(recon.shape)
-                self.inside = Inside.of(self.log_sigma, self.recon)
-                if log_sigma.numel() == recon.numel() or len(self.inside.levels) > 2:
-                    self.log_sigma = in_order_of(self.log_sigma, self.recon)
-                    self.inside = AS_THE_DATA
+                self.runs = runs_of(self.log_sigma, self.recon)
+                if log_sigma.numel() == recon.numel() or len(self.runs) > 2:
+                    self.log_sigma, self.runs = in_order_of(self.log_sigma, self.recon), []
         if mu is not None and logvar is not None:
             self.mu = leader(mu)
             self.logvar = in_order_of(logvar, self.mu)
             if prior_mu is not None and prior_logvar is not None:
                 self.prior_mu, self.prior_logvar = in_order_of(prior_mu, self.mu), in_order_of(prior_logvar, self.mu)
         self.dims = 0 if self.recon is None else sample_size(self.recon)
-        self.latents = 0 if self.mu is None else sample_size(self.mu)
+        self.latent_dims = 0 if self.mu is None else sample_size(self.mu)
         self.data_tiles = self.tiles_of_data(Tiles.of)
         self.latent_tiles = self.tiles_of_latents(Tiles.of)
         walked = (self.recon, self.target, self.log_sigma, self.mu, self.logvar, self.prior_mu, self.prior_logvar)
         ends = [self.batch * batch_stride(t) + sample_size(t) for t in walked if t is not None]
-        dense = self.batch * max(self.dims, self.latents)  # gradients, also where the batch is expanded
+        dense = self.batch * max(self.dims, self.latent_dims)  # gradients, also where the batch is expanded
         self.wide = max(dense, *ends) >= 2**31 or FORCE_WIDE
-        self.num_warps = WARPS
-        self.triton_dtype = tl.float64 if self.dtype == torch.float64 else tl.float32
+        self.num_warps, self.free_bits = WARPS, options.free_bits
 
     def tiles_of_data(self, cut: Callable[..., Tiles], *how: Any) -> Tiles | None:
         if self.dims == 0:
             return None
-        walked = (self.recon, self.target, None if self.inside.levels else self.log_sigma)
+        walked = (self.recon, self.target, None if self.runs else self.log_sigma)
         return cut(self.dims, self.batch, [batch_stride(t) for t in walked if t is not None], *how)
 
     def tiles_of_latents(self, cut: Callable[..., Tiles], *how: Any) -> Tiles | None:
-        if self.latents == 0:
+        if self.latent_dims == 0:
             return None
         walked = (self.mu, self.logvar, self.prior_mu, self.prior_logvar)
-        return cut(self.latents, self.batch, [batch_stride(t) for t in walked if t is not None], *how)
+        return cut(self.latent_dims, self.batch, [batch_stride(t) for t in walked if t is not None], *how)
 
-    def strides(self, name: str, tiles: Tiles) -> int:
-        t = getattr(self, name)
-        return 0 if t is None else batch_stride(t) // tiles.vec
+    def data(self, tiles: Tiles | None) -> Data | None:
+        """What a kernel is passed of the data, for it to walk in these tiles."""
+        if tiles is None or self.recon is None or self.target is None:
+            return None
+        log_sigma = None
+        if self.log_sigma is not None:
+            stride = batch_stride(self.log_sigma) // (1 if self.runs else tiles.vec)
+            log_sigma = Broadcast(self.log_sigma, stride, *(*self.runs, None, None)[:2])
+        return Data(span(self.recon, tiles), span(self.target, tiles), log_sigma, *tiles.arguments())
 
-    def log_sigma_stride(self, tiles: Tiles) -> int:
-        """Between samples; in units of vec only where log σ lies as the data do."""
-        if self.log_sigma is None:
-            return 0
-        return batch_stride(self.log_sigma) // (1 if self.inside.levels else tiles.vec)
+    def latents(self, tiles: Tiles | None) -> Latents | None:
+        if tiles is None or self.mu is None or self.logvar is None:
+            return None
+        priors = (None if t is None else span(t, tiles) for t in (self.prior_mu, self.prior_logvar))
+        free_bits = number(self.free_bits, self.dtype) if self.free_bits > 0 else None
+        return Latents(span(self.mu, tiles), span(self.logvar, tiles), *priors, free_bits, *tiles.arguments())
 
     def device_guard(self) -> contextlib.AbstractContextManager:
         return torch.cuda.device(self.like.device) if self.like.is_cuda else contextlib.nullcontext()
+
+
+def span(t: Tensor, tiles: Tiles) -> Span:
+    return Span(t, batch_stride(t) // tiles.vec)
 
 
 FORCE_WIDE = False  # tests set it: no test has memory for a tensor that needs 64-bit offsets

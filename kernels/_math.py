@@ -11,9 +11,14 @@ HALF_LOG_2PI = tl.constexpr(0.91893853320467274178)
 
 
 @triton.jit
-def number(value, ACC: tl.constexpr):
-    """A Python float, passed as fp64, in the compute type. (In the interpreter it is still a Python float.)"""
-    return tl.full((), value, tl.float64).to(ACC)
+def number(value, dtype: tl.constexpr):
+    """A `structs.Number` in the compute type. (In the interpreter its floats are still Python's.)"""
+    if dtype == tl.float64:
+        high = tl.full((), value.high, tl.float32).to(tl.int64) << 40
+        middle = tl.full((), value.middle, tl.float32).to(tl.int64) << 16
+        return (high | middle | tl.full((), value.low, tl.float32).to(tl.int64)).to(tl.float64, bitcast=True)
+    else:
+        return tl.full((), value, dtype)
 
 
 @triton.jit
@@ -36,7 +41,7 @@ def exp(x):
 
 
 @triton.jit
-def excess_series(t):
+def expm1mx_series(t):
     """1 + t/3 (1 + t/4 (1 + …)), so that exp(t) − 1 − t = t²/2 · series; exact to rounding for |t| < ½."""
     LAST: tl.constexpr = 18 if t.dtype == tl.float64 else 9
     series = t * 0.0 + 1.0
@@ -46,20 +51,64 @@ def excess_series(t):
 
 
 @triton.jit
-def excess(t):
+def expm1mx(t):
     """exp(t) − 1 − t. Near 0 it is t²/2, where the literal formula has cancelled."""
-    return tl.where(tl.abs(t) < 0.5, 0.5 * t * t * excess_series(t), exp(t) - 1.0 - t)
+    return tl.where(tl.abs(t) < 0.5, 0.5 * t * t * expm1mx_series(t), exp(t) - 1.0 - t)
 
 
 @triton.jit
 def expm1(t):
-    return tl.where(tl.abs(t) < 0.5, t + 0.5 * t * t * excess_series(t), exp(t) - 1.0)
+    return tl.where(tl.abs(t) < 0.5, t + 0.5 * t * t * expm1mx_series(t), exp(t) - 1.0)
 
 
 @triton.jit
 def kl(d, t, inverse_prior_variance):
     """KL of one element: d = μ − μ_p, t = l − l_p; against N(0, I) μ, l and 1."""
-    return 0.5 * (d * d * inverse_prior_variance + excess(t))
+    return 0.5 * (d * d * inverse_prior_variance + expm1mx(t))
+
+
+@triton.jit
+def kl_grad(b, d, t, inverse_prior_variance):
+    """b times the gradient of `kl` by μ, l, μ_p and l_p."""
+    dkl_dmu, expm1_dlogvar = d * inverse_prior_variance, expm1(t)
+    return b * dkl_dmu, b * 0.5 * expm1_dlogvar, -(b * dkl_dmu), -0.5 * b * (expm1_dlogvar + dkl_dmu * d)
+
+
+@triton.jit
+def scaled_error(e, log_sigma):
+    """e²/σ² + 2 log σ: twice the distortion of one element, less log 2π."""
+    return e * e * exp(-2.0 * log_sigma) + 2.0 * log_sigma
+
+
+@triton.jit
+def distortion_grad(w, e, log_sigma):
+    """w times the gradient of ½ `scaled_error` by e and log σ."""
+    scaled = e * exp(-2.0 * log_sigma)
+    return w * scaled, w * (1.0 - e * scaled)
+
+
+@triton.jit
+def distortion(s, dims, log_sigma, inverse_variance):
+    """−log p of a sample from its sum of squares."""
+    return 0.5 * s * inverse_variance + dims * (log_sigma + HALF_LOG_2PI)
+
+
+@triton.jit
+def distortion_of_scaled(s, dims):
+    """The same where σ varies inside a sample: s is Σ `scaled_error`, with every σ in it already."""
+    return 0.5 * s + dims * HALF_LOG_2PI
+
+
+@triton.jit
+def distortion_slope(s, dims, inverse_variance):
+    """∂ distortion / ∂ log σ"""
+    return dims - s * inverse_variance
+
+
+@triton.jit
+def sigma_term(slope, through_log_sigma, total):
+    """What reaches each error of a group through its σ² = MSE = total/n: ∂L/∂ log σ · ∂ log σ/∂e, over e."""
+    return slope * through_log_sigma / tl.where(total == 0.0, 1.0, total)
 
 
 @triton.jit
@@ -76,14 +125,14 @@ def softplus(x):
 
 
 @triton.jit
-def optimal_sigma(total, n, min_log_sigma, SOFTCLIP: tl.constexpr):
-    """(log σ, 1/σ², ∂ log σ / ∂ ½ log MSE) for σ² = MSE = total/n, bounded from below."""
+def optimal_sigma(total, n, least, SOFTCLIP: tl.constexpr):
+    """(log σ, 1/σ², ∂ log σ / ∂ ½ log MSE) for σ² = MSE = total/n, and log σ at least `least`."""
     mse = total / n
     if SOFTCLIP:
-        x = 0.5 * tl.log(tl.where(mse == 0.0, 1.0, mse)) - min_log_sigma
-        log_sigma = min_log_sigma + tl.where(mse == 0.0, 0.0, softplus(x))
+        x = 0.5 * tl.log(tl.where(mse == 0.0, 1.0, mse)) - least
+        log_sigma = least + tl.where(mse == 0.0, 0.0, softplus(x))
         return log_sigma, exp(-2.0 * log_sigma), tl.where(mse == 0.0, 0.0, 1.0 / (1.0 + exp(-x)))
     else:
-        floor = exp(2.0 * min_log_sigma + 0.0 * mse)
+        floor = exp(2.0 * least + 0.0 * mse)
         variance = at_least(mse, floor)
         return 0.5 * tl.log(variance), 1.0 / variance, tl.where(mse > floor, 1.0, 0.0)

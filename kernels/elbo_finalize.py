@@ -3,14 +3,17 @@ samples, what reaches every error through a σ that the batch shares."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._factors import ELEMENT, IMAGE, sigma_of, value_at
-from ._math import HALF_LOG_2PI, exp, number, optimal_sigma
+from fused_elbo.call import Outputs
+from fused_elbo.sigma import Kind
+
+from ._factors import ELEMENT, IMAGE, capacity_gap, shared_sigma, sigma_of, value_of, values_of
+from ._layout import Inputs, power_of_2
+from ._math import distortion, distortion_of_scaled, distortion_slope, exp, number, sigma_term
+from .structs import Batch, GradOutputs, Options, Partials
 
 BLOCK = 4096  # partial sums taken at a time
 
@@ -29,236 +32,149 @@ def row_sums(partials, rows, batch, chunks, ROWS: tl.constexpr, COLS: tl.constex
 @triton.jit
 def elbo_finalize_kernel(
     # inputs
-    s_partials, kl_partials, clamped_partials, log_sigma, beta, capacity,
-    log_sigma_value: tl.float64, min_log_sigma: tl.float64, beta_value: tl.float64, capacity_value: tl.float64,
-    scale: tl.float64, dims: tl.float64, batch_size: tl.float64,
+    partials, opts,
     # outputs
-    loss, distortion, rate, sigma, stats,
+    outputs,
     # shapes
-    batch, data_chunks, latent_chunks, log_sigma_stride, beta_stride,
-    # what there is
-    HAS_DATA: tl.constexpr, HAS_LATENTS: tl.constexpr, MODE: tl.constexpr, SOFTCLIP: tl.constexpr,
-    HAS_LOG_SIGMA: tl.constexpr, HAS_BETA: tl.constexpr, HAS_CAPACITY: tl.constexpr, CAPACITY_TENSOR: tl.constexpr,
-    PER_SAMPLE: tl.constexpr, SIGMA_PER_SAMPLE: tl.constexpr, ACC: tl.constexpr,
-    # tunables
-    ROWS: tl.constexpr, DATA_COLS: tl.constexpr, LATENT_COLS: tl.constexpr,
+    batch, data_chunks, latent_chunks,
+    # what there is, and tunables
+    PER_SAMPLE: tl.constexpr, ROWS: tl.constexpr, DATA_COLS: tl.constexpr, LATENT_COLS: tl.constexpr,
 ):  # fmt: skip
-    d, n, floor = number(dims, ACC), number(batch_size, ACC), number(min_log_sigma, ACC)
+    ACC: tl.constexpr = batch.ACC
     s_total, kl_total, clamped_total = tl.zeros((ROWS,), ACC), tl.zeros((ROWS,), ACC), tl.zeros((ROWS,), ACC)
-    for first in range(0, batch, ROWS):
+    for first in range(0, batch.size, ROWS):
         rows = first + tl.arange(0, ROWS)
         s, kl, clamped = tl.zeros((ROWS,), ACC), tl.zeros((ROWS,), ACC), tl.zeros((ROWS,), ACC)
-        if HAS_DATA:
-            s = row_sums(s_partials, rows, batch, data_chunks, ROWS, DATA_COLS, ACC)
-        if HAS_LATENTS:
-            kl = row_sums(kl_partials, rows, batch, latent_chunks, ROWS, LATENT_COLS, ACC)
-            clamped = row_sums(clamped_partials, rows, batch, latent_chunks, ROWS, LATENT_COLS, ACC)
-        tl.store(stats + rows, s, rows < batch)
-        tl.store(stats + (batch + 1) + rows, kl, rows < batch)
-        tl.store(stats + 2 * (batch + 1) + rows, clamped, rows < batch)
+        if partials.s is not None:
+            s = row_sums(partials.s, rows, batch.size, data_chunks, ROWS, DATA_COLS, ACC)
+        if partials.kl is not None:
+            kl = row_sums(partials.kl, rows, batch.size, latent_chunks, ROWS, LATENT_COLS, ACC)
+            clamped = row_sums(partials.clamped, rows, batch.size, latent_chunks, ROWS, LATENT_COLS, ACC)
+        tl.store(outputs.stats + rows, s, rows < batch.size)
+        tl.store(outputs.stats + (batch.size + 1) + rows, kl, rows < batch.size)
+        tl.store(outputs.stats + 2 * (batch.size + 1) + rows, clamped, rows < batch.size)
         s_total += s
         kl_total += kl
         clamped_total += clamped
 
     total = tl.sum(s_total, 0)
-    tl.store(stats + batch, total)
-    tl.store(stats + (batch + 1) + batch, tl.sum(kl_total, 0))
-    tl.store(stats + 2 * (batch + 1) + batch, tl.sum(clamped_total, 0))
+    tl.store(outputs.stats + batch.size, total)
+    tl.store(outputs.stats + (batch.size + 1) + batch.size, tl.sum(kl_total, 0))
+    tl.store(outputs.stats + 2 * (batch.size + 1) + batch.size, tl.sum(clamped_total, 0))
     distortions, weighted = tl.zeros((ROWS,), ACC), tl.zeros((ROWS,), ACC)
     # The sums again, rather than the stats: no thread then reads what another one wrote.
-    for first2 in range(0, batch, ROWS):
+    for first2 in range(0, batch.size, ROWS):
         rows2 = first2 + tl.arange(0, ROWS)
-        inside = rows2 < batch
-        nats, b = tl.zeros((ROWS,), ACC), value_at(beta, rows2, beta_stride, inside, beta_value, HAS_BETA, ROWS, ACC)
-        if HAS_DATA:
-            s2 = row_sums(s_partials, rows2, batch, data_chunks, ROWS, DATA_COLS, ACC)
-            if MODE == ELEMENT:
-                nats = 0.5 * s2 + d * HALF_LOG_2PI
+        inside = rows2 < batch.size
+        nats, b = tl.zeros((ROWS,), ACC), values_of(opts.beta, rows2, batch)
+        if partials.s is not None:
+            s2 = row_sums(partials.s, rows2, batch.size, data_chunks, ROWS, DATA_COLS, ACC)
+            if opts.MODE == ELEMENT:
+                nats = distortion_of_scaled(s2, number(batch.dims, ACC))
             else:
-                given = value_at(log_sigma, rows2, log_sigma_stride, inside, log_sigma_value, HAS_LOG_SIGMA, ROWS, ACC)
-                ls, inverse, _ = sigma_of(s2, given, total, n, d, floor, MODE, SOFTCLIP, ROWS, ACC)
-                nats = 0.5 * s2 * inverse + d * (ls + HALF_LOG_2PI)
-                if SIGMA_PER_SAMPLE:
-                    tl.store(sigma + rows2, exp(ls), inside)
+                ls, inverse, _ = sigma_of(rows2, s2, total, opts, batch)
+                nats = distortion(s2, number(batch.dims, ACC), ls, inverse)
+                if opts.MODE == IMAGE or opts.log_sigma.stride is not None:
+                    tl.store(outputs.sigma + rows2, exp(ls), inside)
                 else:
-                    tl.store(sigma + rows2, exp(ls), rows2 < 1)
-        elif MODE != ELEMENT:
-            own = value_at(log_sigma, rows2, log_sigma_stride, inside, log_sigma_value, HAS_LOG_SIGMA, ROWS, ACC)
-            tl.store(sigma + rows2, exp(own), rows2 < 1)
+                    tl.store(outputs.sigma + rows2, exp(ls), rows2 < 1)
+        elif opts.MODE != ELEMENT:
+            tl.store(outputs.sigma + rows2, exp(values_of(opts.log_sigma, rows2, batch)), rows2 < 1)
         clamped2, kl2 = tl.zeros((ROWS,), ACC), tl.zeros((ROWS,), ACC)
-        if HAS_LATENTS:
-            kl2 = row_sums(kl_partials, rows2, batch, latent_chunks, ROWS, LATENT_COLS, ACC)
-            clamped2 = row_sums(clamped_partials, rows2, batch, latent_chunks, ROWS, LATENT_COLS, ACC)
+        if partials.kl is not None:
+            kl2 = row_sums(partials.kl, rows2, batch.size, latent_chunks, ROWS, LATENT_COLS, ACC)
+            clamped2 = row_sums(partials.clamped, rows2, batch.size, latent_chunks, ROWS, LATENT_COLS, ACC)
         if PER_SAMPLE:
-            tl.store(loss + rows2, nats + b * clamped2, inside)
-            tl.store(distortion + rows2, nats, inside)
-            tl.store(rate + rows2, kl2, inside)
+            tl.store(outputs.loss + rows2, nats + b * clamped2, inside)
+            tl.store(outputs.distortion + rows2, nats, inside)
+            tl.store(outputs.rate + rows2, kl2, inside)
         distortions += tl.where(inside, nats, 0.0)
         weighted += tl.where(inside, b * clamped2, 0.0)
 
     if not PER_SAMPLE:
-        r = number(scale, ACC)
+        r = number(batch.scale, ACC)
         nats_all = r * tl.sum(distortions, 0)
         penalty = r * tl.sum(weighted, 0)
-        if HAS_CAPACITY:
-            if CAPACITY_TENSOR:
-                target = tl.load(capacity).to(ACC)
-            else:
-                target = number(capacity_value, ACC)
-            if HAS_BETA:
-                one_beta = tl.load(beta).to(ACC)
-            else:
-                one_beta = number(beta_value, ACC)
-            penalty = r * n * one_beta * tl.abs(tl.sum(clamped_total, 0) / n - target)
-        tl.store(loss, nats_all + penalty)
-        tl.store(distortion, nats_all)
-        tl.store(rate, r * tl.sum(kl_total, 0))
+        if opts.capacity is not None:
+            gap = capacity_gap(tl.sum(clamped_total, 0), opts, batch)
+            penalty = r * number(batch.count, ACC) * value_of(opts.beta, ACC) * tl.abs(gap)
+        tl.store(outputs.loss, nats_all + penalty)
+        tl.store(outputs.distortion, nats_all)
+        tl.store(outputs.rate, r * tl.sum(kl_total, 0))
 
 
 @triton.jit
-def elbo_weights_kernel(
+def elbo_shared_sigma_term_kernel(
     # inputs
-    grad_loss, grad_distortion, stats,
-    min_log_sigma: tl.float64, scale: tl.float64, dims: tl.float64, batch_size: tl.float64,
+    grad_outputs, stats, opts,
     # output: one number
-    through,
-    # shapes
-    batch, grad_loss_stride, grad_distortion_stride,
-    # what there is
-    HAS_GRAD_LOSS: tl.constexpr, HAS_GRAD_DISTORTION: tl.constexpr, SOFTCLIP: tl.constexpr, ACC: tl.constexpr,
-    # tunables
-    ROWS: tl.constexpr,
+    shared_sigma_term,
+    # shapes, and a tunable
+    batch, ROWS: tl.constexpr,
 ):  # fmt: skip
     """slope · Σ_j w_j (D − S_j/σ²) / ΣS for a σ shared by the batch and unequal w_j."""
-    d, n, floor, r = number(dims, ACC), number(batch_size, ACC), number(min_log_sigma, ACC), number(scale, ACC)
-    total = tl.load(stats + batch)
-    _, inverse, slope = optimal_sigma(total, n * d, floor, SOFTCLIP)
-    flows = tl.zeros((ROWS,), ACC)
-    for first in range(0, batch, ROWS):
+    d, r = number(batch.dims, batch.ACC), number(batch.scale, batch.ACC)
+    total = tl.load(stats + batch.size)
+    _, inverse, slope = shared_sigma(total, opts, batch)
+    flows = tl.zeros((ROWS,), batch.ACC)
+    for first in range(0, batch.size, ROWS):
         rows = first + tl.arange(0, ROWS)
-        inside = rows < batch
-        w = value_at(grad_loss, rows, grad_loss_stride, inside, 0.0, HAS_GRAD_LOSS, ROWS, ACC)
-        w += value_at(grad_distortion, rows, grad_distortion_stride, inside, 0.0, HAS_GRAD_DISTORTION, ROWS, ACC)
-        flows += r * w * (d - tl.load(stats + rows, inside, 0.0) * inverse)
-    tl.store(through, slope * tl.sum(flows, 0) / tl.where(total == 0.0, 1.0, total))
+        w = values_of(grad_outputs.loss, rows, batch)
+        w += values_of(grad_outputs.distortion, rows, batch)
+        flows += r * w * distortion_slope(tl.load(stats + rows, rows < batch.size, 0.0), d, inverse)
+    tl.store(shared_sigma_term, sigma_term(slope, tl.sum(flows, 0), total))
 
 
-class Knobs(NamedTuple):
-    """The arguments of the O(B) arithmetic, as `ops.forward` has them."""
-
-    log_sigma: Tensor | None  # None where σ varies inside a sample
-    beta: Tensor | None
-    capacity: Tensor | None
-    sigma_mode: int
-    softclip: bool
-    log_sigma_value: float
-    min_log_sigma: float
-    free_bits: float
-    beta_value: float
-    capacity_value: float | None
-    reduction: int
-
-    def scale(self, batch: int, dims: int) -> float:
-        return (1 / batch, 1.0, 1 / (batch * dims), 1.0)[self.reduction]
-
-    def values(self, batch: int, dims: int, latents: int) -> tuple[float, ...]:
-        capacity = 0.0 if self.capacity_value is None else self.capacity_value
-        scale = self.scale(batch, dims or latents)
-        return (self.log_sigma_value, self.min_log_sigma, self.beta_value, capacity, scale, float(dims), float(batch))
-
-    def sigma_per_sample(self) -> bool:
-        return self.sigma_mode == IMAGE.value or each(self.log_sigma)
-
-    def has_capacity(self) -> bool:
-        return self.capacity is not None or self.capacity_value is not None
-
-    def present(self) -> dict[str, Any]:
-        return {
-            "MODE": self.sigma_mode, "SOFTCLIP": self.softclip,
-            "HAS_LOG_SIGMA": self.log_sigma is not None, "HAS_BETA": self.beta is not None,
-            "HAS_CAPACITY": self.has_capacity(), "CAPACITY_TENSOR": self.capacity is not None,
-        }  # fmt: skip
-
-
-def each(t: Tensor | None) -> bool:
-    return t is not None and t.dim() == 1
-
-
-def stride_of(t: Tensor | None) -> int:
-    """Of a tensor with one value per sample, or one for all."""
-    return 0 if t is None or t.dim() == 0 else t.stride(0)
-
-
-class Results(NamedTuple):
-    loss: Tensor
-    distortion: Tensor
-    rate: Tensor
-    sigma: Tensor
-    stats: Tensor
-
-    @classmethod
-    def empty(cls, inputs, knobs: Knobs) -> Results:
-        batch = inputs.batch
-        reduced = (batch,) if knobs.reduction == 3 else ()
-        no_sigma = knobs.sigma_mode == ELEMENT.value
-        sigma = (0,) if no_sigma else (batch,) if knobs.sigma_per_sample() else ()
-        shapes: list[tuple[int, ...]] = [reduced, reduced, reduced, sigma, (3, batch + 1)]
-        return cls(*(inputs.like.new_empty(shape, dtype=inputs.dtype) for shape in shapes))
+def empty_outputs(inputs: Inputs, options: Options, per_sample: bool) -> Outputs:
+    batch = inputs.batch
+    reduced = (batch,) if per_sample else ()
+    sigma: tuple[int, ...] = ()
+    if options.MODE.value == Kind.ELEMENT:
+        sigma = (0,)
+    elif options.MODE.value == Kind.IMAGE or options.log_sigma.stride is not None:
+        sigma = (batch,)
+    shapes: list[tuple[int, ...]] = [reduced, reduced, reduced, sigma, (3, batch + 1)]
+    return Outputs(*(inputs.like.new_empty(shape, dtype=inputs.dtype) for shape in shapes))
 
 
 def blocks(batch: int, data_chunks: int, latent_chunks: int, most: int) -> dict[str, int]:
     """How many samples and partial sums of them are taken at a time."""
-    data_cols, latent_cols = (min(most, triton.next_power_of_2(chunks)) for chunks in (data_chunks, latent_chunks))
-    rows = max(1, min(most // max(data_cols, latent_cols), triton.next_power_of_2(batch)))
+    data_cols, latent_cols = (min(most, power_of_2(chunks)) for chunks in (data_chunks, latent_chunks))
+    rows = max(1, min(most // max(data_cols, latent_cols), power_of_2(batch)))
     return {"ROWS": rows, "DATA_COLS": data_cols, "LATENT_COLS": latent_cols}
 
 
-def elbo_finalize(inputs, partials, knobs: Knobs) -> Results:
-    batch, results = inputs.batch, Results.empty(inputs, knobs)
+def elbo_finalize(inputs: Inputs, batch: Batch, partials: Partials, options: Options, per_sample: bool) -> Outputs:
+    outputs = empty_outputs(inputs, options, per_sample)
     data_chunks, latent_chunks = (1 if p is None else p.shape[1] for p in (partials.s, partials.kl))
     with inputs.device_guard():
         elbo_finalize_kernel[(1,)](
             # inputs
-            partials.s, partials.kl, partials.clamped, knobs.log_sigma, knobs.beta, knobs.capacity,
-            *knobs.values(batch, inputs.dims, inputs.latents),
+            partials, options,
             # outputs
-            *results,
+            outputs,
             # shapes
-            batch, data_chunks, latent_chunks, stride_of(knobs.log_sigma), stride_of(knobs.beta),
-            # what there is
-            HAS_DATA=partials.s is not None, HAS_LATENTS=partials.kl is not None, **knobs.present(),
-            PER_SAMPLE=knobs.reduction == 3, SIGMA_PER_SAMPLE=knobs.sigma_per_sample(), ACC=inputs.triton_dtype,
-            # tunables
-            **blocks(batch, data_chunks, latent_chunks, BLOCK),
+            batch, data_chunks, latent_chunks,
+            # what there is, and tunables
+            PER_SAMPLE=per_sample, **blocks(inputs.batch, data_chunks, latent_chunks, BLOCK),
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
-    return results
+    return outputs
 
 
-def unequal(grad_output: Tensor | None) -> bool:
-    """A grad_output with a value per sample, unless its stride says that all are one."""
-    return grad_output is not None and grad_output.dim() == 1 and grad_output.stride(0) != 0
-
-
-def elbo_weights(
-    inputs, stats: Tensor, knobs: Knobs, grad_loss: Tensor | None, grad_distortion: Tensor | None
+def elbo_shared_sigma_term(
+    inputs: Inputs, batch: Batch, stats: Tensor, options: Options, grad_outputs: GradOutputs
 ) -> Tensor:
-    """() tensor; needed only where σ is shared by the batch and a grad_output is `unequal`."""
-    through = stats.new_empty(())
+    """() tensor; needed only where σ is shared by the batch and the weights of its samples differ."""
+    term = stats.new_empty(())
     with inputs.device_guard():
-        elbo_weights_kernel[(1,)](
+        elbo_shared_sigma_term_kernel[(1,)](
             # inputs
-            grad_loss, grad_distortion, stats,
-            knobs.min_log_sigma, knobs.scale(inputs.batch, inputs.dims), float(inputs.dims), float(inputs.batch),
+            grad_outputs, stats, options,
             # output
-            through,
-            # shapes
-            inputs.batch, stride_of(grad_loss), stride_of(grad_distortion),
-            # what there is
-            HAS_GRAD_LOSS=grad_loss is not None, HAS_GRAD_DISTORTION=grad_distortion is not None,
-            SOFTCLIP=knobs.softclip, ACC=inputs.triton_dtype,
-            # tunables
-            ROWS=min(BLOCK, triton.next_power_of_2(inputs.batch)),
+            term,
+            # shapes, and a tunable
+            batch, ROWS=min(BLOCK, power_of_2(inputs.batch)),
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
-    return through
+    return term

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import ptx_structs
 import pytest
 import tiers
 import torch
@@ -26,6 +28,8 @@ from fused_elbo.operators import elbo
 def pytest_collection(session: pytest.Session) -> None:
     """Where Triton runs on CPU tensors, its kernels stand behind the operators in place of the C++ ones, so that vmap,
     torch.compile and the tests of the operators run on them too."""
+    if (executor := sys.modules.get("triton_emu")) is not None:
+        ptx_structs.accept_structs(executor)
     if backends.triton.runs_on_cpu():
         backends.cpp.library.failure = BackendUnavailable(
             "Triton's kernels have the place of the C++ ones in this run."

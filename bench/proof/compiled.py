@@ -42,9 +42,11 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import MockTensor
 
 from fused_elbo import backend, decoupled_elbo, decoupled_elbo_backward
 from fused_elbo.kernels import elbo_finalize, elbo_grads, elbo_stats, elbo_step
+from fused_elbo.kernels.structs import Data, Latents
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -56,13 +58,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 JITTED = (
     (elbo_stats, "elbo_stats_kernel"),
     (elbo_finalize, "elbo_finalize_kernel"),
-    (elbo_finalize, "elbo_weights_kernel"),
+    (elbo_finalize, "elbo_shared_sigma_term_kernel"),
     (elbo_grads, "elbo_grads_kernel"),
     (elbo_step, "elbo_step_kernel"),
 )
 # what a case is called -> its kernels in the table
 CASES = {
-    "": ("elbo_stats", "elbo_finalize", "elbo_weights", "elbo_grads", "elbo_step"),
+    "": ("elbo_stats", "elbo_finalize", "elbo_shared_sigma_term", "elbo_grads", "elbo_step"),
     "pixel": ("elbo_stats", "elbo_grads"),
     "channel": ("elbo_stats", "elbo_grads"),
     "prior": ("elbo_stats", "elbo_grads", "elbo_step"),
@@ -130,27 +132,45 @@ class Launch:
 
     kernel: triton.JITFunction
     grid: tuple[int, ...]
-    args: list[Any]  # dtypes in place of tensors, as Triton's warmup takes them: aligned pointers
+    args: list[Any]  # with what Triton's warmup takes in place of tensors: aligned pointers
     kwargs: dict[str, Any]
     tensors: list[Tensor] = field(repr=False)  # on the meta device
 
-    def tile_elements(self, *kinds: str) -> int:
-        return sum(self.kwargs[f"{kind}_ROWS"] * self.kwargs[f"{kind}_COLS"] * self.tiles(kind) for kind in kinds)
+    def tile_elements(self, *kinds: type) -> int:
+        """`kinds`: Data, Latents, or both."""
+        walked = [a for a in self.args if isinstance(a, kinds)]
+        return sum(a.ROWS.value * a.COLS.value * self.tiles(type(a)) for a in walked)
 
-    def tiles(self, kind: str) -> int:
+    def tiles(self, kind: type) -> int:
         """Of one pass through the code: programs of elbo_step that wait hold two of the data."""
-        return 2 if kind == "DATA" and self.kwargs.get("WAITS") else 1
+        return 2 if kind is Data and self.kwargs.get("WAITS") else 1
 
-    def bytes_per_thread(self, elements: dict[int, str], warp_size: int) -> int:
+    def bytes_per_thread(self, elements: dict[int, type], warp_size: int) -> int:
         """Of the big tensors in one tile of data and one of latents, with {elements of a tensor: kind of its tile}."""
         total = 0
         for t in self.tensors:
             expanded = 0 in t.stride()  # as large by its shape alone
             if not expanded and (kind := elements.get(t.numel())):
                 total += self.tile_elements(kind) * t.element_size()
-                if kind == "LATENT" and "WAITS" in self.kwargs:  # elbo_step reads latents twice, and writes them once
+                if kind is Latents and "WAITS" in self.kwargs:  # elbo_step reads latents twice, and writes them once
                     total += self.tile_elements(kind) * t.element_size() // 2
         return total // (self.kwargs["num_warps"] * warp_size)
+
+
+def leaves(arguments: Any) -> Iterator[Any]:
+    """What arguments hold, and the structures among them."""
+    for a in arguments:
+        if isinstance(a, tuple):
+            yield from leaves(a)
+        else:
+            yield a
+
+
+def without_memory(argument: Any) -> Any:
+    """The same argument with a pretended pointer for each tensor."""
+    if isinstance(argument, tuple):
+        return type(argument)(*map(without_memory, argument))
+    return MockTensor(argument.dtype) if isinstance(argument, Tensor) else argument
 
 
 class Spy:
@@ -161,13 +181,12 @@ class Spy:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*args: Any, **kwargs: Any) -> None:
-            tensors = [a for a in args if isinstance(a, Tensor)]
+            tensors = [a for a in leaves(args) if isinstance(a, Tensor)]
             if any(t.data_ptr() % WIDE for t in tensors):
                 raise RuntimeError("a tensor is not aligned, so Triton would compile narrower accesses than usual")
-            dtypes = [a.dtype if isinstance(a, Tensor) else a for a in args]
             name = self.kernel.__name__.removesuffix("_kernel")
             shapes = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in tensors]
-            self.seen[name] = Launch(self.kernel, grid, dtypes, kwargs, shapes)
+            self.seen[name] = Launch(self.kernel, grid, [without_memory(a) for a in args], kwargs, shapes)
 
         return launch
 
@@ -226,7 +245,7 @@ def launch_of(kernel: str, dtype: str, target: str) -> Launch:
 def big_bytes(kernel: str, dtype: str, target: str) -> int:
     """What one pass through the code must read and write of recon, target, mu, logvar, …, in bytes of a thread."""
     batch, image, latents = SIZES.get(kernel.rstrip("]").partition("[")[2], USUAL)
-    elements = {batch * torch.Size(image).numel(): "DATA", batch * latents: "LATENT"}
+    elements = {batch * torch.Size(image).numel(): Data, batch * latents: Latents}
     return launch_of(kernel, dtype, target).bytes_per_thread(elements, TARGETS[target].warp_size)
 
 
@@ -335,7 +354,7 @@ def row(kernel: str, dtype: str, target: str) -> Row:
     per_element = in_flight = None
     if big_bytes(kernel, dtype, target):
         per_element = round(
-            code.instructions * warps * TARGETS[target].warp_size / launch.tile_elements("DATA", "LATENT"), 1
+            code.instructions * warps * TARGETS[target].warp_size / launch.tile_elements(Data, Latents), 1
         )
         in_flight = None if code.in_flight is None else code.in_flight * threads_per_sm(code.registers, warps)
     return Row(

@@ -92,7 +92,7 @@ def test_every_access_of_big_tensors_is_wide(kernel: str, target: str, dtype: st
     else:  # loads of a loop's first turn may be written out ahead of it
         assert sum(code.wide) >= expected
     launch = bench.launch_of(kernel, dtype, target)
-    looked_up = launch.tile_elements("DATA") // (launch.kwargs["num_warps"] * 32) if "[channel]" in kernel else 0
+    looked_up = launch.tile_elements(bench.Data) // (launch.kwargs["num_warps"] * 32) if "[channel]" in kernel else 0
     assert len(code.widths) - len(code.wide) <= NARROW[kernel.partition("[")[0]] + looked_up
 
 

@@ -30,10 +30,14 @@ pytestmark = pytest.mark.triton
 KERNELS = Path(__file__).parents[2] / "kernels"
 
 STATS, FINALIZE, GRADS, STEP = (f"elbo_{stem}.py" for stem in ("stats", "finalize", "grads", "step"))
-LAYOUT, MATH, FACTORS, GRID = "_layout.py", "_math.py", "_factors.py", "_grid.py"
+LAYOUT, ELEMENTS, MATH, FACTORS, GRID = (f"_{name}.py" for name in ("layout", "elements", "math", "factors", "grid"))
+STRUCTS = "structs.py"
 
 MASK = "$ROWS & ($C < $N)"
-LOADED = "tl.load($P, $M, 0.0).to($T)"
+DIFFERENCE = "difference($D, $R, $C, $M, $B)"
+# What that is, and the target twice more: recon + target.
+TARGET = "tl.load($D.target.base + $R[:, None] * ($D.target.stride * $D.VEC) + $C, $M, 0.0).to($B.ACC)"
+SUM = f"{DIFFERENCE} + 2.0 * {TARGET}"
 
 MUTANTS = {
     # masks
@@ -56,12 +60,12 @@ MUTANTS = {
         "learned-image, none", place=(1, 3), beside=MASK,
     ),
     "grads_reads_a_column_too_few": Mutant(
-        GRADS, "elbo_grads_kernel", f"{LOADED} - $E", "tl.load($P, $M & ($C < $N - 1), 0.0).to($T) - $E",
+        GRADS, "elbo_grads_kernel", DIFFERENCE, "difference($D, $R, $C, $M & ($C < $N - 1), $B)",
         "learned-image, none", beside=MASK,
     ),
     "grads_writes_a_latent_too_many": Mutant(
-        GRADS, "latent_gradients", "tl.store($P, ($A * $D).to($T), $M)",
-        "tl.store($P, ($A * $D).to($T), $ROWS & ($C <= $N))", "far apart", place=(0, 2), beside=MASK,
+        GRADS, "latent_gradients", "tl.store($P, $G.to($T), $M)", "tl.store($P, $G.to($T), $ROWS & ($C <= $N))",
+        "far apart", place=(0, 4), beside=MASK,
     ),
     "padding_is_clamped_to_free_bits": Mutant(
         STATS, "latent_sums", "tl.where($M, at_least($$$X), 0.0)", "tl.where($C >= 0, at_least($$$X), 0.0)",
@@ -85,44 +89,48 @@ MUTANTS = {
     ),
     # signs
     "e_is_a_sum_in_stats": Mutant(
-        STATS, "elbo_stats_kernel", f"{LOADED} - $E", f"{LOADED} + $E", "learned-image, none",
+        STATS, "elbo_stats_kernel", DIFFERENCE, SUM, "learned-image, none",
     ),
     "e_is_a_sum_in_grads": Mutant(
-        GRADS, "elbo_grads_kernel", f"{LOADED} - $E", f"{LOADED} + $E", "learned-image, none",
+        GRADS, "elbo_grads_kernel", DIFFERENCE, SUM, "learned-image, none",
     ),
     "sign_of_g_target": Mutant(GRADS, "elbo_grads_kernel", "(-$G).to($T)", "$G.to($T)", "learned-image, none"),
-    "sign_of_g_prior_mu": Mutant(GRADS, "latent_gradients", "(-($G)).to($T)", "($G).to($T)", "prior-shared"),
-    "sign_of_g_prior_logvar": Mutant(GRADS, "latent_gradients", "-0.5 * $B * $X", "0.5 * $B * $X", "prior-shared"),
+    "sign_of_g_prior_mu": Mutant(MATH, "kl_grad", "-($A * $B)", "$A * $B", "prior-shared"),
+    "sign_of_g_prior_logvar": Mutant(MATH, "kl_grad", "-0.5 * $B * $X", "0.5 * $B * $X", "prior-shared"),
     "sign_of_the_capacity_gap": Mutant(
         FACTORS, "factors", "tl.where($G > 0, 1.0, 0.0) - tl.where($G < 0, 1.0, 0.0)", "tl.where($G > 0, 1.0, 0.0)",
         "capacity-above",
     ),
     # factors
     "no_scale_by_grad_loss": Mutant(
-        FACTORS, "factors", "$R * value_at($$$X)", "$R + 0.0 * value_at($$$X)", "far apart", place=(0, 2),
+        FACTORS, "factors", "$R * values_of($$$X)", "$R + 0.0 * values_of($$$X)", "far apart", place=(0, 4),
     ),
     "no_scale_by_grad_distortion": Mutant(FACTORS, "factors", "$G + $R * $X", "$G", "learned-image, none"),
     "no_scale_by_grad_rate": Mutant(
-        FACTORS, "factors", "$R * value_at($$$X)", "0.0 * value_at($$$X)", "far apart", place=(1, 2),
+        FACTORS, "factors", "$R * values_of($$$X)", "0.0 * values_of($$$X)", "far apart", place=(2, 4),
     ),
     "one_grad_loss_for_all": Mutant(
-        FACTORS, "factors", "$R * value_at($P, $ROWS, $S, $$$X)", "$R * value_at($P, $ROWS, 0, $$$X)", "far apart",
-        place=(0, 2),
+        FACTORS, "factors", "values_of($P, $ROWS, $B)", "values_of($P, $ROWS * 0, $B)", "far apart", place=(0, 4),
     ),
-    "no_scale_by_beta": Mutant(FACTORS, "factors", "$LOSS = $G * $B", "$LOSS = $G", "beta-sample, none", place=(2, 8)),
-    "the_mean_is_a_batchmean": Mutant(FINALIZE, "scale", "1 / ($B * $D)", "1 / $B", "mean"),
-    "g_logvar_without_its_half": Mutant(GRADS, "latent_gradients", "$B * 0.5 * $X", "$B * $X", "far apart"),
-    "2_log_sigma_is_left_out": Mutant(STATS, "elbo_stats_kernel", "$E + 2.0 * $X", "$E", "learned-channel-image"),
+    "no_scale_by_beta": Mutant(
+        FACTORS, "factors", "$LOSS = $G * values_of($$$X)", "$LOSS = $G", "beta-sample, none", place=(2, 3),
+    ),
+    "the_mean_is_a_batchmean": Mutant(STRUCTS, "of", "1 / ($B * $D)", "1 / $B", "mean"),
+    "g_logvar_without_its_half": Mutant(MATH, "kl_grad", "$B * 0.5 * $X", "$B * $X", "far apart"),
+    "2_log_sigma_is_left_out": Mutant(MATH, "scaled_error", "$E + 2.0 * $X", "$E", "learned-channel-image"),
     "exp_does_not_overflow": Mutant(
         MATH, "exp_reduced", "tl.where($X > 89.0, $Y, $E)", "$E", "variances of 0 and infinity",
     ),
     "exp_does_not_underflow": Mutant(
         MATH, "exp_reduced", "tl.where($X < -104.0, 0.0, $E)", "$E", "variances of 0 and infinity",
     ),
-    "a_series_too_short": Mutant(MATH, "excess_series", "$N if $X else $M", "8 if $X else $M", "two tiles"),
+    "a_series_too_short": Mutant(MATH, "expm1mx_series", "$N if $X else $M", "8 if $X else $M", "two tiles"),
     # the step
     "the_steps_last_column_is_left_out": Mutant(STEP, "tile_of", MASK, "$ROWS & ($C < $N - 1)", "step, one log sigma"),
-    "the_step_is_not_scaled": Mutant(STEP, "elbo_step", "$X is not None", "False", "step, one log sigma", place=(0, 2)),
+    "the_step_is_not_scaled": Mutant(
+        STEP, "elbo_step", "GradOutputs($S, $$$X)", "GradOutputs($S._replace(tensor=None, value=1.0), $$$X)",
+        "step, one log sigma",
+    ),
     "the_step_finishes_before_the_last_program": Mutant(
         STEP, "elbo_step_kernel", "arrive($B, $N)", "arrive($B, $N - 1)", "step, one sigma",
     ),
@@ -134,39 +142,40 @@ MUTANTS = {
     ),
     "a_sigma_for_the_wrong_image": Mutant(
         STEP, "elbo_step_kernel", "data_gradients($P * $T, $E, $S, $$$X)",
-        "data_gradients($P * $T, $E, $S + $S, $$$X)", "step, per image",
+        "data_gradients($P * $T, $E, Sums($S.s + $S.s, $S.total, $S.clamped, $S.clamped_total), $$$X)",
+        "step, per image",
     ),
     "samples_that_are_not_there_pull_on_beta": Mutant(
-        GRADS, "given_gradients", "tl.where($R < $B, $X, 0.0)", "$X", "step, one beta", place=(1, 2),
+        GRADS, "scalar_gradients", "tl.where($R < $B, $X, 0.0)", "$X", "step, one beta", place=(1, 2),
     ),
     "samples_that_are_not_there_pull_on_log_sigma": Mutant(
-        GRADS, "given_gradients", "tl.where($R < $B, $X, 0.0)", "$X", "step, one log sigma", place=(0, 2),
+        GRADS, "scalar_gradients", "tl.where($R < $B, $X, 0.0)", "$X", "step, one log sigma", place=(0, 2),
     ),
     # σ inside a sample
-    "one_level_of_log_sigma_only": Mutant(STATS, "log_sigma_at", "$N == 2", "$N == 3", "learned-rows"),
+    "one_run_of_log_sigma_only": Mutant(ELEMENTS, "log_sigma_offsets", "$X.outer is not None", "False", "learned-rows"),
     "log_sigma_does_not_wrap": Mutant(
-        STATS, "log_sigma_at", "$C // $D % $N * $S", "$C // $D * $S", "learned-rows", place=(0, 2),
+        ELEMENTS, "log_sigma_offsets", "$C // $D % $N * $S", "$C // $D * $S", "learned-rows", place=(0, 2),
     ),
     "one_log_sigma_for_a_run": Mutant(
-        STATS, "log_sigma_at", "$C // $D % $N * $S", "$C * 0 % $N * $S", "learned-channel", place=(0, 2),
+        ELEMENTS, "log_sigma_offsets", "$C // $D % $N * $S", "$C * 0 % $N * $S", "learned-channel", place=(0, 2),
     ),
     "the_samples_log_sigma_is_the_first_ones": Mutant(
-        STATS, "log_sigma_at", "row_offsets($R, $S, $W) + $X", "row_offsets($R, 0, $W) + $X", "learned-channel-image",
-        place=(1, 2),
+        ELEMENTS, "log_sigma_offsets", "row_offsets($R, $S, $W) + $X", "row_offsets($R, 0, $W) + $X",
+        "learned-channel-image", place=(1, 2),
     ),
     # σ and the rate
     "no_coupling_by_sigma_for_unequal_weights": Mutant(
         FACTORS, "factors", "$E += tl.load($P)", "$E += 0.0", "optimal, none",
     ),
     "no_error_at_all_is_divided_by": Mutant(
-        FINALIZE, "elbo_weights_kernel", "$X / tl.where($S == 0.0, 1.0, $S)", "$X / $S", "no error",
+        MATH, "sigma_term", "$X / tl.where($S == 0.0, 1.0, $S)", "$X / $S", "no error",
     ),
     "no_coupling_by_sigma_for_equal_weights": Mutant(
-        FACTORS, "factors", "$E += $S * $X / tl.where($$$Y)", "$E += 0.0 * $X / tl.where($$$Y)", "softclip",
+        FACTORS, "factors", "$E += sigma_term($S, $$$X)", "$E += 0.0 * sigma_term($S, $$$X)", "softclip",
         place=(1, 2),
     ),
     "no_coupling_by_the_sigma_of_an_image": Mutant(
-        FACTORS, "factors", "$E += $S * $X / tl.where($$$Y)", "$E += 0.0 * $X / tl.where($$$Y)",
+        FACTORS, "factors", "$E += sigma_term($S, $$$X)", "$E += 0.0 * sigma_term($S, $$$X)",
         "per-image-softclip, none", place=(0, 2),
     ),
     "the_floor_passes_a_gradient": Mutant(
@@ -180,7 +189,7 @@ MUTANTS = {
         MATH, "at_least", "tl.where($X < $F, $F, $X)", "tl.maximum($X, $F)", "NaN in the latents",
     ),
     # memory
-    "strides_of_32_bits": Mutant(STATS, "elements", "tl.full((), $N, tl.int64) * $V", "$N * $V", "farther apart"),
+    "strides_of_32_bits": Mutant(ELEMENTS, "from_units", "tl.full((), $N, tl.int64) * $V", "$N * $V", "farther apart"),
     "64_bits_never_asked_for": Mutant(LAYOUT, "__init__", "$N >= 2**31", "$N >= 2**62", "far apart"),
     "samples_are_taken_for_packed": Mutant(
         LAYOUT, "batch_stride", "0 if $X else $T.stride(0)", "0 if $X else sample_size($T)", "far apart",

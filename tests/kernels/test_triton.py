@@ -6,6 +6,8 @@ compiled kernels on the CPU, they run on Triton alone.
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from cases import Call
@@ -121,7 +123,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, call: Call) -> list[str]:
     for module, name in (
         (elbo_stats, "elbo_stats_kernel"),
         (elbo_finalize, "elbo_finalize_kernel"),
-        (elbo_finalize, "elbo_weights_kernel"),
+        (elbo_finalize, "elbo_shared_sigma_term_kernel"),
         (elbo_grads, "elbo_grads_kernel"),
     ):
         monkeypatch.setattr(module, name, Spy(getattr(module, name), name))
@@ -146,12 +148,43 @@ def test_a_step_is_three_launches(mode: str, monkeypatch: pytest.MonkeyPatch) ->
 @on_cpu
 def test_unequal_weights_and_a_shared_sigma_take_a_fourth(monkeypatch: pytest.MonkeyPatch) -> None:
     with fused_elbo.backend("triton"):
-        assert "elbo_weights_kernel" in launches(monkeypatch, Call("optimal", "none"))
+        assert "elbo_shared_sigma_term_kernel" in launches(monkeypatch, Call("optimal", "none"))
         call = Call("optimal", "none")
         loss = call(decoupled_elbo).loss
         seen = launches(monkeypatch, Call("optimal", "none", batch=1))
         assert loss.shape == (4,)
         assert len(seen) == 4
+
+
+@on_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_numbers_in_structures_lose_nothing(dtype: torch.dtype) -> None:
+    """Triton passes a Python float in a structure as fp32."""
+    import numbers_kernel
+
+    values = [0.1, -7.0, 1.0, 0.0, -0.0, 3e38, -1e-30, math.pi, math.inf, -math.inf, math.nan]
+    if dtype == torch.float64:
+        values = [1e300, -1e-300, 5e-324, 1 / 3 + 1e-16, *values]
+    given = torch.tensor(values, dtype=torch.float64)
+    read = torch.stack([numbers_kernel.through_a_kernel(value, dtype) for value in values])
+    same = torch.int64 if dtype == torch.float64 else torch.int32
+    expected = given.to(dtype)
+    assert torch.equal(read.isnan(), expected.isnan())
+    assert torch.equal(read[:-1].view(same), expected[:-1].view(same))
+
+
+@on_cpu
+@pytest.mark.parametrize("beta", [3e38, 1e-300, 0.1])
+def test_options_of_fp64_are_exact(beta: float) -> None:
+    call = Call("softclip", dtype=torch.float64)
+    call.kw |= {"beta": beta, "min_log_sigma": -0.1}
+    results = []
+    for backend in ("reference", "triton"):
+        with fused_elbo.backend(backend):
+            elbo = call(decoupled_elbo)
+            results.append((elbo.loss, *call.gradients(elbo)))
+    for got, true in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got, true, rtol=1e-14, atol=0.0, equal_nan=True)
 
 
 @on_cpu

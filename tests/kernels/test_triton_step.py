@@ -17,14 +17,14 @@ from cases import Call
 from stepwise import compare
 
 import fused_elbo
-from fused_elbo import backends, decoupled_elbo_backward
+from fused_elbo import backends, call, decoupled_elbo_backward
 
 pytest.importorskip("triton", reason="Triton is not installed (it is for Linux)")
 
 from fused_elbo.kernels import _grid, _layout, elbo_step, operators
 from fused_elbo.kernels._layout import Inputs
-from fused_elbo.kernels.elbo_finalize import Knobs
 from fused_elbo.kernels.elbo_step import Plan
+from fused_elbo.kernels.structs import Options
 from fused_elbo.sigma import Kind
 
 pytestmark = [pytest.mark.triton, pytest.mark.ptx]
@@ -45,8 +45,10 @@ def plan(
 ) -> Plan | None:  # fmt: skip
     data, latent = (torch.empty(batch, n, device="meta", dtype=dtype) for n in (dims, latents))
     log_sigma = data if mode == Kind.ELEMENT else None
-    knobs = Knobs(None, None, None, int(mode), False, 0.0, -7.0, 0.0, 1.0, capacity, 0)
-    return Plan.of(Inputs(data, data, latent, latent, log_sigma, None, None), knobs, resident)
+    tensors = call.Tensors(data, data, latent, latent, log_sigma, None, None, None, None)
+    options = call.Options(int(mode), False, 0.0, -7.0, 0.0, 1.0, capacity, 0)
+    inputs = Inputs(tensors, options)
+    return Plan.of(inputs, Options.of(tensors, options, inputs.dtype), resident)
 
 
 @pytest.mark.parametrize("resident", SMS.values(), ids=SMS)
@@ -112,7 +114,7 @@ def small_programs(
     """Five programs of 128 threads, which hold up to 4096 elements each."""
     patch(step, "THREADS", 128)
     patch(step, "SMALLEST", 256)
-    patch(layout, "PIECE", 256)
+    patch(layout, "CHUNK", 256)
     patch(operators, "resident_programs", lambda device: 5)
 
 
@@ -157,8 +159,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
 @pytest.mark.parametrize(
     ("mode", "batch", "data", "latent"),
     [
-        ("optimal", 3, (17, 201), (5,)),  # 3417: 14 pieces of 256 a sample, of which the last is short
-        ("optimal", 50, (3, 8, 8), (40,)),  # 192: less than a piece; latents in more tiles than there are programs
+        ("optimal", 3, (17, 201), (5,)),  # 3417: 14 chunks of 256 a sample, of which the last is short
+        ("optimal", 50, (3, 8, 8), (40,)),  # 192: less than a chunk; latents in more tiles than there are programs
         ("per-image", 3, (2500,), (3,)),  # more than one program holds
         ("capacity", 7, (3, 20, 20), (300,)),
         ("free-bits", 2, (5000,), (7,)),
@@ -185,9 +187,9 @@ def test_programs_that_do_not_wait(mode: str, launches: Launches) -> None:
     extra = {"sigma": 0.3} if mode == "beta-sample" else {}
 
     def make() -> Call:
-        call = Call(mode, batch=11, data=(3, 20, 20), latent=(300,))
-        call.kw |= extra
-        return call
+        made = Call(mode, batch=11, data=(3, 20, 20), latent=(300,))
+        made.kw |= extra
+        return made
 
     compare(make, 2.5)
     ((programs, cooperative),) = launches.programs

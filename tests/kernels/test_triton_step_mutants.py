@@ -31,11 +31,11 @@ SCHEDULES = (IN_ORDER, 1, 2, 3)
 MASK = "($R < $B)[:, None] & ($C < $N)"
 
 BARRIER_MUTANTS = {
-    "nobody_waits": Mutant(GRID, "meet", "$A == $B", "$A != $A", 1),
+    "nobody_waits": Mutant(GRID, "grid_barrier", "$A == $B", "$A != $A", 1),
     "the_last_but_one_is_taken_for_the_last": Mutant(GRID, "arrive", "$A == $N - 1", "$A == $N - 2", 1),
     "the_count_is_not_reset": Mutant(GRID, "arrive", "tl.atomic_xchg($B, 0, $$$X)", "tl.atomic_xchg($B, 1, $$$X)", 1),
     "nobody_is_let_through": Mutant(
-        GRID, "meet", "tl.atomic_add($B + 1, 1, $$$X)", "tl.atomic_add($B + 1, 0, $$$X)", IN_ORDER
+        GRID, "grid_barrier", "tl.atomic_add($B + 1, 1, $$$X)", "tl.atomic_add($B + 1, 0, $$$X)", IN_ORDER
     ),
 }
 MUTANTS = {
@@ -51,7 +51,9 @@ MUTANTS = {
     "latents_of_the_first_round_only": Mutant(
         STEP, "elbo_step_kernel", "range($I, $N, $P)", "range($I, $P, $P)", IN_ORDER, place=(0, 2),
     ),
-    "gradients_are_not_scaled": Mutant(STEP, "elbo_step", "$X is not None", "False", IN_ORDER, place=(0, 2)),
+    "gradients_are_not_scaled": Mutant(
+        STEP, "elbo_step", "GradOutputs($S, $$$X)", "GradOutputs($S._replace(tensor=None, value=1.0), $$$X)", IN_ORDER,
+    ),
 }  # fmt: skip
 
 # In a copy of the kernels: program 0 is late by `turns` of a loop, and all read what all have written.
@@ -59,7 +61,7 @@ LATE_PROGRAM = """
 import triton
 import triton.language as tl
 
-from ._grid import meet, sum_of
+from ._grid import grid_barrier, sum_of
 
 
 @triton.jit
@@ -69,7 +71,7 @@ def late_kernel(written, read, barrier, turns, PROGRAMS: tl.constexpr):
         for turn in range(turns):
             x += tl.load(read + turn % PROGRAMS, volatile=True) * 0.0
     tl.store(written + pid, x + 1.0)
-    meet(barrier, PROGRAMS)
+    grid_barrier(barrier, PROGRAMS)
     tl.store(read + pid, sum_of(written, PROGRAMS, PROGRAMS))
 """
 

@@ -1,0 +1,186 @@
+"""What the kernels are passed: structures of pointers, strides and numbers, as those of csrc/cuda/elbo.h.
+
+A NamedTuple of arguments is a structure to Triton. A field that is None is known to be so when a kernel is compiled,
+and so is the value of a tl.constexpr; pointers and integers are specialised as a kernel's own arguments are.
+`call.Outputs` and `call.Gradients` are structures of pointers too. Stages share all of these, and what an option of
+O(batch) needs is added here and where `_factors.py` uses it; no kernel between them names it.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from fused_elbo import call
+from fused_elbo.sigma import Kind
+
+constant = functools.lru_cache(maxsize=None, typed=True)(tl.constexpr)  # one object each: making one takes a while
+
+
+class Bits(NamedTuple):
+    """A double, as whole numbers of 24, 24 and 16 of its bits."""
+
+    high: float
+    middle: float
+    low: float
+
+
+Number = float | Bits
+
+
+def number(value: float, dtype: torch.dtype) -> Number:
+    """A field of the compute type, for `_math.number` to read. In a structure Triton passes a Python float as fp32,
+    which is all that a kernel needs that computes in fp32; fp64 is passed as three floats that lose nothing."""
+    if dtype != torch.float64:
+        return value
+    bits = int.from_bytes(struct.pack(">d", value), "big")
+    return Bits(float(bits >> 40), float(bits >> 16 & 0xFFFFFF), float(bits & 0xFFFF))
+
+
+class Span(NamedTuple):
+    """A tensor of dense samples, `stride` units of VEC elements apart."""
+
+    base: Tensor
+    stride: int
+
+
+class Run(NamedTuple):
+    """Dimensions that can be walked as one: element k of a sample is at k // divisor % size · stride of them."""
+
+    divisor: int
+    size: int
+    stride: int
+
+
+class Broadcast(NamedTuple):
+    """log σ where it varies inside a sample: over one run of dimensions or two, from where the sample's own begin,
+    `stride` elements apart; without runs it lies as the data do, and `stride` counts in units."""
+
+    base: Tensor
+    stride: int
+    inner: Run | None
+    outer: Run | None
+
+
+class Data(NamedTuple):
+    """How a sample is cut is said by `_layout.Tiles`."""
+
+    recon: Span
+    target: Span
+    log_sigma: Broadcast | None  # None where σ does not vary inside a sample
+    length: int
+    chunks: int
+    per_chunk: int
+    VEC: tl.constexpr
+    ROWS: tl.constexpr
+    COLS: tl.constexpr
+    BY_CHUNK: tl.constexpr
+
+
+class Latents(NamedTuple):
+    mu: Span
+    logvar: Span
+    prior_mu: Span | None
+    prior_logvar: Span | None
+    free_bits: Number | None
+    length: int
+    chunks: int
+    per_chunk: int
+    VEC: tl.constexpr
+    ROWS: tl.constexpr
+    COLS: tl.constexpr
+    BY_CHUNK: tl.constexpr
+
+
+class Batch(NamedTuple):
+    size: int
+    count: Number  # size, once more
+    dims: Number  # elements of a sample
+    scale: Number  # what the reduction multiplies a sample by
+    ACC: tl.constexpr  # the compute type
+    WIDE: tl.constexpr  # whether offsets need 64 bits
+
+    @classmethod
+    def of(cls, inputs: Any, reduction: int) -> Batch:
+        """`inputs`: a `_layout.Inputs`."""
+        batch, dims = inputs.batch, inputs.dims or inputs.latent_dims
+        scale = (1 / batch, 1.0, 1 / (batch * dims), 1.0)[reduction]
+        numbers = (number(float(value), inputs.dtype) for value in (batch, inputs.dims, scale))
+        acc = tl.float64 if inputs.dtype == torch.float64 else tl.float32
+        return cls(batch, *numbers, constant(acc), constant(inputs.wide))
+
+
+class Scalar(NamedTuple):
+    """One value for all samples, or one for each: a tensor's, or where there is none a number."""
+
+    tensor: Tensor | None
+    stride: int | None  # between samples; None where one value is for all
+    value: Number | None
+
+    @classmethod
+    def of(cls, tensor: Tensor | None, value: float, dtype: torch.dtype) -> Scalar:
+        if tensor is None:
+            return cls(None, None, number(value, dtype))
+        return cls(tensor, tensor.stride(0) if tensor.dim() else None, None)
+
+
+class Options(NamedTuple):
+    MODE: tl.constexpr  # of σ
+    SOFTCLIP: tl.constexpr
+    log_sigma: Scalar  # where it does not vary inside a sample
+    min_log_sigma: Number
+    beta: Scalar
+    capacity: Scalar | None
+
+    @classmethod
+    def of(cls, tensors: call.Tensors, options: call.Options, dtype: torch.dtype) -> Options:
+        given = None if options.sigma_mode == Kind.ELEMENT else tensors.log_sigma
+        capacity = None
+        if call.has_capacity(tensors, options):
+            capacity = Scalar.of(tensors.capacity, options.capacity_value or 0.0, dtype)
+        return cls(
+            constant(int(options.sigma_mode)), constant(options.softclip),
+            Scalar.of(given, options.log_sigma_value, dtype), number(options.min_log_sigma, dtype),
+            Scalar.of(tensors.beta, options.beta_value, dtype), capacity,
+        )  # fmt: skip
+
+
+class GradOutputs(NamedTuple):
+    """The gradients that come in, None where there is none."""
+
+    loss: Scalar | None
+    distortion: Scalar | None
+    rate: Scalar | None
+    shared_sigma_term: Tensor | None  # what reaches every error through a σ of the batch, if a weight differs by sample
+
+
+class Partials(NamedTuple):
+    """Partial sums, [batch, chunks]; None where there are no data, or no latents."""
+
+    s: Tensor | None
+    kl: Tensor | None
+    clamped: Tensor | None  # `kl` without free bits
+
+
+class Sums(NamedTuple):
+    """What a kernel knows of a block of samples: S and the clamped KL of each, and their sums over the batch."""
+
+    s: tl.tensor
+    total: tl.tensor
+    clamped: tl.tensor
+    clamped_total: tl.tensor
+
+
+class Factors(NamedTuple):
+    """What a sample's elements are multiplied by, and its part of the gradients of a given log σ and of β."""
+
+    recon_scale: tl.tensor  # of x̂ − x; the sample's weight where σ varies inside it
+    grad_kl_clamped: tl.tensor  # of the KL that free_bits let through
+    grad_kl: tl.tensor  # of every KL
+    log_sigma: tl.tensor
+    beta: tl.tensor
