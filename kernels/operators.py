@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fused_elbo import call
-from fused_elbo.call import NONE, SUM, GradOutputs, Gradients, Outputs, Tensors
+from fused_elbo.call import NONE, SUM, Gradients, GradOutputs, Outputs, Tensors
 
 from ._grid import resident_programs
 from ._layout import Inputs, Output
@@ -15,6 +15,7 @@ from .elbo_grads import elbo_grads
 from .elbo_stats import elbo_stats
 from .elbo_step import Plan, elbo_step
 from .structs import Batch, Options, Scalar
+
 
 class Written:
     """Where the gradients that `mask` asks for are written, one for each bit, and what becomes of them."""
@@ -58,9 +59,7 @@ def stats(tensors: Tensors, options: call.Options) -> Tensor:
     return forward(tensors._replace(beta=None, capacity=None), plain).stats
 
 
-def grads(
-    tensors: Tensors, options: call.Options, stats: Tensor, grad_outputs: GradOutputs, mask: int
-) -> Gradients:
+def grads(tensors: Tensors, options: call.Options, stats: Tensor, grad_outputs: GradOutputs, mask: int) -> Gradients:
     inputs = Inputs(tensors, options)
     batch, own = Batch.of(inputs, options.reduction), Options.of(tensors, options, inputs.dtype)
     written = Written(inputs, tensors, mask)
