@@ -23,7 +23,7 @@ def value_of(scalar, ACC: tl.constexpr):
 @triton.jit
 def values_of(scalar, rows, batch):
     """Of a `structs.Scalar`, one for each sample; 0 where there is none."""
-    if scalar is None:
+    if scalar.value is None:
         values = (rows * 0).to(batch.ACC)
     elif scalar.tensor is None:
         values = (rows * 0).to(batch.ACC) + number(scalar.value, batch.ACC)
@@ -37,7 +37,7 @@ def values_of(scalar, rows, batch):
 @triton.jit
 def shared_sigma(total, opts, batch):
     """(log σ, 1/σ², slope) of the σ that the batch shares."""
-    n = number(batch.count, batch.ACC) * number(batch.dims, batch.ACC)
+    n = number(batch.n, batch.ACC) * number(batch.dims, batch.ACC)
     return optimal_sigma(total, n, number(opts.min_log_sigma, batch.ACC), opts.SOFTCLIP)
 
 
@@ -57,7 +57,7 @@ def sigma_of(rows, s, total, opts, batch):
 @triton.jit
 def capacity_gap(clamped_total, opts, batch):
     """By how much the mean of the clamped KL exceeds the capacity."""
-    return clamped_total / number(batch.count, batch.ACC) - value_of(opts.capacity, batch.ACC)
+    return clamped_total / number(batch.n, batch.ACC) - value_of(opts.capacity, batch.ACC)
 
 
 @triton.jit
@@ -79,7 +79,7 @@ def factors(rows, sums, opts, grad_outputs, batch):
     grad_kl = r * values_of(grad_outputs.rate, rows, batch)
     grad_kl_clamped = g * values_of(opts.beta, rows, batch)
     of_beta = g * sums.clamped
-    if opts.capacity is not None:
+    if opts.capacity.value is not None:
         gap = capacity_gap(sums.clamped_total, opts, batch)
         grad_kl_clamped = grad_kl_clamped * (tl.where(gap > 0, 1.0, 0.0) - tl.where(gap < 0, 1.0, 0.0))
         of_beta = g * tl.abs(gap)
@@ -95,6 +95,6 @@ def factors(rows, sums, opts, grad_outputs, batch):
             if grad_outputs.shared_sigma_term is not None:
                 recon_scale += tl.load(grad_outputs.shared_sigma_term)
             else:  # equal weights
-                n = number(batch.count, batch.ACC)
+                n = number(batch.n, batch.ACC)
                 recon_scale += sigma_term(slope, w * distortion_slope(sums.total, n * d, inverse), sums.total)
     return Factors(recon_scale, grad_kl_clamped, grad_kl, of_log_sigma, of_beta)

@@ -155,6 +155,9 @@ class Tiles:
         return (self.length, self.chunks, self.per_chunk, *fixed)
 
 
+NOTHING = Tiles(length=0, vec=1, rows=1, cols=16, chunks=1, per_chunk=0)
+
+
 class Inputs:
     """The tensors of a call in an order in which they can be walked together, and the tiles that cover them."""
 
@@ -200,19 +203,19 @@ class Inputs:
         walked = (self.mu, self.logvar, self.prior_mu, self.prior_logvar)
         return cut(self.latent_dims, self.batch, [batch_stride(t) for t in walked if t is not None], *how)
 
-    def data(self, tiles: Tiles | None) -> Data | None:
+    def data(self, tiles: Tiles | None) -> Data:
         """What a kernel is passed of the data, for it to walk in these tiles."""
+        log_sigma = Broadcast(None, None, None, None)
         if tiles is None or self.recon is None or self.target is None:
-            return None
-        log_sigma = None
+            return Data(None, None, log_sigma, *NOTHING.arguments())
         if self.log_sigma is not None:
             stride = batch_stride(self.log_sigma) // (1 if self.runs else tiles.vec)
             log_sigma = Broadcast(self.log_sigma, stride, *(*self.runs, None, None)[:2])
         return Data(span(self.recon, tiles), span(self.target, tiles), log_sigma, *tiles.arguments())
 
-    def latents(self, tiles: Tiles | None) -> Latents | None:
+    def latents(self, tiles: Tiles | None) -> Latents:
         if tiles is None or self.mu is None or self.logvar is None:
-            return None
+            return Latents(None, None, None, None, None, *NOTHING.arguments())
         priors = (None if t is None else span(t, tiles) for t in (self.prior_mu, self.prior_logvar))
         free_bits = number(self.free_bits, self.dtype) if self.free_bits > 0 else None
         return Latents(span(self.mu, tiles), span(self.logvar, tiles), *priors, free_bits, *tiles.arguments())

@@ -95,9 +95,9 @@ def elbo_finalize_kernel(
         r = number(batch.scale, ACC)
         nats_all = r * tl.sum(distortions, 0)
         penalty = r * tl.sum(weighted, 0)
-        if opts.capacity is not None:
+        if opts.capacity.value is not None:
             gap = capacity_gap(tl.sum(clamped_total, 0), opts, batch)
-            penalty = r * number(batch.count, ACC) * value_of(opts.beta, ACC) * tl.abs(gap)
+            penalty = r * number(batch.n, ACC) * value_of(opts.beta, ACC) * tl.abs(gap)
         tl.store(outputs.loss, nats_all + penalty)
         tl.store(outputs.distortion, nats_all)
         tl.store(outputs.rate, r * tl.sum(kl_total, 0))

@@ -74,7 +74,7 @@ def elbo_grads_kernel(
     batch, data_programs, latent_programs, ROWS: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    if data is not None and pid < data_programs:  # see elbo_stats_kernel
+    if data.recon is not None and pid < data_programs:  # see elbo_stats_kernel
         rows, chunk = pid // data.chunks * data.ROWS + tl.arange(0, data.ROWS), pid % data.chunks
         own = factors(rows, sample_sums(stats, rows, batch), opts, grad_outputs, batch)
         a = own.recon_scale[:, None]
@@ -85,7 +85,7 @@ def elbo_grads_kernel(
             inside = (rows < batch.size)[:, None] & (cols < length)
             e = difference(data, rows, cols, inside, batch)
             g = a * e
-            if data.log_sigma is not None:
+            if data.log_sigma.base is not None:
                 g, g_log_sigma = distortion_grad(a, e, log_sigma_at(data, rows, cols, inside, batch))
                 if gradients.log_sigma is not None:
                     to = gradients.log_sigma.dtype.element_ty
@@ -94,7 +94,7 @@ def elbo_grads_kernel(
                 tl.store(gradients.recon + g_at + cols, g.to(gradients.recon.dtype.element_ty), inside)
             if gradients.target is not None:
                 tl.store(gradients.target + g_at + cols, (-g).to(gradients.target.dtype.element_ty), inside)
-    elif latents is not None and pid < data_programs + latent_programs:
+    elif latents.mu is not None and pid < data_programs + latent_programs:
         lpid = pid - data_programs
         lrows = lpid // latents.chunks * latents.ROWS + tl.arange(0, latents.ROWS)
         lown = factors(lrows, sample_sums(stats, lrows, batch), opts, grad_outputs, batch)
@@ -113,8 +113,7 @@ def elbo_grads(
 ) -> None:
     """Fills `gradients`, which are dense in the order of the inputs; those of a log σ that does not vary inside a
     sample, and of β, () or contiguous (B,)."""
-    given = [None if g is None else Scalar.of(g, 0.0, inputs.dtype) for g in grad_outputs]
-    given = GradOutputs(*given, shared_sigma_term=None)
+    given = GradOutputs(*(Scalar.of(g, None, inputs.dtype) for g in grad_outputs), shared_sigma_term=None)
     if options.MODE.value == BATCH.value and (is_unequal(grad_outputs.loss) or is_unequal(grad_outputs.distortion)):
         term = elbo_shared_sigma_term(inputs, batch, stats, options, given)
         given = given._replace(shared_sigma_term=term)

@@ -41,7 +41,7 @@ def latent_sums(lpid, latents, partials, batch):
 def elbo_stats_kernel(data, latents, partials, batch, data_programs):
     pid = tl.program_id(0)
     # What is absent is None, and its branch must not be compiled: `and` stops at a constant that is false.
-    if data is not None and pid < data_programs:
+    if data.recon is not None and pid < data_programs:
         rows, chunk = pid // data.chunks * data.ROWS + tl.arange(0, data.ROWS), pid % data.chunks
         length = from_units(data.length, data.VEC, batch.WIDE)
         total = tl.zeros((data.ROWS, data.COLS), batch.ACC)
@@ -49,12 +49,12 @@ def elbo_stats_kernel(data, latents, partials, batch, data_programs):
             cols = columns(tile, data.COLS, batch.WIDE)
             inside = (rows < batch.size)[:, None] & (cols < length)
             e = difference(data, rows, cols, inside, batch)
-            if data.log_sigma is not None:
+            if data.log_sigma.base is not None:
                 total += scaled_error(e, log_sigma_at(data, rows, cols, inside, batch))
             else:
                 total += e * e
         tl.store(partials.s + rows * data.chunks + chunk, tl.sum(total, 1), rows < batch.size)
-    elif latents is not None:
+    elif latents.mu is not None:
         latent_sums(pid - data_programs, latents, partials, batch)
 
 

@@ -29,7 +29,7 @@ from ._layout import Inputs, Tiles, cdiv, power_of_2
 from .elbo_finalize import BLOCK, blocks, elbo_finalize_kernel, empty_outputs, row_sums
 from .elbo_grads import latent_gradients, scalar_gradients
 from .elbo_stats import empty_partials, latent_sums
-from .structs import Batch, GradOutputs, Options, Scalar, Sums
+from .structs import ABSENT, Batch, GradOutputs, Options, Scalar, Sums
 
 THREADS = 1024  # of a program at most: its registers are then limited to 64 a thread, and one always fits on an SM
 HELD = 16  # differences of a tile in the registers of a thread at most
@@ -102,12 +102,12 @@ def elbo_step_kernel(
         e1, s1 = differences(pid * TILES + 1, data, partials, batch)
         if opts.MODE == BATCH:
             tl.store(totals + pid, tl.sum(s, 0) + tl.sum(s1, 0))
-        if opts.capacity is not None:
+        if opts.capacity.value is not None:
             tl.store(totals + programs + pid, clamped_total)
         pid += grid_barrier(barrier, programs)
         if opts.MODE == BATCH:
             total = sum_of(totals, programs, PROGRAMS)
-        if opts.capacity is not None:
+        if opts.capacity.value is not None:
             clamped_total = sum_of(totals + programs, programs, PROGRAMS)
         if opts.MODE == IMAGE:
             s1 = sums_of_samples(pid * TILES + 1, data, partials, batch, DATA_COLS)
@@ -153,7 +153,7 @@ class Plan(NamedTuple):
         Where programs wait for one another, their tiles are the smallest with which `resident` programs hold the batch,
         so that it spreads over the whole GPU; the largest are of THREADS · HELD elements, two in a program.
         """
-        mode, limited = options.MODE.value, options.capacity is not None
+        mode, limited = options.MODE.value, options.capacity.value is not None
         if mode == ELEMENT.value or inputs.dtype == torch.float64 or not inputs.dims or not inputs.latent_dims:
             return None
         batch, largest, per_image = inputs.batch, THREADS * HELD, mode == IMAGE.value
@@ -193,7 +193,7 @@ def elbo_step(
     with inputs.device_guard():
         elbo_step_kernel[(plan.programs,)](
             # inputs
-            inputs.data(d), inputs.latents(k), options, GradOutputs(grad_scale, None, None, None),
+            inputs.data(d), inputs.latents(k), options, GradOutputs(grad_scale, ABSENT, ABSENT, None),
             # outputs
             outputs, gradients,
             # workspace

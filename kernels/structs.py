@@ -4,6 +4,9 @@ A NamedTuple of arguments is a structure to Triton. A field that is None is know
 and so is the value of a tl.constexpr; pointers and integers are specialised as a kernel's own arguments are.
 `call.Outputs` and `call.Gradients` are structures of pointers too. Stages share all of these, and what an option of
 O(batch) needs is added here and where `_factors.py` uses it; no kernel between them names it.
+
+Ask of a pointer or a number whether it is None, not of a structure: Triton 3.6 cannot tell it of one that has a None
+in it. So what is absent is a structure of Nones.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ def number(value: float, dtype: torch.dtype) -> Number:
 class Span(NamedTuple):
     """A tensor of dense samples, `stride` units of VEC elements apart."""
 
-    base: Tensor
+    base: Tensor | None
     stride: int
 
 
@@ -61,8 +64,8 @@ class Broadcast(NamedTuple):
     """log σ where it varies inside a sample: over one run of dimensions or two, from where the sample's own begin,
     `stride` elements apart; without runs it lies as the data do, and `stride` counts in units."""
 
-    base: Tensor
-    stride: int
+    base: Tensor | None  # None where σ does not vary inside a sample
+    stride: int | None
     inner: Run | None
     outer: Run | None
 
@@ -70,9 +73,9 @@ class Broadcast(NamedTuple):
 class Data(NamedTuple):
     """How a sample is cut is said by `_layout.Tiles`."""
 
-    recon: Span
-    target: Span
-    log_sigma: Broadcast | None  # None where σ does not vary inside a sample
+    recon: Span | None  # None where there are no data
+    target: Span | None
+    log_sigma: Broadcast
     length: int
     chunks: int
     per_chunk: int
@@ -83,8 +86,8 @@ class Data(NamedTuple):
 
 
 class Latents(NamedTuple):
-    mu: Span
-    logvar: Span
+    mu: Span | None  # None where there are no latents
+    logvar: Span | None
     prior_mu: Span | None
     prior_logvar: Span | None
     free_bits: Number | None
@@ -99,7 +102,7 @@ class Latents(NamedTuple):
 
 class Batch(NamedTuple):
     size: int
-    count: Number  # size, once more
+    n: Number  # size, once more
     dims: Number  # elements of a sample
     scale: Number  # what the reduction multiplies a sample by
     ACC: tl.constexpr  # the compute type
@@ -120,13 +123,16 @@ class Scalar(NamedTuple):
 
     tensor: Tensor | None
     stride: int | None  # between samples; None where one value is for all
-    value: Number | None
+    value: Number | None  # None where there is neither
 
     @classmethod
-    def of(cls, tensor: Tensor | None, value: float, dtype: torch.dtype) -> Scalar:
-        if tensor is None:
-            return cls(None, None, number(value, dtype))
-        return cls(tensor, tensor.stride(0) if tensor.dim() else None, None)
+    def of(cls, tensor: Tensor | None, value: float | None, dtype: torch.dtype) -> Scalar:
+        if tensor is not None:
+            return cls(tensor, tensor.stride(0) if tensor.dim() else None, number(0.0, dtype))
+        return cls(None, None, None if value is None else number(value, dtype))
+
+
+ABSENT = Scalar(None, None, None)
 
 
 class Options(NamedTuple):
@@ -135,27 +141,25 @@ class Options(NamedTuple):
     log_sigma: Scalar  # where it does not vary inside a sample
     min_log_sigma: Number
     beta: Scalar
-    capacity: Scalar | None
+    capacity: Scalar  # absent where the rate is not limited
 
     @classmethod
     def of(cls, tensors: call.Tensors, options: call.Options, dtype: torch.dtype) -> Options:
         given = None if options.sigma_mode == Kind.ELEMENT else tensors.log_sigma
-        capacity = None
-        if call.has_capacity(tensors, options):
-            capacity = Scalar.of(tensors.capacity, options.capacity_value or 0.0, dtype)
         return cls(
             constant(int(options.sigma_mode)), constant(options.softclip),
             Scalar.of(given, options.log_sigma_value, dtype), number(options.min_log_sigma, dtype),
-            Scalar.of(tensors.beta, options.beta_value, dtype), capacity,
+            Scalar.of(tensors.beta, options.beta_value, dtype),
+            Scalar.of(tensors.capacity, options.capacity_value, dtype),
         )  # fmt: skip
 
 
 class GradOutputs(NamedTuple):
-    """The gradients that come in, None where there is none."""
+    """The gradients that come in, absent where there is none."""
 
-    loss: Scalar | None
-    distortion: Scalar | None
-    rate: Scalar | None
+    loss: Scalar
+    distortion: Scalar
+    rate: Scalar
     shared_sigma_term: Tensor | None  # what reaches every error through a σ of the batch, if a weight differs by sample
 
 
