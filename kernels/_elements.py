@@ -1,4 +1,4 @@
-"""How an element is read, in one place for every pass over the data or the latents."""
+"""How the elements of a tile are found and read, in one place for every pass over the data or the latents."""
 
 import triton
 import triton.language as tl
@@ -8,7 +8,7 @@ from ._math import exp
 
 @triton.jit
 def from_units(units, VEC: tl.constexpr, WIDE: tl.constexpr):
-    """A length or a stride that came in units of VEC. It may fit 32 bits in units only."""
+    """Returns a length or a stride that came in units of VEC. It may fit 32 bits in units only."""
     if WIDE:
         n = tl.full((), units, tl.int64) * VEC
     else:
@@ -36,9 +36,9 @@ def columns(tile, COLS: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def values_at(span, tiles, rows, cols, inside, batch):
-    """A tile of a tensor whose samples are dense, in the compute type. `tiles`: the structure that the span is of."""
+    """Reads a tile of a `structs.Span`, in the compute type. `tiles`: the structure that the span is a field of."""
     start = row_offsets(rows, from_units(span.stride, tiles.VEC, batch.WIDE), batch.WIDE)
-    if tiles.BY_CHUNK:  # a column of its own for each row: offsets are added first, which have half of a pointer's bits
+    if tiles.BY_CHUNK:  # each row has columns of its own: offsets are added first, which take half of a pointer's bits
         at = span.base + (start + cols)
     else:
         at = span.base + start + cols
@@ -47,14 +47,14 @@ def values_at(span, tiles, rows, cols, inside, batch):
 
 @triton.jit
 def difference(data, rows, cols, inside, batch):
-    """x̂ − x"""
+    """Reads x̂ − x."""
     recon = values_at(data.recon, data, rows, cols, inside, batch)
     return recon - values_at(data.target, data, rows, cols, inside, batch)
 
 
 @triton.jit
 def log_sigma_offsets(log_sigma, rows, cols, VEC: tl.constexpr, WIDE: tl.constexpr):
-    """Where a tile's log σ lie, if σ varies inside a sample: see `structs.Broadcast`."""
+    """Returns where the log σ of a tile's elements lie in a `structs.Broadcast`."""
     if log_sigma.inner is None:
         return row_offsets(rows, from_units(log_sigma.stride, VEC, WIDE), WIDE) + cols
     else:
@@ -72,7 +72,7 @@ def log_sigma_at(data, rows, cols, inside, batch):
 
 @triton.jit
 def latents_at(latents, rows, cols, inside, batch):
-    """(μ − μ_p, l − l_p, 1/σ_p²); against N(0, I) μ, l and 1."""
+    """Reads (μ − μ_p, l − l_p, 1/σ_p²), which are μ, l and 1 against N(0, I)."""
     d = values_at(latents.mu, latents, rows, cols, inside, batch)
     t = values_at(latents.logvar, latents, rows, cols, inside, batch)
     inverse_prior_variance = tl.full((latents.ROWS, latents.COLS), 1.0, batch.ACC)

@@ -12,7 +12,7 @@ GIVEN, BATCH, IMAGE, ELEMENT = (tl.constexpr(k) for k in range(4))  # as in fuse
 
 @triton.jit
 def value_of(scalar, ACC: tl.constexpr):
-    """Of a `structs.Scalar` that is one for all samples."""
+    """Returns the value of a `structs.Scalar` that is one for all samples."""
     if scalar.tensor is not None:
         value = tl.load(scalar.tensor).to(ACC)
     else:
@@ -22,7 +22,7 @@ def value_of(scalar, ACC: tl.constexpr):
 
 @triton.jit
 def values_of(scalar, rows, batch):
-    """Of a `structs.Scalar`, one for each sample; 0 where there is none."""
+    """Returns the values of a `structs.Scalar`, one for each sample, or 0 where there is none."""
     if scalar.value is None:
         values = (rows * 0).to(batch.ACC)
     elif scalar.tensor is None:
@@ -36,14 +36,14 @@ def values_of(scalar, rows, batch):
 
 @triton.jit
 def shared_sigma(total, opts, batch):
-    """(log σ, 1/σ², slope) of the σ that the batch shares."""
+    """Returns (log σ, 1/σ², slope) for the σ that the batch shares."""
     n = number(batch.n, batch.ACC) * number(batch.dims, batch.ACC)
     return optimal_sigma(total, n, number(opts.min_log_sigma, batch.ACC), opts.SOFTCLIP)
 
 
 @triton.jit
 def sigma_of(rows, s, total, opts, batch):
-    """(log σ, 1/σ², slope) of each sample of a block."""
+    """Returns (log σ, 1/σ², slope) of each sample of a block."""
     if opts.MODE == BATCH:
         return shared_sigma((rows * 0).to(batch.ACC) + total, opts, batch)
     elif opts.MODE == IMAGE:
@@ -56,13 +56,13 @@ def sigma_of(rows, s, total, opts, batch):
 
 @triton.jit
 def capacity_gap(clamped_total, opts, batch):
-    """By how much the mean of the clamped KL exceeds the capacity."""
+    """Returns by how much the mean of the clamped KL exceeds the capacity."""
     return clamped_total / number(batch.n, batch.ACC) - value_of(opts.capacity, batch.ACC)
 
 
 @triton.jit
 def sample_sums(stats, rows, batch):
-    """`structs.Sums` of a block of samples, from stats."""
+    """Reads the `structs.Sums` of a block of samples from stats."""
     clamped = stats + 2 * (batch.size + 1)
     return Sums(
         tl.load(stats + rows, rows < batch.size, 0.0), tl.load(stats + batch.size),
@@ -72,7 +72,7 @@ def sample_sums(stats, rows, batch):
 
 @triton.jit
 def factors(rows, sums, opts, grad_outputs, batch):
-    """`structs.Factors` of a block of samples."""
+    """Returns the `structs.Factors` of a block of samples."""
     d, r = number(batch.dims, batch.ACC), number(batch.scale, batch.ACC)
     g = r * values_of(grad_outputs.loss, rows, batch)
     w = g + r * values_of(grad_outputs.distortion, rows, batch)

@@ -27,12 +27,12 @@ MANY = 8192  # programs that fill any GPU; past that a program walks several til
 
 
 def cdiv(n: int, size: int) -> int:
-    """As triton.cdiv, and as `power_of_2` triton.next_power_of_2, which on the host take 4.5 µs each."""
+    """Returns what triton.cdiv does, which takes 4.5 µs on the host, as triton.next_power_of_2 does (`power_of_2`)."""
     return -(-n // size)
 
 
 def power_of_2(n: int) -> int:
-    """The least that is at least n."""
+    """Returns the least power of 2 that is at least n."""
     return 1 << (n - 1).bit_length()
 
 
@@ -86,8 +86,11 @@ class Output:
 
 
 def runs_of(log_sigma: Tensor, lead: Tensor) -> list[Run]:
-    """The runs of dimensions over which log σ is not repeated, innermost first; none if it lies as the data do.
-    `log_sigma`: expanded to lead's shape, so that it has stride 0 where it is repeated."""
+    """Returns the runs of dimensions over which log σ is not repeated, innermost first; none if it lies as the data do.
+    `log_sigma`: expanded to lead's shape, so that it has stride 0 where it is repeated.
+
+    Two are enough for up to five dimensions (video); beyond, log σ may have to be copied.
+    """
     runs: list[Run] = []
     dims = sorted((k for k in range(1, lead.dim()) if lead.shape[k] > 1), key=lead.stride)
     divisor = 1
@@ -150,7 +153,7 @@ class Tiles:
         return cdiv(batch, self.rows) * self.chunks
 
     def arguments(self) -> tuple[Any, ...]:
-        """The fields that `structs.Data` and `structs.Latents` end with."""
+        """Returns the fields that `structs.Data` and `structs.Latents` end with."""
         fixed = map(constant, (self.vec, self.rows, self.cols, self.by_chunk))
         return (self.length, self.chunks, self.per_chunk, *fixed)
 
@@ -204,7 +207,7 @@ class Inputs:
         return cut(self.latent_dims, self.batch, [batch_stride(t) for t in walked if t is not None], *how)
 
     def data(self, tiles: Tiles | None) -> Data:
-        """What a kernel is passed of the data, for it to walk in these tiles."""
+        """Returns what a kernel is passed of the data, for it to walk in these tiles."""
         log_sigma = Broadcast(None, None, None, None)
         if tiles is None or self.recon is None or self.target is None:
             return Data(None, None, log_sigma, *NOTHING.arguments())

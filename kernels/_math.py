@@ -12,7 +12,7 @@ HALF_LOG_2PI = tl.constexpr(0.91893853320467274178)
 
 @triton.jit
 def number(value, dtype: tl.constexpr):
-    """A `structs.Number` in the compute type. (In the interpreter its floats are still Python's.)"""
+    """Returns a `structs.Number` in the compute type. (In the interpreter its floats are still Python's.)"""
     if dtype == tl.float64:
         high = tl.full((), value.high, tl.float32).to(tl.int64) << 40
         middle = tl.full((), value.middle, tl.float32).to(tl.int64) << 16
@@ -69,7 +69,7 @@ def kl(d, t, inverse_prior_variance):
 
 @triton.jit
 def kl_grad(b, d, t, inverse_prior_variance):
-    """b times the gradient of `kl` by μ, l, μ_p and l_p."""
+    """Returns b times the gradient of `kl` by μ, l, μ_p and l_p."""
     dkl_dmu, expm1_dlogvar = d * inverse_prior_variance, expm1(t)
     return b * dkl_dmu, b * 0.5 * expm1_dlogvar, -(b * dkl_dmu), -0.5 * b * (expm1_dlogvar + dkl_dmu * d)
 
@@ -82,7 +82,7 @@ def scaled_error(e, log_sigma):
 
 @triton.jit
 def distortion_grad(w, e, log_sigma):
-    """w times the gradient of ½ `scaled_error` by e and log σ."""
+    """Returns w times the gradient of ½ `scaled_error` by e and log σ."""
     scaled = e * exp(-2.0 * log_sigma)
     return w * scaled, w * (1.0 - e * scaled)
 
@@ -106,9 +106,9 @@ def distortion_slope(s, dims, inverse_variance):
 
 
 @triton.jit
-def sigma_term(slope, through_log_sigma, total):
-    """What reaches each error of a group through its σ² = MSE = total/n: ∂L/∂ log σ · ∂ log σ/∂e, over e."""
-    return slope * through_log_sigma / tl.where(total == 0.0, 1.0, total)
+def sigma_term(slope, grad_log_sigma, total):
+    """Returns what a group's σ² = MSE = total/n adds to the scale of its errors: ∂L/∂ log σ · ∂ log σ/∂e, over e."""
+    return slope * grad_log_sigma / tl.where(total == 0.0, 1.0, total)
 
 
 @triton.jit

@@ -21,19 +21,24 @@ class Written:
     """Where the gradients that `mask` asks for are written, one for each bit, and what becomes of them."""
 
     def __init__(self, inputs: Inputs, tensors: Tensors, mask: int) -> None:
+        def asked(name: str) -> bool:
+            return bool(mask >> Gradients._fields.index(name) & 1)
+
         def output(name: str, lead: Tensor | None) -> Output | None:
-            like, asked = getattr(tensors, name), mask >> Gradients._fields.index(name) & 1
-            return Output(like, lead) if asked and like is not None else None
+            like = getattr(tensors, name)
+            return Output(like, lead) if asked(name) and like is not None else None
+
+        def of_log_sigma() -> Output | None:
+            if not self.is_broadcast:
+                return output("log_sigma", None if inputs.log_sigma is None else inputs.recon)
+            return Output(inputs.recon, inputs.recon, inputs.dtype) if asked("log_sigma") else None
 
         # log σ that is broadcast gets the gradient of every element, which is then summed in PyTorch's fixed order.
-        self.like, self.broadcast = inputs.like, None
-        of_log_sigma = output("log_sigma", None if inputs.log_sigma is None else inputs.recon)
-        if of_log_sigma is not None and inputs.log_sigma is not None and tensors.log_sigma.shape != inputs.recon.shape:
-            self.broadcast = tensors.log_sigma
-            of_log_sigma = Output(inputs.recon, inputs.recon, inputs.dtype)
+        self.like, self.log_sigma = inputs.like, tensors.log_sigma
+        self.is_broadcast = inputs.log_sigma is not None and self.log_sigma.shape != inputs.recon.shape
         self.outputs = Gradients(
             output("recon", inputs.recon), output("target", inputs.recon),
-            output("mu", inputs.mu), output("logvar", inputs.mu), of_log_sigma,
+            output("mu", inputs.mu), output("logvar", inputs.mu), of_log_sigma(),
             output("prior_mu", inputs.mu), output("prior_logvar", inputs.mu), output("beta", None),
         )  # fmt: skip
 
@@ -42,9 +47,9 @@ class Written:
 
     def finish(self) -> Gradients:
         finished = Gradients(*(None if o is None else o.finish() for o in self.outputs))
-        if self.broadcast is not None:
-            summed = finished.log_sigma.sum_to_size(self.broadcast.shape)
-            finished = finished._replace(log_sigma=torch.empty_like(self.broadcast).copy_(summed))
+        if self.is_broadcast and finished.log_sigma is not None:
+            summed = finished.log_sigma.sum_to_size(self.log_sigma.shape)
+            finished = finished._replace(log_sigma=torch.empty_like(self.log_sigma).copy_(summed))
         return Gradients(*(self.like.new_empty(0, dtype=torch.float32) if g is None else g for g in finished))
 
 

@@ -1,12 +1,12 @@
-"""What the kernels are passed: structures of pointers, strides and numbers, as those of csrc/cuda/elbo.h.
+"""The structures that the kernels are passed, of pointers, strides and numbers: csrc's elbo.h has the same.
 
 A NamedTuple of arguments is a structure to Triton. A field that is None is known to be so when a kernel is compiled,
 and so is the value of a tl.constexpr; pointers and integers are specialised as a kernel's own arguments are.
-`call.Outputs` and `call.Gradients` are structures of pointers too. Stages share all of these, and what an option of
-O(batch) needs is added here and where `_factors.py` uses it; no kernel between them names it.
+`call.Outputs` and `call.Gradients` are structures of pointers too. All stages share them, so an option that is
+arithmetic of O(batch) is named here and where `_factors.py` uses it, and in no kernel between.
 
-Ask of a pointer or a number whether it is None, not of a structure: Triton 3.6 cannot tell it of one that has a None
-in it. So what is absent is a structure of Nones.
+Ask of a pointer or a number whether it is None, never of a structure: Triton 3.6 fails where that one holds a None. So
+what is absent is a structure of Nones.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ constant = functools.lru_cache(maxsize=None, typed=True)(tl.constexpr)  # one ob
 
 
 class Bits(NamedTuple):
-    """A double, as whole numbers of 24, 24 and 16 of its bits."""
+    """The bits of a double, as whole numbers: 24, 24 and 16 of them."""
 
     high: float
     middle: float
@@ -37,8 +37,9 @@ Number = float | Bits
 
 
 def number(value: float, dtype: torch.dtype) -> Number:
-    """A field of the compute type, for `_math.number` to read. In a structure Triton passes a Python float as fp32,
-    which is all that a kernel needs that computes in fp32; fp64 is passed as three floats that lose nothing."""
+    """Makes the field that `_math.number` reads. Triton passes a Python float in a structure as fp32, which is all that
+    a kernel needs that computes in fp32; for one that computes in fp64, three floats hold the number to the last bit.
+    """
     if dtype != torch.float64:
         return value
     bits = int.from_bytes(struct.pack(">d", value), "big")
@@ -46,14 +47,14 @@ def number(value: float, dtype: torch.dtype) -> Number:
 
 
 class Span(NamedTuple):
-    """A tensor of dense samples, `stride` units of VEC elements apart."""
+    """The samples of a tensor, each of them dense, `stride` units of VEC elements apart."""
 
-    base: Tensor | None
+    base: Tensor
     stride: int
 
 
 class Run(NamedTuple):
-    """Dimensions that can be walked as one: element k of a sample is at k // divisor % size · stride of them."""
+    """Dimensions that can be walked as one: they put element k of a sample at k // divisor % size · stride."""
 
     divisor: int
     size: int
@@ -61,8 +62,8 @@ class Run(NamedTuple):
 
 
 class Broadcast(NamedTuple):
-    """log σ where it varies inside a sample: over one run of dimensions or two, from where the sample's own begin,
-    `stride` elements apart; without runs it lies as the data do, and `stride` counts in units."""
+    """log σ where it varies inside a sample, over one run of dimensions or two; samples are `stride` elements apart.
+    Without runs it lies as the data do, and `stride` counts in units."""
 
     base: Tensor | None  # None where σ does not vary inside a sample
     stride: int | None
@@ -71,7 +72,7 @@ class Broadcast(NamedTuple):
 
 
 class Data(NamedTuple):
-    """How a sample is cut is said by `_layout.Tiles`."""
+    """recon and target, and how they are cut, which `_layout.Tiles` explains."""
 
     recon: Span | None  # None where there are no data
     target: Span | None
@@ -86,6 +87,8 @@ class Data(NamedTuple):
 
 
 class Latents(NamedTuple):
+    """The posterior and, if there is one, the prior, cut like the data."""
+
     mu: Span | None  # None where there are no latents
     logvar: Span | None
     prior_mu: Span | None
@@ -101,6 +104,8 @@ class Latents(NamedTuple):
 
 
 class Batch(NamedTuple):
+    """What all samples have in common."""
+
     size: int
     n: Number  # size, once more
     dims: Number  # elements of a sample
@@ -136,6 +141,8 @@ ABSENT = Scalar(None, None, None)
 
 
 class Options(NamedTuple):
+    """`call.Options` and the tensors that go with them, as `_factors.py` uses them."""
+
     MODE: tl.constexpr  # of σ
     SOFTCLIP: tl.constexpr
     log_sigma: Scalar  # where it does not vary inside a sample
@@ -155,12 +162,12 @@ class Options(NamedTuple):
 
 
 class GradOutputs(NamedTuple):
-    """The gradients that come in, absent where there is none."""
+    """The gradients that come in; a `Scalar` is absent where an output was not used."""
 
     loss: Scalar
     distortion: Scalar
     rate: Scalar
-    shared_sigma_term: Tensor | None  # what reaches every error through a σ of the batch, if a weight differs by sample
+    shared_sigma_term: Tensor | None  # of every error, where σ is of the batch and the samples' weights differ
 
 
 class Partials(NamedTuple):
