@@ -6,6 +6,7 @@ compiled kernels on the CPU, they run on Triton alone.
 
 from __future__ import annotations
 
+import importlib.resources
 import math
 
 import pytest
@@ -154,6 +155,18 @@ def test_unequal_weights_and_a_shared_sigma_take_a_fourth(monkeypatch: pytest.Mo
         seen = launches(monkeypatch, Call("optimal", "none", batch=1))
         assert loss.shape == (4,)
         assert len(seen) == 4
+
+
+def test_kernels_and_helpers_have_few_parameters() -> None:
+    """What belongs together is passed in one structure."""
+    found = {}
+    for file in importlib.resources.files("fused_elbo.kernels").iterdir():
+        if file.name.endswith(".py"):
+            module = importlib.import_module(f"fused_elbo.kernels.{file.name.removesuffix('.py')}")
+            found |= {n: len(f.arg_names) for n, f in vars(module).items() if hasattr(f, "arg_names")}
+    assert len(found) > 30
+    for name, parameters in found.items():
+        assert parameters <= (20 if name.endswith("_kernel") else 8), name
 
 
 @on_cpu
