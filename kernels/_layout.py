@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_elbo.call import Options, Tensors
-from fused_elbo.sigma import Kind
+from fused_elbo.call import Options, Tensors, compute_dtype, element_sigma, first
 
 from .structs import Broadcast, Data, Latents, Run, Span, constant, number
 
@@ -165,16 +165,16 @@ class Inputs:
     """The tensors of a call in an order in which they can be walked together, and the tiles that cover them."""
 
     def __init__(self, tensors: Tensors, options: Options) -> None:
-        recon, target, mu, logvar, log_sigma, prior_mu, prior_logvar, *_ = tensors
-        given = [t for t in (recon, target, mu, logvar) if t is not None]
-        self.like, self.batch = given[0], given[0].shape[0]
-        self.dtype = torch.float64 if any(t.dtype == torch.float64 for t in given) else torch.float32
+        recon, target, mu, logvar = tensors.recon, tensors.target, tensors.mu, tensors.logvar
+        log_sigma, prior_mu, prior_logvar = element_sigma(tensors, options), tensors.prior_mu, tensors.prior_logvar
+        self.like, self.dtype = first(tensors), compute_dtype(recon, target, mu, logvar)
+        self.batch = self.like.shape[0]
         self.recon = self.target = self.log_sigma = self.mu = self.logvar = self.prior_mu = self.prior_logvar = None
         self.runs: list[Run] = []
         if recon is not None and target is not None:
             self.recon = leader(recon)
             self.target = in_order_of(target, self.recon)
-            if log_sigma is not None and options.sigma_mode == Kind.ELEMENT:
+            if log_sigma is not None:
                 self.log_sigma = log_sigma.expand(recon.shape)
                 self.runs = runs_of(self.log_sigma, self.recon)
                 if log_sigma.numel() == recon.numel() or len(self.runs) > 2:
@@ -186,13 +186,19 @@ class Inputs:
                 self.prior_mu, self.prior_logvar = in_order_of(prior_mu, self.mu), in_order_of(prior_logvar, self.mu)
         self.dims = 0 if self.recon is None else sample_size(self.recon)
         self.latent_dims = 0 if self.mu is None else sample_size(self.mu)
-        self.data_tiles = self.tiles_of_data(Tiles.of)
-        self.latent_tiles = self.tiles_of_latents(Tiles.of)
         walked = (self.recon, self.target, self.log_sigma, self.mu, self.logvar, self.prior_mu, self.prior_logvar)
         ends = [self.batch * batch_stride(t) + sample_size(t) for t in walked if t is not None]
         dense = self.batch * max(self.dims, self.latent_dims)  # gradients, also where the batch is expanded
         self.wide = max(dense, *ends) >= 2**31 or FORCE_WIDE
         self.num_warps, self.free_bits = WARPS, options.free_bits
+
+    @cached_property
+    def data_tiles(self) -> Tiles | None:
+        return self.tiles_of_data(Tiles.of)
+
+    @cached_property
+    def latent_tiles(self) -> Tiles | None:
+        return self.tiles_of_latents(Tiles.of)
 
     def tiles_of_data(self, cut: Callable[..., Tiles], *how: Any) -> Tiles | None:
         if self.dims == 0:
