@@ -3,7 +3,7 @@
 // A kernel walks a sample as one dense block, in memory order. So a tensor can be used in place if each sample is
 // dense, whatever the order of its dimensions (contiguous, channels_last, permuted inside the sample) and however far
 // apart the samples are (chunks of a packed tensor). Tensors that are walked together must share that order: the first
-// one, the leader, decides it, and the others are copied into it if they differ.
+// one decides it, and the others are copied into it if they differ.
 #pragma once
 
 #include "errors.h"
@@ -63,7 +63,8 @@ inline Tensor as_large_as(const Tensor& like, F f) {
   return elbo_errors::taking(like.numel() * like.element_size(), like.is_cpu(), f);
 }
 
-inline Tensor leader(const Tensor& t) {
+// The tensor itself, or a copy of it, whose samples are dense.
+inline Tensor walkable(const Tensor& t) {
   return samples_are_dense(t) ? t : as_large_as(t, [&] { return torch::stable::contiguous(t); });
 }
 
@@ -84,29 +85,30 @@ inline Tensor empty_strided(IntArrayRef sizes, IntArrayRef strides, ScalarType d
   });
 }
 
-// A dense batch of another tensor's shape and order inside the sample.
-inline Tensor empty_in_order(const Tensor& lead, ScalarType dtype) {
-  const auto stride = lead.strides();
+// How a tensor is made: empty_strided, or what takes its place.
+using MakeEmpty = Tensor (*)(IntArrayRef sizes, IntArrayRef strides, ScalarType dtype, const Tensor& like);
+
+// A dense batch of a walkable tensor's shape and order inside the sample.
+inline Tensor empty_in_order(const Tensor& walked, ScalarType dtype) {
+  const auto stride = walked.strides();
   std::vector<int64_t> strides(stride.begin(), stride.end());
-  strides[0] = sample_size(lead);
-  return empty_strided(lead.sizes(), strides, dtype, lead);
+  strides[0] = sample_size(walked);
+  return empty_strided(walked.sizes(), strides, dtype, walked);
 }
 
-inline Tensor in_order_of(const Tensor& t, const Tensor& lead, ScalarType dtype) {
-  if (same_order(t, lead) && t.scalar_type() == dtype) return t;
-  Tensor copy = empty_in_order(lead, dtype);
+inline Tensor in_order_of(const Tensor& t, const Tensor& walked, ScalarType dtype) {
+  if (same_order(t, walked) && t.scalar_type() == dtype) return t;
+  Tensor copy = empty_in_order(walked, dtype);
   torch::stable::copy_(copy, t);
   return copy;
 }
 
-inline Tensor in_order_of(const Tensor& t, const Tensor& lead) {
-  return in_order_of(t, lead, t.scalar_type());
+inline Tensor in_order_of(const Tensor& t, const Tensor& walked) {
+  return in_order_of(t, walked, t.scalar_type());
 }
 
-inline Span span_of(const Tensor& t) {
-  return {
-      static_cast<char*>(t.data_ptr()), t.scalar_type(), static_cast<int64_t>(t.element_size()),
-      t.size(0) == 1 ? 0 : t.stride(0)};
+inline Tensor of_dtype(const Tensor& t, ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
 }
 
 // Whether torch.empty_like would give a tensor the strides of this one: its elements fill a block of memory.
@@ -114,23 +116,20 @@ inline bool is_dense(const Tensor& t) {
   return t.is_contiguous() || (samples_are_dense(t) && (t.size(0) == 1 || t.stride(0) == sample_size(t)));
 }
 
-// A result with empty_like's strides; written through a buffer where those are not the leader's order, or where the
-// kernel writes another dtype. `empty` makes the result, as empty_strided does.
+// A result with empty_like's strides; written through a buffer where those are not the order that the kernels walk in,
+// or where they write another dtype.
 struct Output {
   Tensor result, buffer;
   bool direct;
 
-  template <class F>
-  Output(const Tensor& input, const Tensor& lead, ScalarType written, F empty)
+  Output(const Tensor& input, const Tensor& walked, ScalarType written, MakeEmpty empty)
       : result(
             is_dense(input) ? empty(input.sizes(), input.strides(), input.scalar_type(), input)
                             : as_large_as(input, [&] { return torch::stable::empty_like(input); })),
         buffer(result) {
-    direct = same_order(result, lead) && is_dense(result) && written == input.scalar_type();
-    if (!direct) buffer = empty_in_order(lead, written);
+    direct = same_order(result, walked) && is_dense(result) && written == input.scalar_type();
+    if (!direct) buffer = empty_in_order(walked, written);
   }
-
-  Output(const Tensor& input, const Tensor& lead, ScalarType written) : Output(input, lead, written, empty_strided) {}
 
   Tensor finish() {
     if (!direct) torch::stable::copy_(result, buffer);

@@ -16,7 +16,6 @@
 
 #include "../elbo_math.h"
 
-#define ELBO_ROLLED _Pragma("GCC unroll 1")
 #define ELBO_APART inline __attribute__((noinline, cold))
 
 namespace elbo {
@@ -114,7 +113,7 @@ ELBO_INLINE FloatV exp_of(FloatV x) {
 }
 
 template <bool Plain>
-ELBO_INLINE FloatV excess_of(FloatV t) {
+ELBO_INLINE FloatV expm1mx_of(FloatV t) {
   const IntV near = magnitude(t) < 0.5f;
   const Exp<Plain> e(t, near);
   return near ? e.rest : e.exp() - 1.0f - t;
@@ -132,8 +131,8 @@ ELBO_APART FloatV exp_of_any(FloatV x) {
   return exp_of<false>(x);
 }
 
-ELBO_APART FloatV excess_of_any(FloatV t) {
-  return excess_of<false>(t);
+ELBO_APART FloatV expm1mx_of_any(FloatV t) {
+  return expm1mx_of<false>(t);
 }
 
 ELBO_APART FloatV expm1_of_any(FloatV t) {
@@ -151,8 +150,8 @@ struct Lanes<FloatV> {
 };
 
 template <>
-ELBO_INLINE FloatV excess(FloatV t) {
-  return all_within(t, kPlain) ? excess_of<true>(t) : excess_of_any(t);
+ELBO_INLINE FloatV expm1mx(FloatV t) {
+  return all_within(t, kPlain) ? expm1mx_of<true>(t) : expm1mx_of_any(t);
 }
 
 template <>
