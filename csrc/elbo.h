@@ -31,7 +31,7 @@ struct Broadcast {
 template <class Index>
 ELBO_INLINE int64_t offset_of(const Broadcast& broadcast, Index element) {
   int64_t offset = 0;
-  ELBO_ROLLED
+#pragma unroll 1
   for (int k = 0; k < broadcast.rank; ++k) {
     const Broadcast::Dim& dim = broadcast.dims[k];
     const Index at = element / static_cast<Index>(dim.divisor) % static_cast<Index>(dim.size);

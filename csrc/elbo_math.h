@@ -11,11 +11,9 @@
 #if defined(__CUDACC__)
 #define ELBO_INLINE __host__ __device__ __forceinline__
 #define ELBO_UNROLL _Pragma("unroll")
-#define ELBO_ROLLED _Pragma("unroll 1")
 #else
 #define ELBO_INLINE inline __attribute__((always_inline))
 #define ELBO_UNROLL _Pragma("GCC unroll 16")
-#define ELBO_ROLLED _Pragma("GCC unroll 1")
 #endif
 
 namespace elbo {

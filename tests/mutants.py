@@ -19,7 +19,7 @@ from ast_grep_py import SgNode, SgRoot
 
 METAVARIABLE = re.compile(r"\$(?:\$\$)?([A-Z]+)")
 # Macros that the C++ parser would take for names of types.
-MACROS = re.compile(r"\b(__launch_bounds__\([^)]*\)|__[a-z_]+__|ELBO_(INLINE|UNROLL|ROLLED))")
+MACROS = re.compile(r"\b(__launch_bounds__\([^)]*\)|__[a-z_]+__|ELBO_(INLINE|UNROLL))")
 
 
 @dataclass(frozen=True)

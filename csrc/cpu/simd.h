@@ -16,6 +16,7 @@
 
 #include "../elbo_math.h"
 
+#define ELBO_ROLLED _Pragma("GCC unroll 1")
 #define ELBO_APART inline __attribute__((noinline, cold))
 
 namespace elbo {
