@@ -25,6 +25,11 @@ struct BatchTerms {
   double shared_sigma;  // what reaches every difference through a σ that the batch shares
 };
 
+// In a step, where the loss alone has a gradient.
+__device__ inline Weight loss_weight(const GradsArguments& args, int64_t i) {
+  return {args.scale * at(args.grad_outputs.loss, i), 0, 0};
+}
+
 template <class A>
 __device__ Factors factors_of(const GradsArguments& args, const BatchTerms& terms, int64_t i) {
   const A* stats = static_cast<const A*>(args.stats);

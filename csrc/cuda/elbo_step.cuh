@@ -153,7 +153,7 @@ __device__ inline void last_block(const StepArguments& args) {
 
   const double gap = options.has_capacity ? capacity_gap(options, clamped, size) : 0;
   const Sigma sigma = sigma_of(options, 0, 0, s, size, static_cast<double>(batch.data.dims));
-  const Weight weight = weight_of(args.grads.scale, args.grads.grad_outputs, 0);
+  const Weight weight = loss_weight(args.grads, 0);
   if (out.beta.base && out.beta_each) {
     for (int64_t i = threadIdx.x; i < batch.size; i += blockDim.x) {
       double own = 0;
@@ -187,7 +187,7 @@ __device__ inline void latent_role(const StepArguments& args) {
   grid.sync();
   const double gap = args.agreed[1];
   for_chunks(batch, false, args.grads.with_latents, index, warps, [&](const Chunk& chunk) {
-    const Weight weight = weight_of(args.grads.scale, args.grads.grad_outputs, 0);
+    const Weight weight = loss_weight(args.grads, 0);
     const Factors f = factors_of(options, Sigma{}, chunk.sample, 0, 0, 0, gap, weight);
     latent_gradient<float>(batch.latents, args.grads.gradients, static_cast<float>(f.grad_kl_clamped), 0.0f, chunk);
   });

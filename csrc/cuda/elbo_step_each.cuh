@@ -19,7 +19,7 @@ extern __shared__ float on_chip[];  // the differences of a sample
 
 // The factors of a sample, given S where σ is its own optimum.
 __device__ inline Factors own_factors(const GradsArguments& args, int64_t i, double s) {
-  const Weight weight = weight_of(args.scale, args.grad_outputs, i);
+  const Weight weight = loss_weight(args, i);
   const double batch = static_cast<double>(args.batch.size), dims = static_cast<double>(args.batch.data.dims);
   const Sigma sigma = sigma_of(args.options, i, s, 0, batch, dims);
   return factors_of(args.options, sigma, i, s, 0, dims, 0, weight);

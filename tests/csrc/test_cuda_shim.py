@@ -188,7 +188,7 @@ MUTANTS = {
         "for (int $B = threadIdx.x; $B < $N - 1; $B += $D) $BODY", ("ascending", "step, beta-tensor"),
     ),
     "no_grad_scale": Mutant(
-        STEP, "last_block", "weight_of($S, $G, 0)", "Weight{$S, 0, 0}", ("ascending", "step, beta-tensor"),
+        STEP, "last_block", "loss_weight($A, 0)", "Weight{$A.scale, 0, 0}", ("ascending", "step, beta-tensor"),
     ),
     "what_does_not_fit_is_tried": Mutant(
         "cuda/step_plan.h", "step_plan", "$N <= $LIMIT", "true", ("random:1", "step, too large"),
@@ -204,7 +204,7 @@ MUTANTS = {
         EACH, "own_sample", "$KEPT + $I", "$KEPT", ("ascending", "step, per image, of 75 kB"), place=(2, 5),
     ),
     "no_grad_scale_for_each": Mutant(
-        EACH, "own_factors", "weight_of($S, $G, $I)", "Weight{$S, 0, 0}", ("ascending", "step, constant"),
+        EACH, "own_factors", "loss_weight($A, $I)", "Weight{$A.scale, 0, 0}", ("ascending", "step, constant"),
     ),
     "too_large_a_sample_is_tried": Mutant(
         "cuda/elbo_step_each.cu", "elbo_step_each_fits", "$N * 4 <= $M", "$N * 4 > 0",
