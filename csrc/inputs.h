@@ -9,8 +9,6 @@
 
 namespace elbo {
 
-using OptTensor = std::optional<Tensor>;
-
 // The tensors of an operator, in the order of fused_elbo/call.py.
 struct Tensors {
   OptTensor recon, target, mu, logvar, log_sigma, prior_mu, prior_logvar, beta, capacity;

@@ -13,7 +13,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <numeric>
+#include <optional>
 #include <vector>
 
 #include "span.h"
@@ -22,6 +22,7 @@ namespace elbo {
 
 using IntArrayRef = torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::stable::Tensor;
+using OptTensor = std::optional<Tensor>;
 
 inline int64_t sample_size(const Tensor& t) {
   return t.numel() / t.size(0);
@@ -47,6 +48,7 @@ inline std::vector<int64_t> memory_order(const Tensor& t) {
 }
 
 inline bool samples_are_dense(const Tensor& t) {
+  if (t.is_contiguous()) return true;  // most are, and a hierarchy has hundreds of tensors
   const auto size = t.sizes(), stride = t.strides();
   int64_t expected = 1;
   const auto order = memory_order(t);
@@ -119,20 +121,23 @@ inline bool is_dense(const Tensor& t) {
 // A result with empty_like's strides; written through a buffer where those are not the order that the kernels walk in,
 // or where they write another dtype.
 struct Output {
-  Tensor result, buffer;
-  bool direct;
+  Tensor result;
+  OptTensor buffer;
 
   Output(const Tensor& input, const Tensor& walked, ScalarType written, MakeEmpty empty)
       : result(
             is_dense(input) ? empty(input.sizes(), input.strides(), input.scalar_type(), input)
-                            : as_large_as(input, [&] { return torch::stable::empty_like(input); })),
-        buffer(result) {
-    direct = same_order(result, walked) && is_dense(result) && written == input.scalar_type();
+                            : as_large_as(input, [&] { return torch::stable::empty_like(input); })) {
+    const bool direct = written == input.scalar_type() && same_order(result, walked) && is_dense(result);
     if (!direct) buffer = empty_in_order(walked, written);
   }
 
+  const Tensor& written_to() const {
+    return buffer ? *buffer : result;
+  }
+
   Tensor finish() {
-    if (!direct) torch::stable::copy_(result, buffer);
+    if (buffer) torch::stable::copy_(result, *buffer);
     return result;
   }
 };

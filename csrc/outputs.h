@@ -113,7 +113,7 @@ class GradientTensors {
   Span large(Bit bit, const OptTensor& input, const OptTensor& walked, ScalarType written) {
     if (!has(bit)) return {};
     large_[bit].emplace(*input, *walked, written, empty_);
-    return span_of(large_[bit]->buffer);
+    return span_of(large_[bit]->written_to());
   }
 
   Span of_latents(Bit bit, const OptTensor& input) {

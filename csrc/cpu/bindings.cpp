@@ -173,7 +173,7 @@ std::vector<Tensor> levels_grads(const LevelsGradsCall& call) {
     outputs.emplace_back(*tensors[i], *in.inputs[i / 4].mu, tensors[i]->scalar_type(), empty_pooled);
     Gradients& level = spans[i / 4];
     Span* const of_level[] = {&level.mu, &level.logvar, &level.prior_mu, &level.prior_logvar};
-    *of_level[i % 4] = span_of(outputs.back().buffer);
+    *of_level[i % 4] = span_of(outputs.back().written_to());
   }
   const auto run = in.has_double ? elbo_levels_grads<double> : elbo_levels_grads<float>;
   run(in.batch, in.latents, number_of(call.grad, 0), spans);

@@ -157,7 +157,7 @@ __device__ inline void last_block(const StepArguments& args) {
   if (out.beta.base && out.beta_each) {
     for (int64_t i = threadIdx.x; i < batch.size; i += blockDim.x) {
       double own = 0;
-      for (int64_t p = i * each; p < (i + 1) * each; ++p) own += clamped_of[p];
+      for (int64_t p = 0; p < each; ++p) own += clamped_of[i * each + p];
       put<float>(out.beta, i, factors_of(options, sigma, i, 0, own, 0, gap, weight).beta);
     }
   }
