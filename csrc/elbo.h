@@ -10,8 +10,7 @@
 
 namespace elbo {
 
-// ------------------------------------------------------------------------------------------- tensors, as they are
-// walked
+// ---------------------------------------------------------------------------------------------------- what comes in
 
 // log σ where it varies inside a sample. Element e's lies at Σ e / divisor % size · stride over the dimensions, which
 // are runs of the data's dimensions along which log σ is not repeated, the innermost in memory first. Where rank is 0,
@@ -91,8 +90,7 @@ struct Options {
   int64_t reduction = kSum;
 };
 
-// ------------------------------------------------------------------------------------------------------- what comes
-// out
+// --------------------------------------------------------------------------------------------------- what comes out
 
 // Of the compute type. Without `loss` only stats are written.
 struct Outputs {
@@ -123,7 +121,7 @@ ELBO_INLINE bool wants_latents(const Gradients& g) {
   return g.mu.base || g.logvar.base || g.prior_mu.base || g.prior_logvar.base;
 }
 
-// ------------------------------------------------------------------------------------------- arithmetic of O(batch)
+// ---------------------------------------------------------------------------------------------- arithmetic of O(batch)
 
 ELBO_INLINE double reduction_weight(const Options& options, const Batch& batch) {
   const int64_t dims = batch.data.dims ? batch.data.dims : batch.latents.dims;

@@ -18,13 +18,20 @@ class Arguments {
 
   template <class T>
   T next() {
-    if (next_ == end_)
-      throw std::runtime_error("fused_elbo: the operator's schema has fewer arguments than its kernel");
+    check(next_ != end_);
     return torch::stable::detail::to<T>(*next_++);
+  }
+
+  void finish() const {
+    check(next_ == end_);
   }
 
  private:
   StableIValue *next_, *end_;
+
+  static void check(bool alike) {
+    if (!alike) throw std::runtime_error("fused_elbo: an operator's schema and its kernel differ in their arguments");
+  }
 };
 
 // Tensors, then options: what every operator begins with.
@@ -34,11 +41,9 @@ struct Call {
   double free_bits = 0;
 
   explicit Call(Arguments& in) {
-    Tensors& t = tensors;
-    for (OptTensor* one :
-         {&t.recon, &t.target, &t.mu, &t.logvar, &t.log_sigma, &t.prior_mu, &t.prior_logvar, &t.beta, &t.capacity}) {
-      *one = in.next<OptTensor>();
-    }
+    const auto tensor = [&] { return in.next<OptTensor>(); };
+    tensors = {tensor(), tensor(), tensor(), tensor(), tensor(), tensor(), tensor(), tensor(), tensor()};
+    const Tensors& t = tensors;
     options.sigma_mode = in.next<int64_t>();
     options.softclip = in.next<bool>();
     const double log_sigma_value = in.next<double>();
@@ -100,6 +105,7 @@ struct Boxed<operator_> {
   static void call(StableIValue* stack, uint64_t arguments, uint64_t) {
     Arguments in(stack, arguments);
     const Of of(in);
+    in.finish();
     give(stack, operator_(of));
   }
 };

@@ -106,7 +106,7 @@ grads_of(const Tensors<T>& t, const float* stats, double beta, double grad_scale
       T* g_logvar) {                                                                                         \
     StepEachArguments args = {                                                                               \
         grads_of(GIVEN(T), nullptr, beta, grad_scale, g_recon, g_mu, g_logvar), {s, kl, kl}, data_blocks};   \
-    args.grads.options.sigma_mode = mode;                                                                      \
+    args.grads.options.sigma_mode = mode;                                                                    \
     run_step_each<T, T, own>(args);                                                                          \
   }
 
