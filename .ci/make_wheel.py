@@ -26,7 +26,7 @@ from pathlib import Path
 from wheel.wheelfile import WheelFile
 
 from fused_elbo import build
-from fused_elbo.build.spec import LEVELS
+from fused_elbo.build.spec import ISAS
 from fused_elbo.errors import BackendUnavailable
 
 REPO = Path(__file__).resolve().parent.parent
@@ -35,7 +35,7 @@ ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0", "12.0+PTX")  # what comes after 12
 
 def libraries(cpu_only: bool) -> list[build.Target]:
     """Compiled into the cache of the builds at first use, so that a second wheel of the same sources takes seconds."""
-    targets = [build.build(build.cpu_spec(LEVELS))]
+    targets = [build.build(build.cpu_spec(ISAS))]
     if cpu_only:
         return targets
     try:

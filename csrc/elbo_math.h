@@ -44,7 +44,7 @@ using Scalar = typename Lanes<V>::Scalar;
 
 // 1 + t/3 (1 + t/4 (1 + …)), so that exp(t) − 1 − t = t²/2 · series. Exact to rounding for |t| < ½.
 template <class V>
-ELBO_INLINE V excess_series(V t) {
+ELBO_INLINE V expm1mx_series(V t) {
   using A = Scalar<V>;
   constexpr int last = sizeof(A) == 4 ? 9 : 18;
   V series = V{} + A(1);
@@ -61,9 +61,9 @@ ELBO_INLINE auto is_small(V t) {
 
 // exp(t) − 1 − t. Near 0 it is t²/2, where the literal formula, and expm1(t) − t too, has cancelled.
 template <class V>
-ELBO_INLINE V excess(V t) {
+ELBO_INLINE V expm1mx(V t) {
   using A = Scalar<V>;
-  const V near = A(0.5) * t * t * excess_series(t);
+  const V near = A(0.5) * t * t * expm1mx_series(t);
   const V far = Lanes<V>::exp(t) - A(1) - t;
   return is_small(t) ? near : far;
 }
@@ -72,7 +72,7 @@ ELBO_INLINE V excess(V t) {
 template <class V>
 ELBO_INLINE V expm1(V t) {
   using A = Scalar<V>;
-  const V near = t + A(0.5) * t * t * excess_series(t);
+  const V near = t + A(0.5) * t * t * expm1mx_series(t);
   const V far = Lanes<V>::exp(t) - A(1);
   return is_small(t) ? near : far;
 }
@@ -80,14 +80,14 @@ ELBO_INLINE V expm1(V t) {
 // KL(N(μ, exp l) ‖ N(0, 1)) of one element
 template <class V>
 ELBO_INLINE V kl(V mu, V logvar) {
-  return Scalar<V>(0.5) * (mu * mu + excess(logvar));
+  return Scalar<V>(0.5) * (mu * mu + expm1mx(logvar));
 }
 
 // KL(N(μ, exp l) ‖ N(μ_p, exp l_p)) of one element
 template <class V>
 ELBO_INLINE V kl(V mu, V logvar, V prior_mu, V prior_logvar) {
   const V d = mu - prior_mu;
-  return Scalar<V>(0.5) * (d * d * Lanes<V>::exp(-prior_logvar) + excess(logvar - prior_logvar));
+  return Scalar<V>(0.5) * (d * d * Lanes<V>::exp(-prior_logvar) + expm1mx(logvar - prior_logvar));
 }
 
 template <class V>
@@ -105,12 +105,17 @@ template <class V>
 ELBO_INLINE KlGrad<V> kl_grad(V b, V mu, V logvar, V prior_mu, V prior_logvar) {
   using A = Scalar<V>;
   const V d = mu - prior_mu;
-  const V pull = d * Lanes<V>::exp(-prior_logvar);
-  const V stretch = expm1(logvar - prior_logvar);
-  return {b * pull, b * A(0.5) * stretch, -(b * pull), A(-0.5) * b * (stretch + pull * d)};
+  const V dkl_dmu = d * Lanes<V>::exp(-prior_logvar);
+  const V expm1_dlogvar = expm1(logvar - prior_logvar);
+  return {b * dkl_dmu, b * A(0.5) * expm1_dlogvar, -(b * dkl_dmu), A(-0.5) * b * (expm1_dlogvar + dkl_dmu * d)};
 }
 
 // ------------------------------------------------------------------------------------ distortion, σ inside a sample
+
+template <class V>
+ELBO_INLINE V difference(V recon, V target) {
+  return recon - target;
+}
 
 // e²/σ² + 2 log σ: twice the distortion of one element, less log 2π
 template <class V>
@@ -192,10 +197,10 @@ struct Weight {
 
 // What a sample's elements are multiplied by, and its part of the gradients that are O(B) themselves.
 struct Factors {
-  double error;         // a_i, less what reaches it through a σ that the batch shares; w_i where σ varies inside
-  double through_loss;  // the part of b_i that free_bits can mask
-  double through_rate;
-  double log_sigma;  // w_i (D − S_i/σ²)
+  double recon_scale;      // a_i, less the term of a σ that the batch shares; w_i where σ varies inside
+  double grad_kl_clamped;  // the part of b_i that reaches the elements which free_bits lets through
+  double grad_kl;          // the part that reaches all of them
+  double log_sigma;        // w_i (D − S_i/σ²)
   double beta;
 };
 
@@ -204,20 +209,25 @@ factors(int64_t mode, const Sigma& sigma, double s, double kl_clamped, double di
   const double w = weight.loss + weight.distortion;
   Factors f = {w, weight.loss * beta, weight.rate, 0.0, weight.loss * kl_clamped};
   if (mode == kElement) return f;
-  f.error = w * sigma.inverse_variance;
+  f.recon_scale = w * sigma.inverse_variance;
   f.log_sigma = w * distortion_slope(s, dims, sigma.inverse_variance);
-  if (mode == kImage && s != 0) f.error += sigma.slope * f.log_sigma / s;
+  if (mode == kImage && s != 0) f.recon_scale += sigma.slope * f.log_sigma / s;
   return f;
 }
 
-// The same under a capacity: β multiplies |gap|, gap = mean_i KL_i − C.
+// What a capacity adds to the loss: weight is the reduction's, gap = mean_i KL_i − C.
+ELBO_INLINE double capacity_penalty(double weight, double batch, double beta, double gap) {
+  return weight * batch * beta * ::fabs(gap);
+}
+
+// The same factors under a capacity: β multiplies |gap|.
 ELBO_INLINE void limit_by_capacity(Factors& f, const Weight& weight, double gap) {
-  f.through_loss *= (gap > 0) - (gap < 0);
+  f.grad_kl_clamped *= (gap > 0) - (gap < 0);
   f.beta = weight.loss * ::fabs(gap);
 }
 
 // What reaches every error of the batch through the σ that it shares: slope_sum = Σ_j w_j (D − S_j/σ²).
-ELBO_INLINE double through_shared_sigma(const Sigma& sigma, double slope_sum, double total) {
+ELBO_INLINE double shared_sigma_term(const Sigma& sigma, double slope_sum, double total) {
   return total == 0 ? 0.0 : sigma.slope * slope_sum / total;
 }
 

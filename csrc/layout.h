@@ -3,7 +3,7 @@
 // A kernel walks a sample as one dense block, in memory order. So a tensor can be used in place if each sample is
 // dense, whatever the order of its dimensions (contiguous, channels_last, permuted inside the sample) and however far
 // apart the samples are (chunks of a packed tensor). Tensors that are walked together must share that order: the first
-// one, the leader, decides it, and the others are copied into it if they differ.
+// one decides it, and the others are copied into it if they differ.
 #pragma once
 
 #include "errors.h"
@@ -13,7 +13,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <numeric>
+#include <optional>
 #include <vector>
 
 #include "span.h"
@@ -22,6 +22,7 @@ namespace elbo {
 
 using IntArrayRef = torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::stable::Tensor;
+using OptTensor = std::optional<Tensor>;
 
 inline int64_t sample_size(const Tensor& t) {
   return t.numel() / t.size(0);
@@ -47,6 +48,7 @@ inline std::vector<int64_t> memory_order(const Tensor& t) {
 }
 
 inline bool samples_are_dense(const Tensor& t) {
+  if (t.is_contiguous()) return true;  // most are, and a hierarchy has hundreds of tensors
   const auto size = t.sizes(), stride = t.strides();
   int64_t expected = 1;
   const auto order = memory_order(t);
@@ -63,7 +65,8 @@ inline Tensor as_large_as(const Tensor& like, F f) {
   return elbo_errors::taking(like.numel() * like.element_size(), like.is_cpu(), f);
 }
 
-inline Tensor leader(const Tensor& t) {
+// The tensor itself, or a copy of it, whose samples are dense.
+inline Tensor walkable(const Tensor& t) {
   return samples_are_dense(t) ? t : as_large_as(t, [&] { return torch::stable::contiguous(t); });
 }
 
@@ -84,29 +87,30 @@ inline Tensor empty_strided(IntArrayRef sizes, IntArrayRef strides, ScalarType d
   });
 }
 
-// A dense batch of another tensor's shape and order inside the sample.
-inline Tensor empty_in_order(const Tensor& lead, ScalarType dtype) {
-  const auto stride = lead.strides();
+// How a tensor is made: empty_strided, or what takes its place.
+using MakeEmpty = Tensor (*)(IntArrayRef sizes, IntArrayRef strides, ScalarType dtype, const Tensor& like);
+
+// A dense batch of a walkable tensor's shape and order inside the sample.
+inline Tensor empty_in_order(const Tensor& walked, ScalarType dtype) {
+  const auto stride = walked.strides();
   std::vector<int64_t> strides(stride.begin(), stride.end());
-  strides[0] = sample_size(lead);
-  return empty_strided(lead.sizes(), strides, dtype, lead);
+  strides[0] = sample_size(walked);
+  return empty_strided(walked.sizes(), strides, dtype, walked);
 }
 
-inline Tensor in_order_of(const Tensor& t, const Tensor& lead, ScalarType dtype) {
-  if (same_order(t, lead) && t.scalar_type() == dtype) return t;
-  Tensor copy = empty_in_order(lead, dtype);
+inline Tensor in_order_of(const Tensor& t, const Tensor& walked, ScalarType dtype) {
+  if (same_order(t, walked) && t.scalar_type() == dtype) return t;
+  Tensor copy = empty_in_order(walked, dtype);
   torch::stable::copy_(copy, t);
   return copy;
 }
 
-inline Tensor in_order_of(const Tensor& t, const Tensor& lead) {
-  return in_order_of(t, lead, t.scalar_type());
+inline Tensor in_order_of(const Tensor& t, const Tensor& walked) {
+  return in_order_of(t, walked, t.scalar_type());
 }
 
-inline Span span_of(const Tensor& t) {
-  return {
-      static_cast<char*>(t.data_ptr()), t.scalar_type(), static_cast<int64_t>(t.element_size()),
-      t.size(0) == 1 ? 0 : t.stride(0)};
+inline Tensor of_dtype(const Tensor& t, ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
 }
 
 // Whether torch.empty_like would give a tensor the strides of this one: its elements fill a block of memory.
@@ -114,26 +118,26 @@ inline bool is_dense(const Tensor& t) {
   return t.is_contiguous() || (samples_are_dense(t) && (t.size(0) == 1 || t.stride(0) == sample_size(t)));
 }
 
-// A result with empty_like's strides; written through a buffer where those are not the leader's order, or where the
-// kernel writes another dtype. `empty` makes the result, as empty_strided does.
+// A result with empty_like's strides; written through a buffer where those are not the order that the kernels walk in,
+// or where they write another dtype.
 struct Output {
-  Tensor result, buffer;
-  bool direct;
+  Tensor result;
+  OptTensor buffer;
 
-  template <class F>
-  Output(const Tensor& input, const Tensor& lead, ScalarType written, F empty)
+  Output(const Tensor& input, const Tensor& walked, ScalarType written, MakeEmpty empty)
       : result(
             is_dense(input) ? empty(input.sizes(), input.strides(), input.scalar_type(), input)
-                            : as_large_as(input, [&] { return torch::stable::empty_like(input); })),
-        buffer(result) {
-    direct = same_order(result, lead) && is_dense(result) && written == input.scalar_type();
-    if (!direct) buffer = empty_in_order(lead, written);
+                            : as_large_as(input, [&] { return torch::stable::empty_like(input); })) {
+    const bool direct = written == input.scalar_type() && same_order(result, walked) && is_dense(result);
+    if (!direct) buffer = empty_in_order(walked, written);
   }
 
-  Output(const Tensor& input, const Tensor& lead, ScalarType written) : Output(input, lead, written, empty_strided) {}
+  const Tensor& written_to() const {
+    return buffer ? *buffer : result;
+  }
 
   Tensor finish() {
-    if (!direct) torch::stable::copy_(result, buffer);
+    if (buffer) torch::stable::copy_(result, *buffer);
     return result;
   }
 };

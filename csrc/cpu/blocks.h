@@ -35,7 +35,7 @@ ELBO_INLINE double squared_error(const T* r, const T* t, int64_t n) {
     ELBO_UNROLL
     for (int k = 0; k < sum.at_once; k += 2) {
       const auto x = load_two(r + i + k * L), y = load_two(t + i + k * L);
-      const Vector<A> e = x.first - y.first, f = x.second - y.second;
+      const Vector<A> e = difference(x.first, y.first), f = difference(x.second, y.second);
       sum.of[k] += e * e;
       sum.of[k + 1] += f * f;
     }
@@ -46,7 +46,7 @@ ELBO_INLINE double squared_error(const T* r, const T* t, int64_t n) {
     sum.of[k + 1] = pair.second;
   }
   sum.add_rest(i, n, [&](int64_t j, auto lanes) {
-    const Vector<A> e = load(r + j, lanes) - load(t + j, lanes);
+    const Vector<A> e = difference(load(r + j, lanes), load(t + j, lanes));
     return e * e;
   });
   return sum.total();
@@ -59,11 +59,11 @@ ELBO_INLINE void scaled_difference(A a, const T* x, const T* y, T* g, int64_t n)
   int64_t i = 0;
   for (; i + 2 * L <= n; i += 2 * L) {
     const auto u = load_two(x + i), v = load_two(y + i);
-    store_two<PastCaches>(g + i, {a * (u.first - v.first), a * (u.second - v.second)});
+    store_two<PastCaches>(g + i, {a * difference(u.first, v.first), a * difference(u.second, v.second)});
   }
   for (; i < n; i += L) {
     const int64_t lanes = std::min(L, n - i);
-    store(g + i, a * (load(x + i, lanes) - load(y + i, lanes)), lanes);
+    store(g + i, a * difference(load(x + i, lanes), load(y + i, lanes)), lanes);
   }
 }
 

@@ -72,4 +72,13 @@ inline void written(const Span& span, int64_t sample, int64_t element, int64_t n
   });
 }
 
+// Numbers that lie one after the other, into a tensor that does too.
+inline void convert_to(const Span& span, const double* values, int64_t n) {
+  if (span.dtype == ScalarType::Double) {
+    std::copy_n(values, n, reinterpret_cast<double*>(span.base));
+  } else {
+    written(span, 0, 0, n, values);
+  }
+}
+
 }  // namespace elbo

@@ -1,9 +1,7 @@
 // Stage two, O(B) and in double: S and KL to loss, distortion, rate and σ; and the prologue of the gradients, which
-// turns the same numbers into one factor per sample. A σ mode that is shared within a sample is added here.
-#include <cmath>
+// turns the same numbers into one factor per sample.
 #include <numeric>
 
-#include "../elbo_math.h"
 #include "elbo.h"
 
 namespace elbo {
@@ -13,113 +11,108 @@ double sum(const std::vector<double>& values) {
   return std::accumulate(values.begin(), values.end(), 0.0);
 }
 
-// Values of which there may be none (use the default), one, or one per sample.
-double at(const std::vector<double>& values, int64_t i, double none) {
-  return values.empty() ? none : values[values.size() == 1 ? 0 : i];
+double gap_of(const Stats& stats, const Options& options) {
+  return options.has_capacity
+             ? capacity_gap(options, sum(stats.kl_clamped), static_cast<double>(stats.kl_clamped.size()))
+             : 0;
 }
 
-// How far the batch's mean rate, as β sees it, is from the capacity.
-double capacity_gap(const Stats& stats, const Knobs& knobs) {
-  return sum(stats.kl_clamped) / static_cast<double>(stats.kl_clamped.size()) - *knobs.capacity;
-}
-
-// The σ of each sample, or the one of all: B or 1 of them; none where σ varies inside a sample.
-std::vector<Sigma> sigmas(const Stats& stats, double dims, const Knobs& knobs) {
-  std::vector<Sigma> result;
-  const double batch = static_cast<double>(stats.s.size());
-  switch (knobs.sigma_mode) {
-    case kBatch:
-      result.push_back(optimal_sigma(sum(stats.s), batch * dims, knobs.min_log_sigma, knobs.softclip));
-      break;
-    case kImage:
-      for (double s : stats.s) result.push_back(optimal_sigma(s, dims, knobs.min_log_sigma, knobs.softclip));
-      break;
-    case kGiven:
-      if (knobs.log_sigma.empty()) result.push_back(given_sigma(knobs.log_sigma_value));
-      for (double log_sigma : knobs.log_sigma) result.push_back(given_sigma(log_sigma));
-      break;
+// The σ of each sample, computed once where all have the same.
+class Sigmas {
+ public:
+  Sigmas(const Stats& stats, const Batch& batch, const Options& options) {
+    const bool given_once = options.sigma_mode == kGiven && options.log_sigma.tensor.batch_stride == 0;
+    shared_ = given_once || options.sigma_mode == kBatch || options.sigma_mode == kElement;
+    const double size = static_cast<double>(batch.size), dims = static_cast<double>(batch.data.dims);
+    const double total = sum(stats.s);
+    values_.resize(shared_ ? 1 : batch.size);
+    for (size_t i = 0; i < values_.size(); ++i) values_[i] = sigma_of(options, i, stats.s[i], total, size, dims);
   }
-  return result;
+
+  const Sigma& operator[](int64_t i) const {
+    return values_[shared_ ? 0 : i];
+  }
+
+ private:
+  std::vector<Sigma> values_;
+  bool shared_;
+};
+
+void put(const Span& to, int64_t i, double value) {
+  Span own = to;
+  own.base = to.at(i, 0);
+  convert_to(own, &value, 1);
 }
 
 }  // namespace
 
-Outputs elbo_finalize(const Stats& stats, int64_t data_dims, int64_t latent_dims, const Knobs& knobs) {
-  const int64_t batch = static_cast<int64_t>(stats.s.size());
-  const double dims = static_cast<double>(data_dims);
-  const auto sigma = sigmas(stats, dims, knobs);
-
-  std::vector<double> distortions(batch), losses(batch);
-  for (int64_t i = 0; i < batch; ++i) {
-    distortions[i] =
-        sigma.empty() ? distortion(stats.s[i], dims) : distortion(stats.s[i], dims, sigma[sigma.size() == 1 ? 0 : i]);
-    losses[i] = distortions[i] + at(knobs.beta, i, knobs.beta_value) * stats.kl_clamped[i];
+template <class A>
+void elbo_finalize(const Stats& stats, const Batch& batch, const Options& options, const Outputs& outputs) {
+  const double size = static_cast<double>(batch.size), dims = static_cast<double>(batch.data.dims);
+  const Sigmas sigmas(stats, batch, options);
+  A *loss = static_cast<A*>(outputs.loss), *nats = static_cast<A*>(outputs.distortion);
+  A *rate = static_cast<A*>(outputs.rate), *sigma = static_cast<A*>(outputs.sigma);
+  const bool each = options.reduction == kNone, inside = options.sigma_mode == kElement;
+  double distortions = 0, losses = 0;
+  for (int64_t i = 0; i < batch.size; ++i) {
+    const double d = inside ? distortion(stats.s[i], dims) : distortion(stats.s[i], dims, sigmas[i]);
+    const double l = d + at(options.beta, i) * stats.kl_clamped[i];
+    if (!inside && (outputs.sigma_each || i == 0)) sigma[i] = static_cast<A>(::exp(sigmas[i].log_sigma));
+    if (each) {
+      loss[i] = static_cast<A>(l);
+      nats[i] = static_cast<A>(d);
+      rate[i] = static_cast<A>(stats.kl[i]);
+    }
+    distortions += d;
+    losses += l;
   }
-
-  Outputs out;
-  for (const Sigma& one : sigma) out.sigma.push_back(std::exp(one.log_sigma));
-  if (knobs.reduction == kNone) {
-    out.loss = losses;
-    out.distortion = distortions;
-    out.rate = stats.kl;
-    return out;
-  }
-  const double r = reduction_weight(knobs.reduction, batch, data_dims ? data_dims : latent_dims);
-  out.distortion = {r * sum(distortions)};
-  out.rate = {r * sum(stats.kl)};
-  if (knobs.capacity) {
-    const double gap = std::abs(capacity_gap(stats, knobs));
-    out.loss = {out.distortion[0] + r * batch * at(knobs.beta, 0, knobs.beta_value) * gap};
-  } else {
-    out.loss = {r * sum(losses)};
-  }
-  return out;
+  if (each) return;
+  const double weight = reduction_weight(options, batch), mean_distortion = weight * distortions;
+  const double mean_loss =
+      options.has_capacity
+          ? mean_distortion + capacity_penalty(weight, size, at(options.beta, 0), gap_of(stats, options))
+          : weight * losses;
+  *loss = static_cast<A>(mean_loss);
+  *nats = static_cast<A>(mean_distortion);
+  *rate = static_cast<A>(weight * sum(stats.kl));
 }
 
-Weights elbo_weights(
-    const Stats& stats, int64_t data_dims, int64_t latent_dims, const Knobs& knobs, const GradOutputs& grad_outputs) {
-  const int64_t batch = static_cast<int64_t>(stats.s.size());
-  const double dims = static_cast<double>(data_dims);
-  const double r = reduction_weight(knobs.reduction, batch, data_dims ? data_dims : latent_dims);
-  const auto sigma = sigmas(stats, dims, knobs);
-
-  Weights out;
-  out.error.resize(batch);
-  out.through_loss.resize(batch);
-  out.through_rate.resize(batch);
-  out.log_sigma.assign(knobs.sigma_mode == kGiven ? knobs.log_sigma.size() : 0, 0.0);
-  out.beta.assign(knobs.beta.size(), 0.0);
-
-  const double gap = knobs.capacity ? capacity_gap(stats, knobs) : 0;
+std::vector<Factors> elbo_factors(
+    const Stats& stats, const Batch& batch, const Options& options, const GradOutputs& grad_outputs,
+    const Gradients& gradients) {
+  const double dims = static_cast<double>(batch.data.dims), scale = reduction_weight(options, batch);
+  const double gap = gap_of(stats, options);
+  const Sigmas sigmas(stats, batch, options);
+  std::vector<Factors> result(batch.size);
   double slope_sum = 0;  // Σ_j w_j (D − S_j/σ²): how the loss changes with a log σ that the batch shares
-  for (int64_t i = 0; i < batch; ++i) {
-    const Weight weight = {
-        r * at(grad_outputs.loss, i, 0), r * at(grad_outputs.distortion, i, 0), r * at(grad_outputs.rate, i, 0)};
-    const Sigma own = sigma.empty() ? Sigma{} : sigma[sigma.size() == 1 ? 0 : i];
-    const double b = at(knobs.beta, i, knobs.beta_value);
-    Factors f = factors(knobs.sigma_mode, own, stats.s[i], stats.kl_clamped[i], dims, b, weight);
-    if (knobs.capacity) limit_by_capacity(f, weight, gap);
-    out.error[i] = f.error;
-    out.through_loss[i] = f.through_loss;
-    out.through_rate[i] = f.through_rate;
-    if (!out.log_sigma.empty()) out.log_sigma[out.log_sigma.size() == 1 ? 0 : i] += f.log_sigma;
-    if (!out.beta.empty()) out.beta[out.beta.size() == 1 ? 0 : i] += f.beta;
-    slope_sum += f.log_sigma;
+  double beta_sum = 0;
+  for (int64_t i = 0; i < batch.size; ++i) {
+    const Weight weight = weight_of(scale, grad_outputs, i);
+    result[i] = factors_of(options, sigmas[i], i, stats.s[i], stats.kl_clamped[i], dims, gap, weight);
+    slope_sum += result[i].log_sigma;
+    beta_sum += result[i].beta;
+    if (options.sigma_mode == kGiven && gradients.log_sigma_each) put(gradients.log_sigma, i, result[i].log_sigma);
+    if (gradients.beta_each) put(gradients.beta, i, result[i].beta);
   }
-  if (knobs.sigma_mode == kBatch) {
-    const double through = through_shared_sigma(sigma[0], slope_sum, sum(stats.s));
-    for (double& a : out.error) a += through;
+  if (options.sigma_mode == kGiven && gradients.log_sigma.base && !gradients.log_sigma_each) {
+    put(gradients.log_sigma, 0, slope_sum);
   }
-  return out;
+  if (gradients.beta.base && !gradients.beta_each) put(gradients.beta, 0, beta_sum);
+  if (options.sigma_mode == kBatch) {
+    const double term = shared_sigma_term(sigmas[0], slope_sum, sum(stats.s));
+    for (Factors& f : result) f.recon_scale += term;
+  }
+  return result;
 }
 
-double own_error_weight(
-    int64_t sample, double s, int64_t batch, int64_t data_dims, const Knobs& knobs, double grad_scale) {
-  const double dims = static_cast<double>(data_dims);
-  const double w = reduction_weight(knobs.reduction, batch, dims) * grad_scale;
-  const Sigma sigma = knobs.sigma_mode == kImage ? optimal_sigma(s, dims, knobs.min_log_sigma, knobs.softclip)
-                                                 : given_sigma(at(knobs.log_sigma, sample, knobs.log_sigma_value));
-  return factors(knobs.sigma_mode, sigma, s, 0, dims, 0, {w, 0, 0}).error;
+double own_recon_scale(int64_t sample, double s, const Batch& batch, const Options& options, double grad_scale) {
+  const double size = static_cast<double>(batch.size), dims = static_cast<double>(batch.data.dims);
+  const Sigma sigma = sigma_of(options, sample, s, 0, size, dims);
+  const Weight weight = {reduction_weight(options, batch) * grad_scale, 0, 0};
+  return factors(options.sigma_mode, sigma, s, 0, dims, 0, weight).recon_scale;
 }
+
+template void elbo_finalize<float>(const Stats&, const Batch&, const Options&, const Outputs&);
+template void elbo_finalize<double>(const Stats&, const Batch&, const Options&, const Outputs&);
 
 }  // namespace elbo

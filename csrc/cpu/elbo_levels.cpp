@@ -62,21 +62,20 @@ std::vector<double> elbo_levels(int64_t batch, const std::vector<Latents>& level
 
 template <class A>
 void elbo_levels_grads(
-    int64_t batch, const std::vector<Latents>& levels, const std::vector<double>& weights,
-    const std::vector<Gradients>& out) {
+    int64_t batch, const std::vector<Latents>& levels, const Number& grad, const std::vector<Gradients>& out) {
   for_levels(batch, levels, [&](int64_t level, int64_t sample, int64_t chunk) {
     const Latents& latents = levels[level];
-    (latents.has_prior ? latent_gradient<A, true>
-                       : latent_gradient<A, false>)(latents, static_cast<A>(weights[weights.size() == 1 ? 0 : sample]),
-                                                    A{0}, sample, chunk, out[level]);
+    (latents.has_prior ? latent_gradient<A, true> : latent_gradient<A, false>)(latents,
+                                                                               static_cast<A>(at(grad, sample)), A{0},
+                                                                               sample, chunk, out[level]);
   });
 }
 
 template std::vector<double> elbo_levels<float>(int64_t, const std::vector<Latents>&);
 template std::vector<double> elbo_levels<double>(int64_t, const std::vector<Latents>&);
 template void elbo_levels_grads<float>(
-    int64_t, const std::vector<Latents>&, const std::vector<double>&, const std::vector<Gradients>&);
+    int64_t, const std::vector<Latents>&, const Number&, const std::vector<Gradients>&);
 template void elbo_levels_grads<double>(
-    int64_t, const std::vector<Latents>&, const std::vector<double>&, const std::vector<Gradients>&);
+    int64_t, const std::vector<Latents>&, const Number&, const std::vector<Gradients>&);
 
 }  // namespace elbo

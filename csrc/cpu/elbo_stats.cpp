@@ -14,9 +14,9 @@ double scaled_chunk_sum(const Data& data, int64_t sample, int64_t chunk) {
     A scratch[3][kBlock];
     const A* r = read(data.recon, sample, first, n, scratch[0]);
     const A* t = read(data.target, sample, first, n, scratch[1]);
-    const A* ls = read_log_sigma(*data.log_sigma, sample, first, n, scratch[2]);
+    const A* ls = read_log_sigma(data.log_sigma, sample, first, n, scratch[2]);
     sum += sum_lanes<A>(n, [&](int64_t i, auto lanes) {
-      return scaled_error<Vector<A>>(load(r + i, lanes) - load(t + i, lanes), load(ls + i, lanes));
+      return scaled_error<Vector<A>>(difference(load(r + i, lanes), load(t + i, lanes)), load(ls + i, lanes));
     });
   });
   return sum;
@@ -25,22 +25,24 @@ double scaled_chunk_sum(const Data& data, int64_t sample, int64_t chunk) {
 }  // namespace
 
 template <class A>
-Stats elbo_stats(int64_t batch, const Data& data, const Latents& latents) {
+Stats elbo_stats(const Batch& batch) {
+  const Data& data = batch.data;
+  const Latents& latents = batch.latents;
   const int64_t data_chunks = chunks(data.dims), latent_chunks = chunks(latents.dims);
-  std::vector<double> s(batch * data_chunks), rate(batch * latent_chunks), clamped(batch * latent_chunks);
+  std::vector<double> s(batch.size * data_chunks), rate(batch.size * latent_chunks), clamped(rate.size());
   const auto data_task = [&](int64_t sample, int64_t chunk) {
     s[sample * data_chunks + chunk] =
-        data.log_sigma ? scaled_chunk_sum<A>(data, sample, chunk) : chunk_sum<A>(data, sample, chunk);
+        data.has_log_sigma ? scaled_chunk_sum<A>(data, sample, chunk) : chunk_sum<A>(data, sample, chunk);
   };
   const auto latent_task = [&](int64_t sample, int64_t chunk) {
     const int64_t task = sample * latent_chunks + chunk;
     (latents.has_prior ? rates<A, true> : rates<A, false>)(latents, sample, chunk, rate[task], clamped[task]);
   };
-  for_shares(batch, data.dims, latents.dims, each(data.dims, data_task), each(latents.dims, latent_task));
-  return {sums_of(batch, s), sums_of(batch, rate), sums_of(batch, clamped)};
+  for_shares(batch.size, data.dims, latents.dims, each(data.dims, data_task), each(latents.dims, latent_task));
+  return {sums_of(batch.size, s), sums_of(batch.size, rate), sums_of(batch.size, clamped)};
 }
 
-template Stats elbo_stats<float>(int64_t, const Data&, const Latents&);
-template Stats elbo_stats<double>(int64_t, const Data&, const Latents&);
+template Stats elbo_stats<float>(const Batch&);
+template Stats elbo_stats<double>(const Batch&);
 
 }  // namespace elbo

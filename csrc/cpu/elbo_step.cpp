@@ -10,19 +10,14 @@ namespace {
 // Bytes of recon and target that a sample may have to stay in a core's own cache: most have 1 MiB or more.
 constexpr int64_t kCache = int64_t{1} << 20;
 
-template <class A>
-double as_stored(double value) {
-  return static_cast<A>(value);
-}
-
 // σ is given: no gradient waits for a sum, and each block is read, and converted, once.
 template <class A>
-std::vector<double> given_pass(
-    int64_t batch, const Data& data, const Knobs& knobs, double grad_scale, const Gradients& out) {
+std::vector<double> given_pass(const Batch& batch, const Options& options, double grad_scale, const Gradients& out) {
+  const Data& data = batch.data;
   const int64_t per_sample = chunks(data.dims);
-  std::vector<double> partials(batch * per_sample);
+  std::vector<double> partials(batch.size * per_sample);
   const auto task = [&](int64_t sample, int64_t chunk) {
-    const A a = static_cast<A>(own_error_weight(sample, 0, batch, data.dims, knobs, grad_scale));
+    const A a = static_cast<A>(own_recon_scale(sample, 0, batch, options, grad_scale));
     double sum = 0;
     for_blocks(chunk, data.dims, [&](int64_t first, int64_t n) {
       with_block<A>(data, sample, first, n, [&](const auto* r, const auto* t) {
@@ -32,21 +27,21 @@ std::vector<double> given_pass(
     });
     partials[sample * per_sample + chunk] = sum;
   };
-  for_shares(batch, data.dims, 0, each(data.dims, task), nothing);
-  return sums_of(batch, partials);
+  for_shares(batch.size, data.dims, 0, each(data.dims, task), nothing);
+  return sums_of(batch.size, partials);
 }
 
 // σ is the sample's optimum: a sample is summed, and then in the cache for its gradient.
 template <class A>
-std::vector<double> image_pass(
-    int64_t batch, const Data& data, const Knobs& knobs, double grad_scale, const Gradients& out) {
+std::vector<double> image_pass(const Batch& batch, const Options& options, double grad_scale, const Gradients& out) {
+  const Data& data = batch.data;
   const int64_t count = chunks(data.dims);
-  std::vector<double> s(batch);
-  torch::stable::parallel_for(0, batch, std::max<int64_t>(1, kGrain / data.dims), [&](int64_t begin, int64_t end) {
+  std::vector<double> s(batch.size);
+  torch::stable::parallel_for(0, batch.size, std::max<int64_t>(1, kGrain / data.dims), [&](int64_t begin, int64_t end) {
     for (int64_t sample = begin; sample < end; ++sample) {
       for (int64_t chunk = 0; chunk < count; ++chunk) s[sample] += chunk_sum<A>(data, sample, chunk);
-      const double weight = own_error_weight(sample, as_stored<A>(s[sample]), batch, data.dims, knobs, grad_scale);
-      const A a = static_cast<A>(weight);
+      const double stored = static_cast<A>(s[sample]);
+      const A a = static_cast<A>(own_recon_scale(sample, stored, batch, options, grad_scale));
       for (int64_t chunk = 0; chunk < count; ++chunk) chunk_gradient<A>(data, a, sample, chunk, out);
     }
   });
@@ -66,27 +61,23 @@ bool samples_are_tasks(int64_t batch, const Data& data) {
 }  // namespace
 
 template <class A>
-Step elbo_step(
-    int64_t batch, const Data& data, const Latents& latents, const Knobs& knobs, double grad_scale,
-    const Gradients& out) {
+Stats elbo_step(const Batch& batch, const Options& options, double grad_scale, const Gradients& out) {
   const bool wanted = out.recon.base || out.target.base;
-  const bool given = wanted && knobs.sigma_mode == kGiven;
-  const bool image = wanted && knobs.sigma_mode == kImage && samples_are_tasks<A>(batch, data);
-  const Data rest = given || image ? Data{} : data;
+  const bool given = wanted && options.sigma_mode == kGiven;
+  const bool image = wanted && options.sigma_mode == kImage && samples_are_tasks<A>(batch.size, batch.data);
+  Batch rest = batch;
+  if (given || image) rest.data = {};
 
-  Step step;
-  step.stats = elbo_stats<A>(batch, rest, latents);
-  if (given) step.stats.s = given_pass<A>(batch, data, knobs, grad_scale, out);
-  if (image) step.stats.s = image_pass<A>(batch, data, knobs, grad_scale, out);
-  for (auto* row : {&step.stats.s, &step.stats.kl, &step.stats.kl_clamped}) {
-    for (double& value : *row) value = as_stored<A>(value);
-  }
-  step.weights = elbo_weights(step.stats, data.dims, latents.dims, knobs, {{grad_scale}, {}, {}});
-  elbo_grads<A>(batch, rest, latents, step.weights, out);
-  return step;
+  Stats stats = elbo_stats<A>(rest);
+  if (given) stats.s = given_pass<A>(batch, options, grad_scale, out);
+  if (image) stats.s = image_pass<A>(batch, options, grad_scale, out);
+  stats = as_stored<A>(std::move(stats));
+  const std::vector<Factors> factors = elbo_factors(stats, batch, options, {{{}, grad_scale}, {}, {}}, out);
+  elbo_grads<A>(rest, factors, out);
+  return stats;
 }
 
-template Step elbo_step<float>(int64_t, const Data&, const Latents&, const Knobs&, double, const Gradients&);
-template Step elbo_step<double>(int64_t, const Data&, const Latents&, const Knobs&, double, const Gradients&);
+template Stats elbo_step<float>(const Batch&, const Options&, double, const Gradients&);
+template Stats elbo_step<double>(const Batch&, const Options&, double, const Gradients&);
 
 }  // namespace elbo

@@ -48,10 +48,10 @@ inline void rates(const Latents& latents, int64_t sample, int64_t chunk, double&
     const LatentBlock<A, Prior> block(latents, sample, first, n, scratch);
     const double sum = sum_lanes<A>(n, [&](int64_t i, auto lanes) { return block.nats(i, lanes); });
     rate += sum;
-    if (!latents.free_bits) {
+    if (!(latents.free_bits > 0)) {
       clamped += sum;
     } else {  // the block is in the cache, and free bits are rare: a second pass keeps the first one simple
-      const A free_bits = static_cast<A>(*latents.free_bits);
+      const A free_bits = static_cast<A>(latents.free_bits);
       clamped += sum_lanes<A>(n, [&](int64_t i, auto lanes) {
         const Vector<A> v = block.nats(i, lanes);
         return v < free_bits ? Vector<A>{} + free_bits : v;  // NaN passes
@@ -62,19 +62,19 @@ inline void rates(const Latents& latents, int64_t sample, int64_t chunk, double&
 
 template <class A, bool Prior>
 inline void latent_gradient(
-    const Latents& latents, A through_loss, A through_rate, int64_t sample, int64_t chunk, const Gradients& out) {
+    const Latents& latents, A grad_kl_clamped, A grad_kl, int64_t sample, int64_t chunk, const Gradients& out) {
   const Span* const wanted[] = {&out.mu, &out.logvar, &out.prior_mu, &out.prior_logvar};
   for_blocks(chunk, latents.dims, [&](int64_t first, int64_t n) {
     using V = Vector<A>;
     A scratch[4][kBlock], results[4][kBlock], factors[kBlock];
     const LatentBlock<A, Prior> block(latents, sample, first, n, scratch);
-    const bool differ = latents.free_bits.has_value();  // the elements' factors
-    const V factor = V{} + (through_loss + through_rate);
+    const bool differ = latents.free_bits > 0;  // the elements' factors
+    const V factor = V{} + (grad_kl_clamped + grad_kl);
     if (differ) {  // a pass of its own, as above
-      const A free_bits = static_cast<A>(*latents.free_bits);
+      const A free_bits = static_cast<A>(latents.free_bits);
       for_lanes<A>(n, [&](int64_t i, auto lanes) {
-        const V masked = block.nats(i, lanes) >= free_bits ? V{} + through_loss : V{};
-        store(factors + i, through_rate + masked, lanes);
+        const V masked = block.nats(i, lanes) >= free_bits ? V{} + grad_kl_clamped : V{};
+        store(factors + i, grad_kl + masked, lanes);
       });
     }
     write_block(wanted, results, sample, first, n, out.latents_past_caches, [&](int64_t i, auto lanes, auto places) {

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "../layout.h"
-#include "elbo.h"
 #include "memory.h"
 
 namespace elbo {
@@ -28,33 +27,6 @@ inline Tensor empty_pooled(IntArrayRef sizes, IntArrayRef strides, ScalarType dt
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, -1, &handle, 0, nullptr, 0,
       [](void*, void* owner) { elbo_memory::give_back(static_cast<elbo_memory::Block*>(owner)); }, block));
   return Tensor(handle);
-}
-
-// log σ through the data's dimensions in memory order. `values` is contiguous, or in recon's order if it is as large.
-inline Broadcast broadcast(const Tensor& values, const Tensor& recon) {
-  Broadcast b;
-  b.values = span_of(values);
-  b.numel = values.numel();
-  const int64_t missing = recon.dim() - values.dim();
-  const auto stride_of = [&](int64_t k) {  // along recon's dimension k
-    return k < missing || values.size(k - missing) == 1 ? 0 : values.stride(k - missing);
-  };
-  b.dense = values.numel() == recon.numel();
-  b.values.batch_stride = recon.size(0) == 1 ? 0 : stride_of(0);
-  for (int64_t k : memory_order(recon)) {
-    if (!b.sizes.empty() && b.strides.back() == stride_of(k) * recon.size(k)) {
-      b.sizes.back() *= recon.size(k);
-      b.strides.back() = stride_of(k);
-    } else {
-      b.sizes.push_back(recon.size(k));
-      b.strides.push_back(stride_of(k));
-    }
-  }
-  if (b.sizes.empty()) {
-    b.sizes.push_back(1);
-    b.strides.push_back(0);
-  }
-  return b;
 }
 
 }  // namespace elbo

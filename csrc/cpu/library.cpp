@@ -1,8 +1,8 @@
 // Registers the operators of one instruction set, chosen when the library is loaded.
 //
 // Everything else in this folder is compiled once for each instruction set that the library is made for, and its
-// namespace elbo renamed to elbo_baseline, elbo_avx2 or elbo_avx512. ELBO_LEVELS lists them, the narrowest first:
-// LEVEL(baseline) LEVEL(avx2) …; fused_elbo/build/spec.py has the flags. This file is compiled for any machine.
+// namespace elbo renamed to elbo_baseline, elbo_avx2 or elbo_avx512. ELBO_ISAS lists them, the narrowest first:
+// ISA(baseline) ISA(avx2) …; fused_elbo/build/spec.py has the flags. This file is compiled for any machine.
 #include "../errors.h"
 
 #include <torch/csrc/stable/library.h>
@@ -10,18 +10,18 @@
 #include <cstdlib>
 #include <cstring>
 
-#define LEVEL(name)                                                    \
+#define ISA(name)                                                      \
   namespace elbo_##name {                                              \
     void register_operators(torch::stable::detail::StableLibrary & m); \
   }
-ELBO_LEVELS
-#undef LEVEL
+ELBO_ISAS
+#undef ISA
 
 namespace {
 
 using torch::stable::detail::StableLibrary;
 
-struct Level {
+struct Isa {
   const char* name;
   const char* capability;  // what ATEN_CPU_CAPABILITY, PyTorch's switch, calls it
   bool runs_here;
@@ -54,25 +54,25 @@ bool runs_here() {
 
 // The widest that runs here and that PyTorch's switch allows. A library for one instruction set is made for its
 // machine.
-Level chosen_level() {
+Isa chosen_isa() {
   const char* allowed = std::getenv("ATEN_CPU_CAPABILITY");
-#define LEVEL(name) Level{#name, name::capability, name::runs_here(), &elbo_##name::register_operators},
-  const Level levels[] = {ELBO_LEVELS};
-#undef LEVEL
-  Level chosen = levels[0];
-  for (const Level& level : levels) {
-    if (level.runs_here) chosen = level;
-    if (allowed && std::strcmp(allowed, level.capability) == 0) break;
+#define ISA(name) Isa{#name, name::capability, name::runs_here(), &elbo_##name::register_operators},
+  const Isa isas[] = {ELBO_ISAS};
+#undef ISA
+  Isa chosen = isas[0];
+  for (const Isa& isa : isas) {
+    if (isa.runs_here) chosen = isa;
+    if (allowed && std::strcmp(allowed, isa.capability) == 0) break;
   }
   return chosen;
 }
 
-const Level kChosen = chosen_level();
+const Isa kChosen = chosen_isa();
 
 }  // namespace
 
 // For the doctor.
-extern "C" __attribute__((visibility("default"))) const char* fused_elbo_cpu_level() {
+extern "C" __attribute__((visibility("default"))) const char* fused_elbo_cpu_isa() {
   return kChosen.name;
 }
 

@@ -114,7 +114,7 @@ ELBO_INLINE FloatV exp_of(FloatV x) {
 }
 
 template <bool Plain>
-ELBO_INLINE FloatV excess_of(FloatV t) {
+ELBO_INLINE FloatV expm1mx_of(FloatV t) {
   const IntV near = magnitude(t) < 0.5f;
   const Exp<Plain> e(t, near);
   return near ? e.rest : e.exp() - 1.0f - t;
@@ -132,8 +132,8 @@ ELBO_APART FloatV exp_of_any(FloatV x) {
   return exp_of<false>(x);
 }
 
-ELBO_APART FloatV excess_of_any(FloatV t) {
-  return excess_of<false>(t);
+ELBO_APART FloatV expm1mx_of_any(FloatV t) {
+  return expm1mx_of<false>(t);
 }
 
 ELBO_APART FloatV expm1_of_any(FloatV t) {
@@ -151,8 +151,8 @@ struct Lanes<FloatV> {
 };
 
 template <>
-ELBO_INLINE FloatV excess(FloatV t) {
-  return all_within(t, kPlain) ? excess_of<true>(t) : excess_of_any(t);
+ELBO_INLINE FloatV expm1mx(FloatV t) {
+  return all_within(t, kPlain) ? expm1mx_of<true>(t) : expm1mx_of_any(t);
 }
 
 template <>

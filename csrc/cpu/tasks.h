@@ -51,13 +51,13 @@ inline auto each(int64_t dims, F f) {
 }
 
 // The same for a second pass over the data: the end of a thread's share first, which the pass before has left in the
-// last-level cache. In pieces, each forwards, since memory is read ahead of a loop in one direction.
+// last-level cache. By a number of tasks, each time forwards, since memory is read ahead of a loop in one direction.
 template <class F>
 inline auto each_again(int64_t dims, F f) {
   return [f, dims](int64_t begin, int64_t end) {
-    constexpr int64_t kPiece = 64;
+    constexpr int64_t kTasks = 64;
     for (int64_t stop = end, start; stop > begin; stop = start) {
-      start = std::max(begin, stop - kPiece);
+      start = std::max(begin, stop - kTasks);
       for_tasks(start, stop, chunks(dims), f);
     }
   };
@@ -84,18 +84,12 @@ ELBO_INLINE void for_blocks(int64_t chunk, int64_t dims, F f) {
 // f(offset into a sample's log σ, elements before the run, length, stride).
 template <class F>
 inline void for_runs(const Broadcast& log_sigma, int64_t first, int64_t n, F f) {
-  const auto& sizes = log_sigma.sizes;
-  const auto& strides = log_sigma.strides;
-  const int64_t inner = sizes.back(), stride = strides.back();
+  const Broadcast::Dim& inner = log_sigma.dims[0];
+  const bool repeats = inner.divisor > 1;  // along the data's innermost dimensions
+  const int64_t run = repeats ? inner.divisor : inner.size, stride = repeats ? 0 : inner.stride;
   for (int64_t done = 0; done < n;) {
-    int64_t rest = (first + done) / inner, offset = 0;
-    for (int64_t k = static_cast<int64_t>(sizes.size()) - 2; k >= 0; --k) {
-      offset += rest % sizes[k] * strides[k];
-      rest /= sizes[k];
-    }
-    const int64_t start = (first + done) % inner;
-    const int64_t length = std::min(inner - start, n - done);
-    f(offset + start * stride, done, length, stride);
+    const int64_t element = first + done, length = std::min(run - element % run, n - done);
+    f(offset_of(log_sigma, element), done, length, stride);
     done += length;
   }
 }
@@ -104,7 +98,7 @@ inline void for_runs(const Broadcast& log_sigma, int64_t first, int64_t n, F f) 
 template <class A>
 inline const A* read_log_sigma(const Broadcast& log_sigma, int64_t sample, int64_t first, int64_t n, A* scratch) {
   const Span& values = log_sigma.values;
-  if (log_sigma.dense) return read(values, sample, first, n, scratch);
+  if (log_sigma.rank == 0) return read(values, sample, first, n, scratch);
   for_runs(log_sigma, first, n, [&](int64_t offset, int64_t done, int64_t length, int64_t stride) {
     A one;
     if (stride == 0) {

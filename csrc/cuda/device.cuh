@@ -188,11 +188,6 @@ struct Packed {
   }
 };
 
-__device__ inline double at(const Number& number, int64_t i) {
-  return number.tensor.base ? load_any<double>(number.tensor, number.tensor.at(i, 0), 0, Count<1>{}).value[0]
-                            : number.value;
-}
-
 // -------------------------------------------------------------------------------------------------------------- walks
 
 __device__ inline bool aligned(const void* p, size_t bytes) {
@@ -234,26 +229,26 @@ __device__ inline void walk(int n, int head, Load load, Use use) {
   walk_groups<Turns>(n - between, Count<1>{}, [=](int g) { return g < head ? g : g + between; }, load, use);
 }
 
-// A piece of a sample: elements first, …, first + n − 1 of the data's or the latents'.
-struct Piece {
+// A chunk of a sample: elements first, …, first + n − 1 of the data's or the latents'.
+struct Chunk {
   bool is_data;
   int64_t index, sample, first;
   int n;
 };
 
-// Calls f(piece) for those that are this warp's: one in `warps`, from the index-th on. Data and latents share one
+// Calls f(chunk) for those that are this warp's: one in `warps`, from the index-th on. Data and latents share one
 // numbering, so that one launch does both.
 template <class F>
-__device__ inline void for_pieces(
-    const Batch& batch, bool with_data, bool with_latents, int64_t index, int64_t warps, F f) {
-  const int64_t of_data = with_data ? batch.data.pieces.count : 0;
-  const int64_t all = of_data + (with_latents ? batch.latents.pieces.count : 0);
+__device__ inline void for_chunks(
+    const ChunkedBatch& batch, bool with_data, bool with_latents, int64_t index, int64_t warps, F f) {
+  const int64_t of_data = with_data ? batch.data_chunks.count : 0;
+  const int64_t all = of_data + (with_latents ? batch.latent_chunks.count : 0);
   for (int64_t i = index; i < all; i += warps) {
     const bool is_data = i < of_data;
-    const Pieces& pieces = is_data ? batch.data.pieces : batch.latents.pieces;
+    const Chunks& chunks = is_data ? batch.data_chunks : batch.latent_chunks;
     const int64_t dims = is_data ? batch.data.dims : batch.latents.dims, own = is_data ? i : i - of_data;
-    const int64_t sample = own / pieces.per_sample, first = own % pieces.per_sample * pieces.size;
-    f(Piece{is_data, own, sample, first, static_cast<int>(min(dims - first, pieces.size))});
+    const int64_t sample = own / chunks.per_sample, first = own % chunks.per_sample * chunks.size;
+    f(Chunk{is_data, own, sample, first, static_cast<int>(min(dims - first, chunks.size))});
   }
 }
 

@@ -1,5 +1,4 @@
-// Stage two, O(B) and in double: partial sums to loss, distortion, rate and σ, in one block; and what the gradients'
-// prologue makes of the same numbers. A σ mode that is shared within a sample is added here and in ../elbo_math.h.
+// Stage two, O(B) and in double: partial sums to loss, distortion, rate and σ, in one block.
 #pragma once
 
 #include "device.cuh"
@@ -12,8 +11,8 @@ struct FinalizeArguments {
   int64_t batch, dims;  // dims: of the data, 0 if there are none
   double scale;         // the reduction's weight
   Partials partials;
-  int64_t data_pieces, latent_pieces;  // of a sample
-  Knobs knobs;
+  int64_t data_chunks, latent_chunks;  // of a sample
+  Options options;
   Outputs outputs;
 };
 
@@ -22,27 +21,27 @@ struct Totals {
   double s, kl, clamped;
 };
 
-// Σ over the pieces of each sample, into stats; and over the batch.
+// Σ over the chunks of each sample, into stats; and over the batch.
 template <class A>
-__device__ double sum_pieces(const void* partials, int64_t batch, int64_t pieces, A* row) {
+__device__ double sum_chunks(const void* partials, int64_t batch, int64_t chunks, A* row) {
   const A* from = static_cast<const A*>(partials);
   if (from == nullptr) {
     for (int64_t i = threadIdx.x; i <= batch; i += blockDim.x) row[i] = A(0);
     __syncthreads();
     return 0;
   }
-  // As many lanes for a sample as it has pieces, up to a warp; the whole block where there are few samples.
-  const bool block_each = pieces > kWarpSize && batch < static_cast<int64_t>(blockDim.x) / kWarpSize / 4;
+  // As many lanes for a sample as it has chunks, up to a warp; the whole block where there are few samples.
+  const bool block_each = chunks > kWarpSize && batch < static_cast<int64_t>(blockDim.x) / kWarpSize / 4;
   int lanes = 1;
-  while (lanes < kWarpSize && lanes < pieces) lanes *= 2;
+  while (lanes < kWarpSize && lanes < chunks) lanes *= 2;
   const int64_t together = block_each ? 1 : blockDim.x / lanes;
   const int width = block_each ? static_cast<int>(blockDim.x) : lanes;
   for (int64_t begin = 0; begin < batch; begin += together) {
     const int64_t sample = begin + threadIdx.x / width;
     double sum = 0;
     if (sample < batch) {
-      for (int64_t p = threadIdx.x % width; p < pieces; p += width)
-        sum += static_cast<double>(from[sample * pieces + p]);
+      for (int64_t p = threadIdx.x % width; p < chunks; p += width)
+        sum += static_cast<double>(from[sample * chunks + p]);
     }
     sum = block_each ? block_sum(sum) : warp_sum(sum, lanes);
     if (sample < batch && threadIdx.x % width == 0) row[sample] = static_cast<A>(sum);
@@ -55,21 +54,9 @@ __device__ double sum_pieces(const void* partials, int64_t batch, int64_t pieces
   return total;
 }
 
-// σ of a sample, given S of the sample and of the batch; anything where σ varies inside a sample.
-__device__ inline Sigma sigma_of(const Knobs& knobs, int64_t i, double s, double total, double batch, double dims) {
-  if (knobs.sigma_mode == kElement) return Sigma{};
-  if (knobs.sigma_mode == kGiven) return given_sigma(at(knobs.log_sigma, i));
-  const bool shared = knobs.sigma_mode == kBatch;
-  return optimal_sigma(shared ? total : s, shared ? batch * dims : dims, knobs.min_log_sigma, knobs.softclip);
-}
-
-__device__ inline double capacity_gap(const Knobs& knobs, double clamped_total, double batch) {
-  return clamped_total / batch - at(knobs.capacity, 0);
-}
-
 template <class A>
 __device__ void finish(const FinalizeArguments& args, const Totals& totals) {
-  const Knobs& knobs = args.knobs;
+  const Options& options = args.options;
   const Outputs& out = args.outputs;
   const A* stats = static_cast<const A*>(out.stats);
   const int64_t row = args.batch + 1;
@@ -78,13 +65,13 @@ __device__ void finish(const FinalizeArguments& args, const Totals& totals) {
   double distortions = 0, losses = 0;
   for (int64_t i = threadIdx.x; i < args.batch; i += blockDim.x) {
     const double s = stats[i], kl = stats[row + i], clamped = stats[2 * row + i];
-    const Sigma sigma = sigma_of(knobs, i, s, totals.s, batch, dims);
-    const double d = knobs.sigma_mode == kElement ? distortion(s, dims) : distortion(s, dims, sigma);
-    const double l = d + at(knobs.beta, i) * clamped;
-    if (knobs.sigma_mode != kElement && (out.sigma_each || i == 0)) {
+    const Sigma sigma = sigma_of(options, i, s, totals.s, batch, dims);
+    const double d = options.sigma_mode == kElement ? distortion(s, dims) : distortion(s, dims, sigma);
+    const double l = d + at(options.beta, i) * clamped;
+    if (options.sigma_mode != kElement && (out.sigma_each || i == 0)) {
       static_cast<A*>(out.sigma)[i] = static_cast<A>(::exp(sigma.log_sigma));
     }
-    if (knobs.reduction == kNone) {
+    if (options.reduction == kNone) {
       loss[i] = static_cast<A>(l);
       nats[i] = static_cast<A>(d);
       rate[i] = static_cast<A>(kl);
@@ -92,12 +79,13 @@ __device__ void finish(const FinalizeArguments& args, const Totals& totals) {
     distortions += d;
     losses += l;
   }
-  if (knobs.reduction == kNone) return;
+  if (options.reduction == kNone) return;
   distortions = args.scale * block_sum(distortions);
   losses = args.scale * block_sum(losses);
   if (threadIdx.x != 0) return;
-  if (knobs.has_capacity) {
-    losses = distortions + args.scale * batch * at(knobs.beta, 0) * ::fabs(capacity_gap(knobs, totals.clamped, batch));
+  if (options.has_capacity) {
+    const double gap = capacity_gap(options, totals.clamped, batch);
+    losses = distortions + capacity_penalty(args.scale, batch, at(options.beta, 0), gap);
   }
   *loss = static_cast<A>(losses);
   *nats = static_cast<A>(distortions);
@@ -110,9 +98,9 @@ __device__ void run_finalize(const FinalizeArguments& args) {
   const Partials& from = args.partials;
   const int64_t row = args.batch + 1;
   Totals totals;
-  totals.s = sum_pieces(from.s, args.batch, args.data_pieces, stats);
-  totals.kl = sum_pieces(from.kl, args.batch, args.latent_pieces, stats + row);
-  totals.clamped = sum_pieces(from.clamped, args.batch, args.latent_pieces, stats + 2 * row);
+  totals.s = sum_chunks(from.s, args.batch, args.data_chunks, stats);
+  totals.kl = sum_chunks(from.kl, args.batch, args.latent_chunks, stats + row);
+  totals.clamped = sum_chunks(from.clamped, args.batch, args.latent_chunks, stats + 2 * row);
   if (args.outputs.loss) finish<A>(args, totals);
 }
 

@@ -3,15 +3,14 @@
 namespace elbo {
 
 void elbo_grads(
-    const Batch& batch, const void* stats, const Knobs& knobs, const GradOutputs& grad_outputs,
+    const ChunkedBatch& batch, const void* stats, const Options& options, const GradOutputs& grad_outputs,
     const Gradients& gradients, cudaStream_t stream) {
   const bool with_data = wants_data(gradients), with_latents = wants_latents(gradients);
-  const int64_t pieces = (with_data ? batch.data.pieces.count : 0) + (with_latents ? batch.latents.pieces.count : 0);
-  const int64_t blocks = std::max<int64_t>(blocks_for(pieces), gradients.log_sigma.base || gradients.beta.base ? 1 : 0);
+  const int64_t chunks = (with_data ? batch.data_chunks.count : 0) + (with_latents ? batch.latent_chunks.count : 0);
+  const int64_t blocks = std::max<int64_t>(blocks_for(chunks), gradients.log_sigma.base || gradients.beta.base ? 1 : 0);
   if (blocks == 0) return;
-  const int64_t dims = batch.data.dims ? batch.data.dims : batch.latents.dims;
-  const double scale = reduction_weight(knobs.reduction, static_cast<double>(batch.size), static_cast<double>(dims));
-  const GradsArguments args = {batch, scale, stats, knobs, grad_outputs, gradients, with_data, with_latents};
+  const GradsArguments args = {
+      batch, reduction_weight(options, batch), stats, options, grad_outputs, gradients, with_data, with_latents};
   with_types(batch, [&](auto types) {
     using A = typename decltype(types)::A;
     using R = typename decltype(types)::R;

@@ -7,10 +7,10 @@
 namespace elbo {
 
 struct GradsArguments {
-  Batch batch;
+  ChunkedBatch batch;
   double scale;  // the reduction's weight
   const void* stats;
-  Knobs knobs;
+  Options options;
   GradOutputs grad_outputs;
   Gradients gradients;
   bool with_data, with_latents;  // some gradient of the data's, of the latents' is wanted
@@ -19,27 +19,26 @@ struct GradsArguments {
 // ---------------------------------------------------------------------------------------------- O(B): the prologue
 
 // The numbers of the batch that every sample's factors need.
-struct Shared {
-  double total;    // Σ S
-  double gap;      // to the capacity
-  double through;  // what reaches every error through a σ that the batch shares
+struct BatchTerms {
+  double total;         // Σ S
+  double gap;           // to the capacity
+  double shared_sigma;  // what reaches every difference through a σ that the batch shares
 };
 
-__device__ inline Weight weight_of(const GradsArguments& args, int64_t i) {
-  const GradOutputs& g = args.grad_outputs;
-  return {args.scale * at(g.loss, i), args.scale * at(g.distortion, i), args.scale * at(g.rate, i)};
+// In a step, where the loss alone has a gradient.
+__device__ inline Weight loss_weight(const GradsArguments& args, int64_t i) {
+  return {args.scale * at(args.grad_outputs.loss, i), 0, 0};
 }
 
 template <class A>
-__device__ Factors factors_of(const GradsArguments& args, const Shared& shared, int64_t i) {
+__device__ Factors factors_of(const GradsArguments& args, const BatchTerms& terms, int64_t i) {
   const A* stats = static_cast<const A*>(args.stats);
   const double batch = static_cast<double>(args.batch.size), dims = static_cast<double>(args.batch.data.dims);
   const double s = stats[i], clamped = stats[2 * (args.batch.size + 1) + i];
-  const Weight weight = weight_of(args, i);
-  const Sigma sigma = sigma_of(args.knobs, i, s, shared.total, batch, dims);
-  Factors f = factors(args.knobs.sigma_mode, sigma, s, clamped, dims, at(args.knobs.beta, i), weight);
-  if (args.knobs.has_capacity) limit_by_capacity(f, weight, shared.gap);
-  f.error += shared.through;
+  const Weight weight = weight_of(args.scale, args.grad_outputs, i);
+  const Sigma sigma = sigma_of(args.options, i, s, terms.total, batch, dims);
+  Factors f = factors_of(args.options, sigma, i, s, clamped, dims, terms.gap, weight);
+  f.recon_scale += terms.shared_sigma;
   return f;
 }
 
@@ -50,20 +49,21 @@ __device__ void put(const Span& to, int64_t i, double value) {
 
 // By the whole block. The first block also writes the gradients of a given log σ and of β.
 template <class A>
-__device__ Shared prologue(const GradsArguments& args) {
+__device__ BatchTerms prologue(const GradsArguments& args) {
   const A* stats = static_cast<const A*>(args.stats);
   const Gradients& out = args.gradients;
   const int64_t row = args.batch.size + 1;
   const double batch = static_cast<double>(args.batch.size), dims = static_cast<double>(args.batch.data.dims);
-  Shared shared = {static_cast<double>(stats[row - 1]), 0, 0};
-  if (args.knobs.has_capacity) shared.gap = capacity_gap(args.knobs, static_cast<double>(stats[3 * row - 1]), batch);
+  BatchTerms terms = {static_cast<double>(stats[row - 1]), 0, 0};
+  if (args.options.has_capacity) terms.gap = capacity_gap(args.options, static_cast<double>(stats[3 * row - 1]), batch);
 
   const bool small = blockIdx.x == 0 && (out.log_sigma.base || out.beta.base);
-  const bool is_shared = args.knobs.sigma_mode == kBatch;
+  const bool alike = weighs_alike(args.grad_outputs);
+  const bool is_shared = args.options.sigma_mode == kBatch;
   double slopes = 0, beta = 0;  // Σ_j w_j (D − S_j/σ²), which is also the gradient of a given log σ; and β's gradient
-  if (small || (is_shared && !args.grad_outputs.equal)) {
+  if (small || (is_shared && !alike)) {
     for (int64_t i = threadIdx.x; i < args.batch.size; i += blockDim.x) {
-      const Factors f = factors_of<A>(args, shared, i);
+      const Factors f = factors_of<A>(args, terms, i);
       slopes += f.log_sigma;
       beta += f.beta;
       if (small && out.log_sigma.base && out.log_sigma_each) put<A>(out.log_sigma, i, f.log_sigma);
@@ -75,26 +75,26 @@ __device__ Shared prologue(const GradsArguments& args) {
     if (small && threadIdx.x == 0 && out.beta.base && !out.beta_each) put<A>(out.beta, 0, beta);
   }
   if (is_shared) {
-    const Sigma sigma = sigma_of(args.knobs, 0, 0, shared.total, batch, dims);
-    if (args.grad_outputs.equal) {
-      const Weight weight = weight_of(args, 0);
-      slopes = (weight.loss + weight.distortion) * distortion_slope(shared.total, batch * dims, sigma.inverse_variance);
+    const Sigma sigma = sigma_of(args.options, 0, 0, terms.total, batch, dims);
+    if (alike) {
+      const Weight weight = weight_of(args.scale, args.grad_outputs, 0);
+      slopes = (weight.loss + weight.distortion) * distortion_slope(terms.total, batch * dims, sigma.inverse_variance);
     }
-    shared.through = through_shared_sigma(sigma, slopes, shared.total);
+    terms.shared_sigma = shared_sigma_term(sigma, slopes, terms.total);
   }
-  return shared;
+  return terms;
 }
 
 // ------------------------------------------------------------------------------------------------------- elements
 
 template <class T>
-__device__ T* begin_of(const Span& span, const Piece& p) {
+__device__ T* begin_of(const Span& span, const Chunk& p) {
   return span.base ? reinterpret_cast<T*>(span.at(p.sample, p.first)) : nullptr;
 }
 
 template <class A, class R, class T, bool Element>
-__device__ void data_gradient(const Data& data, const Gradients& out, A a, const Piece& p) {
-  using Elements = DataPiece<A, R, T, Element>;
+__device__ void data_gradient(const Data& data, const Gradients& out, A a, const Chunk& p) {
+  using Elements = DataChunk<A, R, T, Element>;
   const Elements elements(data, p.sample, p.first);
   R* g_recon = begin_of<R>(out.recon, p);
   T* g_target = begin_of<T>(out.target, p);
@@ -125,8 +125,8 @@ __device__ void data_gradient(const Data& data, const Gradients& out, A a, const
 
 template <class A>
 __device__ void latent_gradient(
-    const Latents& latents, const Gradients& out, A through_loss, A through_rate, const Piece& p) {
-  const LatentPiece<A> elements(latents, p);
+    const Latents& latents, const Gradients& out, A grad_kl_clamped, A grad_kl, const Chunk& p) {
+  const LatentChunk<A> elements(latents, p);
   const LatentPart mu(out.mu, p), logvar(out.logvar, p);
   const LatentPart prior_mu(out.prior_mu, p), prior_logvar(out.prior_logvar, p);
   const int vector =
@@ -139,8 +139,8 @@ __device__ void latent_gradient(
         KlGrad<A> g[count.n];
 #pragma unroll
         for (int j = 0; j < count.n; ++j) {
-          A b = through_loss + through_rate;
-          if (free_bits > 0) b = through_rate + (elements.nats(values, j) >= free_bits ? through_loss : A(0));
+          A b = grad_kl_clamped + grad_kl;
+          if (free_bits > 0) b = grad_kl + (elements.nats(values, j) >= free_bits ? grad_kl_clamped : A(0));
           const A m = values.mu.value[j], l = values.logvar.value[j];
           g[j] = latents.has_prior ? kl_grad<A>(b, m, l, values.prior_mu.value[j], values.prior_logvar.value[j])
                                    : kl_grad<A>(b, m, l);
@@ -160,16 +160,16 @@ __device__ void latent_gradient(
 
 template <class A, class R, class T, bool Element>
 __device__ void run_grads(const GradsArguments& args) {
-  const Shared shared = prologue<A>(args);
-  for_pieces(
+  const BatchTerms terms = prologue<A>(args);
+  for_chunks(
       args.batch, args.with_data, args.with_latents, warp_of_blocks(0), warps_of_blocks(gridDim.x),
-      [&](const Piece& piece) {
-        const Factors f = factors_of<A>(args, shared, piece.sample);
-        if (piece.is_data) {
-          data_gradient<A, R, T, Element>(args.batch.data, args.gradients, static_cast<A>(f.error), piece);
+      [&](const Chunk& chunk) {
+        const Factors f = factors_of<A>(args, terms, chunk.sample);
+        if (chunk.is_data) {
+          data_gradient<A, R, T, Element>(args.batch.data, args.gradients, static_cast<A>(f.recon_scale), chunk);
         } else {
-          const A through_loss = static_cast<A>(f.through_loss), through_rate = static_cast<A>(f.through_rate);
-          latent_gradient<A>(args.batch.latents, args.gradients, through_loss, through_rate, piece);
+          const A grad_kl_clamped = static_cast<A>(f.grad_kl_clamped), grad_kl = static_cast<A>(f.grad_kl);
+          latent_gradient<A>(args.batch.latents, args.gradients, grad_kl_clamped, grad_kl, chunk);
         }
       });
 }

@@ -1,4 +1,4 @@
-// Stage one: S_i = Σ_d e² (or Σ_d [e²/σ_d² + 2 log σ_d]) and KL_i, as one partial sum for each piece of a sample.
+// Stage one: S_i = Σ_d e² (or Σ_d [e²/σ_d² + 2 log σ_d]) and KL_i, as one partial sum for each chunk of a sample.
 #pragma once
 
 #include "elements.cuh"
@@ -6,13 +6,13 @@
 namespace elbo {
 
 struct StatsArguments {
-  Batch batch;
+  ChunkedBatch batch;
   Partials partials;
 };
 
 template <class A, class R, class T, bool Element>
-__device__ A squared_error(const Data& data, const Piece& p) {
-  using Elements = DataPiece<A, R, T, Element>;
+__device__ A squared_error(const Data& data, const Chunk& p) {
+  using Elements = DataChunk<A, R, T, Element>;
   const Elements elements(data, p.sample, p.first);
   A sum = 0;
   walk<Elements::Turns, Elements::V>(
@@ -34,8 +34,8 @@ __device__ A squared_error(const Data& data, const Piece& p) {
 }
 
 template <class A>
-__device__ void rates(const Latents& latents, const Piece& p, A& rate, A& clamped) {
-  const LatentPiece<A> elements(latents, p);
+__device__ void rates(const Latents& latents, const Chunk& p, A& rate, A& clamped) {
+  const LatentChunk<A> elements(latents, p);
   const A free_bits = static_cast<A>(latents.free_bits);
   A sum = 0, sum_clamped = 0;
   elements.walk(
@@ -55,22 +55,22 @@ __device__ void rates(const Latents& latents, const Piece& p, A& rate, A& clampe
 }
 
 template <class A>
-__device__ void write_rates(const Batch& batch, const Partials& out, const Piece& piece) {
+__device__ void write_rates(const Batch& batch, const Partials& out, const Chunk& chunk) {
   A rate, clamped;
-  rates<A>(batch.latents, piece, rate, clamped);
+  rates<A>(batch.latents, chunk, rate, clamped);
   if (lane() != 0) return;
-  static_cast<A*>(out.kl)[piece.index] = rate;
-  if (out.clamped != out.kl) static_cast<A*>(out.clamped)[piece.index] = clamped;
+  static_cast<A*>(out.kl)[chunk.index] = rate;
+  if (out.clamped != out.kl) static_cast<A*>(out.clamped)[chunk.index] = clamped;
 }
 
 template <class A, class R, class T, bool Element>
 __device__ void run_stats(const StatsArguments& args) {
-  for_pieces(args.batch, true, true, warp_of_blocks(0), warps_of_blocks(gridDim.x), [&](const Piece& piece) {
-    if (piece.is_data) {
-      const A s = squared_error<A, R, T, Element>(args.batch.data, piece);
-      if (lane() == 0) static_cast<A*>(args.partials.s)[piece.index] = s;
+  for_chunks(args.batch, true, true, warp_of_blocks(0), warps_of_blocks(gridDim.x), [&](const Chunk& chunk) {
+    if (chunk.is_data) {
+      const A s = squared_error<A, R, T, Element>(args.batch.data, chunk);
+      if (lane() == 0) static_cast<A*>(args.partials.s)[chunk.index] = s;
     } else {
-      write_rates<A>(args.batch, args.partials, piece);
+      write_rates<A>(args.batch, args.partials, chunk);
     }
   });
 }

@@ -18,9 +18,9 @@ void with_step_kernel(const Batch& batch, F f) {
 
 }  // namespace
 
-StepPlan elbo_step_plan(const Batch& batch, const Knobs& knobs) {
+StepPlan elbo_step_plan(const ChunkedBatch& batch, const Options& options) {
   const Data& data = batch.data;
-  if (knobs.sigma_mode != kBatch || batch.is_double || data.dims == 0) return {};
+  if (options.sigma_mode != kBatch || batch.is_double || data.dims == 0) return {};
   if (!one_block_of_memory(data.recon, data, batch.size) || !one_block_of_memory(data.target, data, batch.size))
     return {};
   const int64_t vector = 16 / data.recon.itemsize;
@@ -37,12 +37,12 @@ StepPlan elbo_step_plan(const Batch& batch, const Knobs& knobs) {
 }
 
 void elbo_step(
-    const Batch& batch, const StepPlan& plan, const Knobs& knobs, const Number& grad_scale, const Partials& partials,
-    double* workspace, const Outputs& outputs, const Gradients& gradients, cudaStream_t stream) {
-  const double scale =
-      reduction_weight(knobs.reduction, static_cast<double>(batch.size), static_cast<double>(batch.data.dims));
+    const ChunkedBatch& batch, const StepPlan& plan, const Options& options, const Number& grad_scale,
+    const Partials& partials, double* workspace, const Outputs& outputs, const Gradients& gradients,
+    cudaStream_t stream) {
+  const double scale = reduction_weight(options, batch);
   const StepArguments args = {
-      {batch, scale, nullptr, knobs, {grad_scale, {}, {}, true}, gradients, true, wants_latents(gradients)},
+      {batch, scale, nullptr, options, {grad_scale, {}, {}}, gradients, true, wants_latents(gradients)},
       outputs,
       partials,
       plan,

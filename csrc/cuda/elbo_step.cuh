@@ -2,8 +2,8 @@
 // registers and then in shared memory, the grid agrees on Σ e², and the gradients are written from what was kept. recon
 // and target are read once: 3N instead of 5N.
 //
-// The last blocks have no data: they do the latents, and the very last, the leader, what is O(B). So that arithmetic
-// takes no registers from the differences.
+// The last blocks have no data: they do the latents, and the very last one what is O(B). So that arithmetic takes no
+// registers from the differences.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -21,12 +21,12 @@ struct StepArguments {
   StepPlan plan;
   int64_t elements;  // of recon, all samples
   double* sums;      // of e², one for each block with data
-  double* agreed;    // what the leader tells the others: a, and the gap to the capacity
+  double* agreed;    // what the last block tells the others: a, and the gap to the capacity
 };
 
 extern __shared__ float on_chip[];  // differences that registers have no room for, [rows][V][threads]
 
-// A warp's row: one vector of every lane. There is no vector that the batch ends in, see elbo_step_plan.
+// A warp's row: one vector of every lane. The batch is a whole number of vectors; elbo_step_plan checks it.
 template <class R, class T>
 struct Row {
   static constexpr int V = 16 / sizeof(R);
@@ -45,7 +45,7 @@ struct Row {
       const auto r = load(reinterpret_cast<const R*>(args.grads.batch.data.recon.base) + first, Count<V>{});
       const auto t = load(reinterpret_cast<const T*>(args.grads.batch.data.target.base) + first, Count<V>{});
 #pragma unroll
-      for (int j = 0; j < V; ++j) e[j] = static_cast<float>(r.value[j]) - static_cast<float>(t.value[j]);
+      for (int j = 0; j < V; ++j) e[j] = difference(static_cast<float>(r.value[j]), static_cast<float>(t.value[j]));
     } else {
 #pragma unroll
       for (int j = 0; j < V; ++j) e[j] = 0;
@@ -111,7 +111,7 @@ __device__ void data_role(const StepArguments& args) {
   const float sum = full ? held.template read<true>(args) : held.template read<false>(args);
   const double total = block_sum(sum);
   if (threadIdx.x == 0) args.sums[blockIdx.x] = total;
-  grid.sync();  // the leader adds the sums up
+  grid.sync();  // the last block adds the sums up
   grid.sync();  // and has told what follows
   const float a = static_cast<float>(args.agreed[0]);
 #pragma unroll
@@ -130,67 +130,66 @@ __device__ void data_role(const StepArguments& args) {
   }
 }
 
-// By the leader: everything O(B).
-__device__ inline void lead(const StepArguments& args) {
-  const Batch& batch = args.grads.batch;
-  const Knobs& knobs = args.grads.knobs;
-  const Pieces& pieces = batch.latents.pieces;
+// Everything O(B).
+__device__ inline void last_block(const StepArguments& args) {
+  const ChunkedBatch& batch = args.grads.batch;
+  const Options& options = args.grads.options;
+  const Gradients& out = args.grads.gradients;
+  const int64_t each = batch.latent_chunks.per_sample;
+  const auto* clamped_of = static_cast<const float*>(args.partials.clamped);
   const double size = static_cast<double>(batch.size), n = size * static_cast<double>(batch.data.dims);
-  const double scale = args.grads.scale, w = scale * at(args.grads.grad_outputs.loss, 0);
   double s = 0, kl = 0, clamped = 0, weighed = 0;
   for (int b = threadIdx.x; b < args.plan.data_blocks; b += blockDim.x) s += args.sums[b];
-  for (int64_t p = threadIdx.x; p < pieces.count; p += blockDim.x) {
-    const double c = static_cast<const float*>(args.partials.clamped)[p];
+  for (int64_t p = threadIdx.x; p < batch.latent_chunks.count; p += blockDim.x) {
+    const double c = clamped_of[p];
     kl += static_cast<const float*>(args.partials.kl)[p];
     clamped += c;
-    weighed += at(knobs.beta, p / pieces.per_sample) * c;
+    weighed += at(options.beta, p / each) * c;
   }
   s = block_sum(s);
   kl = block_sum(kl);
   clamped = block_sum(clamped);
   weighed = block_sum(weighed);
 
-  const double gap = knobs.has_capacity ? capacity_gap(knobs, clamped, size) : 0;
-  const Gradients& out = args.grads.gradients;
+  const double gap = options.has_capacity ? capacity_gap(options, clamped, size) : 0;
+  const Sigma sigma = sigma_of(options, 0, 0, s, size, static_cast<double>(batch.data.dims));
+  const Weight weight = loss_weight(args.grads, 0);
   if (out.beta.base && out.beta_each) {
     for (int64_t i = threadIdx.x; i < batch.size; i += blockDim.x) {
       double own = 0;
-      for (int64_t p = 0; p < pieces.per_sample; ++p) {
-        own += static_cast<const float*>(args.partials.clamped)[i * pieces.per_sample + p];
-      }
-      put<float>(out.beta, i, w * (knobs.has_capacity ? ::fabs(gap) : own));
+      for (int64_t p = 0; p < each; ++p) own += clamped_of[i * each + p];
+      put<float>(out.beta, i, factors_of(options, sigma, i, 0, own, 0, gap, weight).beta);
     }
   }
   if (threadIdx.x != 0) return;
-  const Sigma sigma = optimal_sigma(s, n, knobs.min_log_sigma, knobs.softclip);
-  const double nats = scale * distortion(s, n, sigma);
-  const double penalty = knobs.has_capacity ? size * at(knobs.beta, 0) * ::fabs(gap) : weighed;
-  *static_cast<float*>(args.outputs.loss) = static_cast<float>(nats + scale * penalty);
+  const double scale = args.grads.scale, nats = scale * distortion(s, n, sigma);
+  const double penalty =
+      options.has_capacity ? capacity_penalty(scale, size, at(options.beta, 0), gap) : scale * weighed;
+  *static_cast<float*>(args.outputs.loss) = static_cast<float>(nats + penalty);
   *static_cast<float*>(args.outputs.distortion) = static_cast<float>(nats);
   *static_cast<float*>(args.outputs.rate) = static_cast<float>(scale * kl);
   *static_cast<float*>(args.outputs.sigma) = static_cast<float>(::exp(sigma.log_sigma));
-  const double slopes = w * distortion_slope(s, n, sigma.inverse_variance);
-  args.agreed[0] = w * sigma.inverse_variance + through_shared_sigma(sigma, slopes, s);
+  const Factors all = factors_of(options, sigma, 0, s, clamped, n, gap, weight);  // of the batch as one sample
+  args.agreed[0] = all.recon_scale + shared_sigma_term(sigma, all.log_sigma, s);
   args.agreed[1] = gap;
-  if (out.beta.base && !out.beta_each) put<float>(out.beta, 0, w * (knobs.has_capacity ? size * ::fabs(gap) : clamped));
+  if (out.beta.base && !out.beta_each) put<float>(out.beta, 0, options.has_capacity ? size * all.beta : all.beta);
 }
 
 __device__ inline void latent_role(const StepArguments& args) {
-  const Batch& batch = args.grads.batch;
-  const Knobs& knobs = args.grads.knobs;
+  const ChunkedBatch& batch = args.grads.batch;
+  const Options& options = args.grads.options;
   const cooperative_groups::grid_group grid = cooperative_groups::this_grid();
   const int64_t index = warp_of_blocks(args.plan.data_blocks), warps = warps_of_blocks(args.plan.latent_blocks);
-  for_pieces(
-      batch, false, true, index, warps, [&](const Piece& piece) { write_rates<float>(batch, args.partials, piece); });
+  for_chunks(
+      batch, false, true, index, warps, [&](const Chunk& chunk) { write_rates<float>(batch, args.partials, chunk); });
   grid.sync();
-  if (blockIdx.x == gridDim.x - 1) lead(args);
+  if (blockIdx.x == gridDim.x - 1) last_block(args);
   grid.sync();
   const double gap = args.agreed[1];
-  for_pieces(batch, false, args.grads.with_latents, index, warps, [&](const Piece& piece) {
-    const Weight weight = {args.grads.scale * at(args.grads.grad_outputs.loss, 0), 0, 0};
-    Factors f = {0, weight.loss * at(knobs.beta, piece.sample), 0, 0, 0};
-    if (knobs.has_capacity) limit_by_capacity(f, weight, gap);
-    latent_gradient<float>(batch.latents, args.grads.gradients, static_cast<float>(f.through_loss), 0.0f, piece);
+  for_chunks(batch, false, args.grads.with_latents, index, warps, [&](const Chunk& chunk) {
+    const Weight weight = loss_weight(args.grads, 0);
+    const Factors f = factors_of(options, Sigma{}, chunk.sample, 0, 0, 0, gap, weight);
+    latent_gradient<float>(batch.latents, args.grads.gradients, static_cast<float>(f.grad_kl_clamped), 0.0f, chunk);
   });
 }
 

@@ -2,24 +2,21 @@
 
 namespace elbo {
 
-bool elbo_step_each_fits(const Batch& batch, const Knobs& knobs) {
-  if (batch.is_double || batch.data.dims == 0 || batch.data.has_log_sigma || knobs.has_capacity) return false;
-  if (knobs.sigma_mode == kGiven) return true;
-  if (knobs.sigma_mode != kImage) return false;
+bool elbo_step_each_fits(const ChunkedBatch& batch, const Options& options) {
+  if (batch.is_double || batch.data.dims == 0 || batch.data.has_log_sigma || options.has_capacity) return false;
+  if (options.sigma_mode == kGiven) return true;
+  if (options.sigma_mode != kImage) return false;
   // A block for each sample: with few of them the multiprocessors that have none cost more than the second pass.
   return batch.data.dims * 4 <= shared_for_differences() && 5 * batch.size >= 3 * multiprocessors();
 }
 
 void elbo_step_each(
-    const Batch& batch, const Knobs& knobs, const Number& grad_scale, const Partials& partials,
+    const ChunkedBatch& batch, const Options& options, const Number& grad_scale, const Partials& partials,
     const Gradients& gradients, cudaStream_t stream) {
-  const bool own = knobs.sigma_mode == kImage;
-  const double scale =
-      reduction_weight(knobs.reduction, static_cast<double>(batch.size), static_cast<double>(batch.data.dims));
+  const bool own = options.sigma_mode == kImage;
+  const double scale = reduction_weight(options, batch);
   StepEachArguments args = {
-      {batch, scale, nullptr, knobs, {grad_scale, {}, {}, true}, gradients, true, wants_latents(gradients)},
-      partials,
-      0};
+      {batch, scale, nullptr, options, {grad_scale, {}, {}}, gradients, true, wants_latents(gradients)}, partials, 0};
   const int64_t shared = own ? batch.data.dims * 4 : 0;
   with_types(batch, [&](auto types) {
     using Of = decltype(types);
@@ -28,10 +25,10 @@ void elbo_step_each(
       using T = typename Of::T;
       const auto kernel = own ? elbo_step_each_kernel<R, T, true> : elbo_step_each_kernel<R, T, false>;
       const int64_t resident = blocks_at_once(kernel, kStepThreads, shared);
-      const auto blocks_of = [](int64_t pieces) { return (pieces + kStepWarps - 1) / kStepWarps; };
+      const auto blocks_of = [](int64_t chunks) { return (chunks + kStepWarps - 1) / kStepWarps; };
       args.data_blocks = own ? static_cast<int>(std::min(batch.size, resident)) : 0;
-      const int64_t pieces = (own ? 0 : batch.data.pieces.count) + batch.latents.pieces.count;
-      const int64_t blocks = args.data_blocks + std::min(blocks_of(pieces), resident);
+      const int64_t chunks = (own ? 0 : batch.data_chunks.count) + batch.latent_chunks.count;
+      const int64_t blocks = args.data_blocks + std::min(blocks_of(chunks), resident);
       launch("elbo_step_each", kernel, args, blocks, kStepThreads, stream, shared);
     }
   });

@@ -11,7 +11,7 @@ namespace elbo {
 
 struct StepEachArguments {
   GradsArguments grads;  // without stats: `loss` of its grad_outputs alone counts
-  Partials partials;     // for elbo_finalize: S of pieces where σ is given, else of samples
+  Partials partials;     // for elbo_finalize: S of chunks where σ is given, else of samples
   int data_blocks;       // of a block for each sample; the others do the latents
 };
 
@@ -19,10 +19,10 @@ extern __shared__ float on_chip[];  // the differences of a sample
 
 // The factors of a sample, given S where σ is its own optimum.
 __device__ inline Factors own_factors(const GradsArguments& args, int64_t i, double s) {
-  const Weight weight = {args.scale * at(args.grad_outputs.loss, i), 0, 0};
+  const Weight weight = loss_weight(args, i);
   const double batch = static_cast<double>(args.batch.size), dims = static_cast<double>(args.batch.data.dims);
-  const Sigma sigma = sigma_of(args.knobs, i, s, 0, batch, dims);
-  return factors(args.knobs.sigma_mode, sigma, s, 0, dims, at(args.knobs.beta, i), weight);
+  const Sigma sigma = sigma_of(args.options, i, s, 0, batch, dims);
+  return factors_of(args.options, sigma, i, s, 0, dims, 0, weight);
 }
 
 // One warp over a part of a sample: Σ e² of its lane's elements, and with each group of differences `use(i, e, count)`.
@@ -50,7 +50,7 @@ struct Written {
   R* recon;
   T* target;
 
-  __device__ Written(const Gradients& out, const Piece& p)
+  __device__ Written(const Gradients& out, const Chunk& p)
       : recon(begin_of<R>(out.recon, p)), target(begin_of<T>(out.target, p)) {}
 
   template <int N>
@@ -60,13 +60,13 @@ struct Written {
   }
 };
 
-// σ is given: a piece needs nothing but itself.
+// σ is given: a chunk needs nothing but itself.
 template <class R, class T>
-__device__ void given_piece(const StepEachArguments& args, const Piece& p) {
+__device__ void given_chunk(const StepEachArguments& args, const Chunk& p) {
   const Batch& batch = args.grads.batch;
-  const DataPiece<float, R, T, false> elements(batch.data, p.sample, p.first);
+  const DataChunk<float, R, T, false> elements(batch.data, p.sample, p.first);
   const Written<R, T> out(args.grads.gradients, p);
-  const float a = static_cast<float>(own_factors(args.grads, p.sample, 0).error);
+  const float a = static_cast<float>(own_factors(args.grads, p.sample, 0).recon_scale);
   const float sum = warp_sum(differences(
       elements, p.n, elements.head(p.n, out.recon, out.target),
       [&](int i, const auto& e, auto count) { out.put(i, e, a, count); }));
@@ -76,12 +76,12 @@ __device__ void given_piece(const StepEachArguments& args, const Piece& p) {
 // σ is the sample's own: a block keeps the differences until it knows S. A warp writes what it has read itself.
 template <class R, class T>
 __device__ void own_sample(const StepEachArguments& args, int64_t sample) {
-  using Elements = DataPiece<float, R, T, false>;
+  using Elements = DataChunk<float, R, T, false>;
   const Data& data = args.grads.batch.data;
   constexpr int row = kWarpSize * Elements::V;
   const int dims = static_cast<int>(data.dims), each = ((dims + row - 1) / row + kStepWarps - 1) / kStepWarps * row;
   const int first = min(warp() * each, dims);
-  const Piece p = {true, sample, sample, first, min(each, dims - first)};
+  const Chunk p = {true, sample, sample, first, min(each, dims - first)};
   const Elements elements(data, sample, first);
   const Written<R, T> out(args.grads.gradients, p);
   const int head = elements.head(p.n, out.recon, out.target);
@@ -91,7 +91,8 @@ __device__ void own_sample(const StepEachArguments& args, int64_t sample) {
     for (int j = 0; j < count.n; ++j) kept[i + j] = e.value[j];
   }));
   if (threadIdx.x == 0) static_cast<float*>(args.partials.s)[sample] = static_cast<float>(s);
-  const float a = static_cast<float>(own_factors(args.grads, sample, static_cast<double>(static_cast<float>(s))).error);
+  const float a =
+      static_cast<float>(own_factors(args.grads, sample, static_cast<double>(static_cast<float>(s))).recon_scale);
   walk<Elements::Turns, Elements::V>(
       p.n, head,
       [&](int i, auto count) {
@@ -104,24 +105,24 @@ __device__ void own_sample(const StepEachArguments& args, int64_t sample) {
   __syncthreads();  // in the next sample, vectors may begin elsewhere, and lanes have other elements
 }
 
-__device__ inline void latents_of_piece(const StepEachArguments& args, const Piece& p) {
+__device__ inline void latents_of_chunk(const StepEachArguments& args, const Chunk& p) {
   write_rates<float>(args.grads.batch, args.partials, p);
   if (!args.grads.with_latents) return;
-  const float b = static_cast<float>(own_factors(args.grads, p.sample, 0).through_loss);
+  const float b = static_cast<float>(own_factors(args.grads, p.sample, 0).grad_kl_clamped);
   latent_gradient<float>(args.grads.batch.latents, args.grads.gradients, b, 0.0f, p);
 }
 
 template <class R, class T, bool Own>
 __device__ void run_step_each(const StepEachArguments& args) {
-  const Batch& batch = args.grads.batch;
+  const ChunkedBatch& batch = args.grads.batch;
   const int data_blocks = Own ? args.data_blocks : 0, block = static_cast<int>(blockIdx.x);
   if (block < data_blocks) {
     for (int64_t sample = block; sample < batch.size; sample += data_blocks) own_sample<R, T>(args, sample);
     return;
   }
   const int64_t index = warp_of_blocks(data_blocks), warps = warps_of_blocks(gridDim.x - data_blocks);
-  for_pieces(batch, !Own, true, index, warps, [&](const Piece& p) {
-    p.is_data ? given_piece<R, T>(args, p) : latents_of_piece(args, p);
+  for_chunks(batch, !Own, true, index, warps, [&](const Chunk& p) {
+    p.is_data ? given_chunk<R, T>(args, p) : latents_of_chunk(args, p);
   });
 }
 

@@ -5,36 +5,26 @@
 
 namespace elbo {
 
-__device__ inline int64_t offset_of(const Inside& inside, uint32_t element) {
-  int64_t offset = 0;
-#pragma unroll 1
-  for (int l = 0; l < inside.levels; ++l) {
-    const Inside::Level& level = inside.level[l];
-    offset += static_cast<int64_t>(element / level.divisor % level.size) * level.stride;
-  }
-  return offset;
-}
-
 template <class A, class R, class T, bool Element>
-struct DataPiece {
+struct DataChunk {
   static constexpr int V = 16 / sizeof(R);
   static constexpr int Turns = Element && V > 4 ? 1 : 2;  // of 128 bits of each tensor; more would cost registers
   const R* recon;
   const T* target;
-  const Inside* inside;
-  const char* log_sigma;  // of the piece where it lies as the data do, else of the sample
+  const Broadcast* broadcast;
+  const char* log_sigma;  // of the chunk where it lies as the data do, else of the sample
   uint32_t first;
 
-  __device__ DataPiece(const Data& data, int64_t sample, int64_t first)
+  __device__ DataChunk(const Data& data, int64_t sample, int64_t first)
       : recon(reinterpret_cast<const R*>(data.recon.at(sample, first))),
         target(reinterpret_cast<const T*>(data.target.at(sample, first))),
-        inside(&data.log_sigma),
-        log_sigma(Element ? data.log_sigma.values.at(sample, data.log_sigma.levels ? 0 : first) : nullptr),
+        broadcast(&data.log_sigma),
+        log_sigma(Element ? data.log_sigma.values.at(sample, data.log_sigma.rank ? 0 : first) : nullptr),
         first(static_cast<uint32_t>(first)) {}
 
   template <class... Written>
   __device__ int head(int n, const Written*... written) const {
-    if (Element && inside->levels == 0) {
+    if (Element && broadcast->rank == 0) {
       return head_of(n, recon, target, reinterpret_cast<const T*>(log_sigma), written...);
     }
     return head_of(n, recon, target, written...);
@@ -47,7 +37,7 @@ struct DataPiece {
     Values<A, Element ? N : 1> log_sigma;
 
     __device__ A error(int j) const {
-      return static_cast<A>(r.value[j]) - static_cast<A>(t.value[j]);
+      return difference(static_cast<A>(r.value[j]), static_cast<A>(t.value[j]));
     }
   };
 
@@ -57,26 +47,26 @@ struct DataPiece {
     f.r = elbo::load(recon + i, count);
     f.t = elbo::load(target + i, count);
     if constexpr (Element) {
-      if (inside->levels == 0) {
+      if (broadcast->rank == 0) {
         const auto few = elbo::load(reinterpret_cast<const T*>(log_sigma) + i, count);
 #pragma unroll
         for (int j = 0; j < N; ++j) f.log_sigma.value[j] = static_cast<A>(few.value[j]);
       } else {
 #pragma unroll
         for (int j = 0; j < N; ++j)
-          f.log_sigma.value[j] = reinterpret_cast<const A*>(log_sigma)[offset_of(*inside, first + i + j)];
+          f.log_sigma.value[j] = reinterpret_cast<const A*>(log_sigma)[offset_of<uint32_t>(*broadcast, first + i + j)];
       }
     }
     return f;
   }
 };
 
-// One tensor of the latents', or a gradient of one, from the beginning of a piece.
+// One tensor of the latents', or a gradient of one, from the beginning of a chunk.
 struct LatentPart {
   const Span& span;
   char* at;  // null: there is no such tensor
 
-  __device__ LatentPart(const Span& span, const Piece& p)
+  __device__ LatentPart(const Span& span, const Chunk& p)
       : span(span), at(span.base ? span.at(p.sample, p.first) : nullptr) {}
 
   // Elements that one access can move, a power of two: 128 bits, or fewer where the address allows no more.
@@ -115,11 +105,11 @@ struct LatentPart {
 };
 
 template <class A>
-struct LatentPiece {
+struct LatentChunk {
   const Latents& latents;
   const LatentPart mu, logvar, prior_mu, prior_logvar;
 
-  __device__ LatentPiece(const Latents& latents, const Piece& p)
+  __device__ LatentChunk(const Latents& latents, const Chunk& p)
       : latents(latents),
         mu(latents.mu, p),
         logvar(latents.logvar, p),

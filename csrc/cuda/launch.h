@@ -51,9 +51,9 @@ inline int64_t blocks_at_once(Kernel kernel, int threads, int64_t shared_bytes) 
   return static_cast<int64_t>(blocks) * multiprocessors();
 }
 
-// Blocks for so many pieces: one warp each, until the device is full; past that a warp takes several, one by one.
-inline int64_t blocks_for(int64_t pieces) {
-  return std::min((pieces + kWarps - 1) / kWarps, static_cast<int64_t>(multiprocessors()) * kBlocksPerSm);
+// Blocks for so many chunks: one warp each, until the device is full; past that a warp takes several, one by one.
+inline int64_t blocks_for(int64_t chunks) {
+  return std::min((chunks + kWarps - 1) / kWarps, static_cast<int64_t>(multiprocessors()) * kBlocksPerSm);
 }
 
 // cooperative: every block is on the device at once, or the launch fails.

@@ -24,9 +24,9 @@ class _Cpp(Library):
 
     def chosen(self, path: Path) -> str:
         """The instruction set: csrc/cpu/library.cpp."""
-        level = ctypes.CDLL(str(path)).fused_elbo_cpu_level
-        level.restype = ctypes.c_char_p
-        return f"packaged; {level().decode()}"
+        isa = ctypes.CDLL(str(path)).fused_elbo_cpu_isa
+        isa.restype = ctypes.c_char_p
+        return f"packaged; {isa().decode()}"
 
     def probe(self) -> None:
         """They run; and this is when the pool's limit can be told to it."""

@@ -1,6 +1,6 @@
 """What the compiled libraries are made of, as data: sources, flags, and what tells one cached library from another.
 
-    cpu_spec()     the CPU library for this machine's instruction set; cpu_spec(LEVELS) for one that chooses when loaded
+    cpu_spec()     the CPU library for this machine's instruction set; cpu_spec(ISAS) for one that chooses when loaded
     cuda_spec()    the CUDA library for the GPUs that are visible, or for TORCH_CUDA_ARCH_LIST
 
 Both are written against LibTorch's stable ABI (torch 2.11 and newer) and hold no symbol of Python's: one binary serves
@@ -24,9 +24,9 @@ from .tools import Settings
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
 
-# By PyTorch's names for them, from the narrowest to the widest: `_levels` counts on the order.
+# By PyTorch's names for them, from the narrowest to the widest: `_isas` counts on the order.
 INSTRUCTION_SETS = {"baseline": (), "AVX2": _AVX2, "AVX512": _AVX2 + _AVX512}
-LEVELS = tuple(INSTRUCTION_SETS) if platform.machine() in ("x86_64", "AMD64") else ("baseline",)
+ISAS = tuple(INSTRUCTION_SETS) if platform.machine() in ("x86_64", "AMD64") else ("baseline",)
 
 _STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # the headers then offer what torch 2.11 has, and no more
 _CXX17 = "-std=c++17"  # all that the stable headers need, and what the oldest compilers offer
@@ -63,16 +63,16 @@ def instruction_set() -> str:
     return capability if capability in INSTRUCTION_SETS else "baseline"
 
 
-def cpu_spec(levels: tuple[str, ...] = ()) -> BuildSpec:
+def cpu_spec(isas: tuple[str, ...] = ()) -> BuildSpec:
     """The CPU library, for this machine's instruction set, or for several of INSTRUCTION_SETS.
 
     With several, csrc/cpu/library.cpp chooses when it is loaded. At first use the machine is known, and one instruction
     set is compiled: all three take three times as long.
     """
-    levels = levels or (instruction_set(),)
+    isas = isas or (instruction_set(),)
     return BuildSpec(
         name="fused_elbo_cpu",
-        parts=_levels(levels),
+        parts=_isas(isas),
         cflags=(
             "-O3",
             _CXX17,
@@ -83,11 +83,11 @@ def cpu_spec(levels: tuple[str, ...] = ()) -> BuildSpec:
         ),
         # libtorch_cpu brings its own OpenMP runtime; a second one in the process would fight it for the cores.
         ldflags=("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ("-ltorch_cpu",),
-        label="+".join(levels).lower(),
+        label="+".join(isas).lower(),
     )
 
 
-def _levels(levels: tuple[str, ...]) -> tuple[Part, ...]:
+def _isas(isas: tuple[str, ...]) -> tuple[Part, ...]:
     """The sources once for each instruction set, in a namespace of its own, and once what serves them all.
 
     The sources say `namespace elbo`, which the preprocessor renames: else the linker would take elbo::f<float> of one
@@ -95,15 +95,15 @@ def _levels(levels: tuple[str, ...]) -> tuple[Part, ...]:
     inline function the linker keeps the first: therefore from the narrowest instruction set to the widest. What an
     object uses is then its own copy or that of a narrower one.
     """
-    names = [level.lower() for level in levels]
+    names = [isa.lower() for isa in isas]
     once = ("cpu/library.cpp", "cpu/memory.cpp")
     sources = tuple(source for source in _sources("cpu/*.cpp") if source not in once)
-    table = f"-DELBO_LEVELS={' '.join(f'LEVEL({name})' for name in names)}"
+    table = f"-DELBO_ISAS={' '.join(f'ISA({name})' for name in names)}"
     return (
         Part("any", once, (table,)),
         *(
-            Part(name, sources, (f"-Delbo=elbo_{name}", *INSTRUCTION_SETS[level]))
-            for name, level in zip(names, levels, strict=True)
+            Part(name, sources, (f"-Delbo=elbo_{name}", *INSTRUCTION_SETS[isa]))
+            for name, isa in zip(names, isas, strict=True)
         ),
     )
 

@@ -35,7 +35,7 @@ pytestmark = needs_compiler
 @pytest.fixture(scope="module")
 def library() -> Path:
     """As the wheel has it; in the cache that the other tests use, so that it is compiled once."""
-    return builder.build(builder.cpu_spec(build_spec.LEVELS)).library
+    return builder.build(builder.cpu_spec(build_spec.ISAS)).library
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_it_needs_the_stable_abi_and_nothing_of_python(library: Path) -> None:
     assert len(ours) > 20
     assert [name for name in ours if not re.match(r"(aoti_)?torch_", name)] == []
     exported = subprocess.run(["nm", "-D", "--defined-only", library], check=True, capture_output=True, text=True)
-    assert "fused_elbo_cpu_level" in exported.stdout
+    assert "fused_elbo_cpu_isa" in exported.stdout
     assert not re.search(r" T .*elbo_(stats|grads)", exported.stdout)
 
 
@@ -137,7 +137,7 @@ def test_it_chooses_as_pytorch_does(library: Path) -> None:
     """In processes of their own: a library chooses once, when it is loaded."""
     script = f"""
 import ctypes, torch
-level = ctypes.CDLL({str(library)!r}).fused_elbo_cpu_level
+level = ctypes.CDLL({str(library)!r}).fused_elbo_cpu_isa
 level.restype = ctypes.c_char_p
 from fused_elbo.build import spec as build_spec
 print(level().decode(), build_spec.instruction_set().lower())
@@ -158,7 +158,7 @@ def test_the_wheel_s_tag_and_contents(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         (metadata,) = (archive.read(name).decode() for name in names if name.endswith("/WHEEL"))
-        assert archive.read("fused_elbo/lib/fused_elbo_cpu.txt").decode() == "+".join(build_spec.LEVELS).lower() + "\n"
+        assert archive.read("fused_elbo/lib/fused_elbo_cpu.txt").decode() == "+".join(build_spec.ISAS).lower() + "\n"
     assert "fused_elbo/lib/fused_elbo_cpu.so" in names
     assert "fused_elbo/csrc/elbo_math.h" in names  # what a machine with a compiler builds from
     assert "Root-Is-Purelib: false" in metadata

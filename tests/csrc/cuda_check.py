@@ -94,7 +94,7 @@ def step_cases() -> dict[str, Callable[[], StepCase]]:
         "per image, two dtypes": (Call("per-image", **small, **half, target_dtype=torch.float32), 2),
         "per image, several for a block": (Call("per-image", batch=9, data=(1027,)), 2),
         "per image, too few": (Call("per-image", batch=1, data=(75,)), 3),
-        "given, several pieces": (Call("learned-image", batch=3, data=(9001,), latent=(4100,)), 3),
+        "given, several chunks": (Call("learned-image", batch=3, data=(9001,), latent=(4100,)), 3),
         "given, mean": (Call("beta-sample", "mean", **small), 1),
     }
     cases: dict[str, Callable[[], StepCase]] = {

@@ -22,22 +22,22 @@ __device__ Span span_of(const T* base, int64_t elements) {
 template <class T>
 struct Tensors {
   const T *recon, *target, *mu, *logvar;
-  long long batch, dims, data_piece, latents, latent_piece;
+  long long batch, dims, data_chunk, latents, latent_chunk;
 
-  __device__ Pieces pieces(int64_t elements, int64_t size) const {
+  __device__ Chunks chunks(int64_t elements, int64_t size) const {
     const int64_t each = (elements + size - 1) / size;
     return {size, each, each * batch};
   }
 
-  __device__ Batch as_batch() const {
-    Batch b;
+  __device__ ChunkedBatch as_batch() const {
+    ChunkedBatch b;
     b.size = batch;
     b.data.dims = dims;
-    b.data.pieces = pieces(dims, data_piece);
+    b.data_chunks = chunks(dims, data_chunk);
     b.data.recon = span_of(recon, dims);
     b.data.target = span_of(target, dims);
     b.latents.dims = latents;
-    b.latents.pieces = pieces(latents, latent_piece);
+    b.latent_chunks = chunks(latents, latent_chunk);
     b.latents.mu = span_of(mu, latents);
     b.latents.logvar = span_of(logvar, latents);
     return b;
@@ -52,20 +52,20 @@ struct Tensors {
   }
 };
 
-__device__ Knobs knobs_of(double beta) {
-  Knobs knobs;
-  knobs.sigma_mode = kBatch;
-  knobs.min_log_sigma = -7;
-  knobs.beta.value = beta;
-  knobs.reduction = kBatchMean;
-  return knobs;
+__device__ Options options_of(double beta) {
+  Options options;
+  options.sigma_mode = kBatch;
+  options.min_log_sigma = -7;
+  options.beta.value = beta;
+  options.reduction = kBatchMean;
+  return options;
 }
 
 template <class T>
 __device__ GradsArguments
 grads_of(const Tensors<T>& t, const float* stats, double beta, double grad_scale, T* g_recon, T* g_mu, T* g_logvar) {
-  const GradOutputs outputs = {{{}, grad_scale}, {}, {}, true};
-  return {t.as_batch(), 1.0 / t.batch, stats, knobs_of(beta), outputs, t.gradients(g_recon, g_mu, g_logvar),
+  const GradOutputs outputs = {{{}, grad_scale}, {}, {}};
+  return {t.as_batch(), 1.0 / t.batch, stats, options_of(beta), outputs, t.gradients(g_recon, g_mu, g_logvar),
           true,         true};
 }
 
@@ -73,10 +73,10 @@ grads_of(const Tensors<T>& t, const float* stats, double beta, double grad_scale
 
 #define TENSORS(T)                                                                                \
   const T *recon, const T *target, const T *mu, const T *logvar, long long batch, long long dims, \
-      long long data_piece, long long latents, long long latent_piece
+      long long data_chunk, long long latents, long long latent_chunk
 #define GIVEN(T)                                                              \
   Tensors<T> {                                                                \
-    recon, target, mu, logvar, batch, dims, data_piece, latents, latent_piece \
+    recon, target, mu, logvar, batch, dims, data_chunk, latents, latent_chunk \
   }
 
 #define KERNELS(name, T)                                                                                               \
@@ -106,7 +106,7 @@ grads_of(const Tensors<T>& t, const float* stats, double beta, double grad_scale
       T* g_logvar) {                                                                                         \
     StepEachArguments args = {                                                                               \
         grads_of(GIVEN(T), nullptr, beta, grad_scale, g_recon, g_mu, g_logvar), {s, kl, kl}, data_blocks};   \
-    args.grads.knobs.sigma_mode = mode;                                                                      \
+    args.grads.options.sigma_mode = mode;                                                                    \
     run_step_each<T, T, own>(args);                                                                          \
   }
 
@@ -119,15 +119,15 @@ KERNELS(fp32, float)
 KERNELS(bf16, BFloat16)
 
 extern "C" __global__ void __launch_bounds__(kFinalizeThreads) finalize(
-    long long batch, long long dims, long long data_pieces, long long latent_pieces, double beta, float* s, float* kl,
+    long long batch, long long dims, long long data_chunks, long long latent_chunks, double beta, float* s, float* kl,
     float* out, float* stats) {
   run_finalize<float>(
       {batch,
        dims,
        1.0 / batch,
        {s, kl, kl},
-       data_pieces,
-       latent_pieces,
-       knobs_of(beta),
+       data_chunks,
+       latent_chunks,
+       options_of(beta),
        {out, out + 1, out + 2, out + 3, false, stats}});
 }

@@ -114,7 +114,7 @@ class Step:
         self.given = [bits(t) for t in self.inputs]
         self.out = torch.full((4,), float("nan")).numpy()
         self.gradients = [bits(torch.full_like(self.inputs[i], float("nan"))) for i in (0, 2, 3)]
-        self.pieces = [-(-n // 4096) for n in (self.dims, self.latents)]
+        self.chunks = [-(-n // 4096) for n in (self.dims, self.latents)]
 
     @property
     def tensors(self) -> list[Any]:
@@ -129,11 +129,11 @@ class Step:
         self.width[name] = self.moved[name] / (done["requests"] - barrier[0] // 4)
 
     def in_two_passes(self, kernels: dict[str, Any]) -> None:
-        s, kl = (torch.full((self.batch * n,), float("nan")).numpy() for n in self.pieces)
+        s, kl = (torch.full((self.batch * n,), float("nan")).numpy() for n in self.chunks)
         stats = torch.full((3, self.batch + 1), float("nan")).numpy()
-        blocks = -(-self.batch * sum(self.pieces) // (THREADS // 32))
+        blocks = -(-self.batch * sum(self.chunks) // (THREADS // 32))
         self.launch(kernels[f"stats_{self.name}"], blocks, THREADS, *self.tensors, s, kl)
-        sizes = (self.batch, self.dims, *self.pieces)
+        sizes = (self.batch, self.dims, *self.chunks)
         self.launch(kernels["finalize"], 1, FINALIZE_THREADS, *sizes, BETA, s, kl, self.out, stats)
         factors = (stats, BETA, GRAD_SCALE)
         self.launch(kernels[f"grads_{self.name}"], blocks, THREADS, *self.tensors, *factors, *self.gradients)
@@ -142,7 +142,7 @@ class Step:
         vector = 16 // self.inputs[0].element_size()
         rows = -(-self.batch * self.dims // (data_blocks * self.step_threads * vector))
         shared = max(0, rows - 56 // vector) * vector * self.step_threads * 4
-        kl = torch.full((self.batch * self.pieces[1],), float("nan")).numpy()
+        kl = torch.full((self.batch * self.chunks[1],), float("nan")).numpy()
         workspace = torch.full((data_blocks + 2,), float("nan"), dtype=torch.float64).numpy()
         plan = (BETA, GRAD_SCALE, data_blocks, 1, rows)
         self.launch(
@@ -152,7 +152,7 @@ class Step:
 
     def of_each(self, kernels: dict[str, Any], kind: str, data_blocks: int = 0) -> None:
         """One pass where samples have nothing to agree on; blocks for the data of `image`, then some for the rest."""
-        s, kl = (torch.full((self.batch * n,), float("nan")).numpy() for n in self.pieces)
+        s, kl = (torch.full((self.batch * n,), float("nan")).numpy() for n in self.chunks)
         shared = self.dims * 4 if kind == "image" else 0
         args = (BETA, GRAD_SCALE, data_blocks, s, kl, *self.gradients)
         self.launch(kernels[f"{kind}_{self.name}"], data_blocks + 1, STEP_THREADS, *self.tensors, *args, shmem=shared)
@@ -253,7 +253,7 @@ def test_one_pass_where_no_sample_needs_another(kind: Kind, name: str, kernels: 
 
 
 def test_a_missing_barrier_of_the_grid_is_noticed(tmp_path: Path, pytestconfig: pytest.Config) -> None:
-    # The others meet twice, and those with data once: they read what the leader has not told yet.
+    # The others meet twice, and those with data once: they read what the last block has not told yet.
     second = [
         Mutant("cuda/elbo_step.cuh", role, "$GRID.sync();", "", place=(1, 2)) for role in ("data_role", "latent_role")
     ]

@@ -33,11 +33,11 @@ DEVICE, ELEMENTS = "cuda/device.cuh", "cuda/elements.cuh"
 STATS, FINALIZE, GRADS, STEP, EACH = (
     f"cuda/elbo_{stem}.cuh" for stem in ("stats", "finalize", "grads", "step", "step_each")
 )
-INPUTS, BINDINGS, MATH, SPAN = "cuda/inputs.h", "cuda/bindings.cpp", "elbo_math.h", "span.h"
+INPUTS, TERMS, MATH, SPAN = "inputs.h", "elbo.h", "elbo_math.h", "span.h"
 
-# Few elements then make many pieces, several for a warp, and pieces of several times the least size.
+# Few elements then make many chunks, several for a warp, and chunks of several times the least size.
 SMALL = (
-    Mutant("cuda/elbo_stats.cu", "", "constexpr int64_t kPiece = $N;", "constexpr int64_t kPiece = 512;"),
+    Mutant("cuda/elbo_stats.cu", "", "constexpr int64_t kChunk = $N;", "constexpr int64_t kChunk = 512;"),
     Mutant("cuda/elbo_stats.cu", "", "constexpr int64_t kMany = $N;", "constexpr int64_t kMany = 16;"),
     Mutant("cuda/launch.h", "", "constexpr int kBlocksPerSm = $N;", "constexpr int kBlocksPerSm = 1;"),
 )
@@ -51,7 +51,7 @@ MUTANTS = {
         DEVICE, "block_sum", "__syncthreads();", "", ("descending", "optimal, none"), place=(1, 2),
     ),
     "no_barrier_before_the_total": Mutant(
-        FINALIZE, "sum_pieces", "__syncthreads();", "", ("ascending", "step, given, several pieces"), place=(1, 2),
+        FINALIZE, "sum_chunks", "__syncthreads();", "", ("ascending", "step, given, several chunks"), place=(1, 2),
     ),
     "half_a_warp_is_summed": Mutant(DEVICE, "warp_sum", "$STEP > 0", "$STEP > 1", ("random:1", "far apart")),
     "a_barrier_in_a_branch": Mutant(
@@ -97,46 +97,46 @@ MUTANTS = {
         ("descending", "variances of 0 and infinity"),
     ),
     "one_of_the_vectors_alone": Mutant(
-        ELEMENTS, "walk", "$G += kWarpSize", "$G += 1 << 20", ("ascending", "step, given, several pieces"),
+        ELEMENTS, "walk", "$G += kWarpSize", "$G += 1 << 20", ("ascending", "step, given, several chunks"),
         place=(0, 2),
     ),
-    # pieces and partial sums
+    # chunks and partial sums
     "a_dropped_partial": Mutant(
-        FINALIZE, "sum_pieces", "for (int64_t $P = threadIdx.x % $W; $P < $N; $P += $W) $BODY",
+        FINALIZE, "sum_chunks", "for (int64_t $P = threadIdx.x % $W; $P < $N; $P += $W) $BODY",
         "for (int64_t $P = threadIdx.x % $W; $P < $N - 1; $P += $W) $BODY", ("random:1", "far apart"),
     ),
     "one_round_of_the_grid": Mutant(
-        DEVICE, "for_pieces", "$I += $WARPS", "$I += int64_t{1} << 40", ("ascending", "step, waits"),
+        DEVICE, "for_chunks", "$I += $WARPS", "$I += int64_t{1} << 40", ("ascending", "step, waits"),
     ),
     "samples_beyond_the_block": Mutant(
-        FINALIZE, "sum_pieces", "for (int64_t $I = 0; $I < $N; $I += $TOGETHER) $BODY",
+        FINALIZE, "sum_chunks", "for (int64_t $I = 0; $I < $N; $I += $TOGETHER) $BODY",
         "for (int64_t $I = 0; $I < 1; $I += $TOGETHER) $BODY", ("ascending", "more samples than finalize has threads"),
     ),
-    "a_piece_too_long": Mutant(
-        DEVICE, "for_pieces", "min($N - $I, $SIZE)", "min($N - $I + 1, $SIZE)", ("random:1", "far apart"),
+    "a_chunk_too_long": Mutant(
+        DEVICE, "for_chunks", "min($N - $I, $SIZE)", "min($N - $I + 1, $SIZE)", ("random:1", "far apart"),
     ),
     "32_bits_for_an_offset": Mutant(
         SPAN, "at", "$I * $S + $E", "static_cast<int32_t>($I * $S) + $E", ("random:1", "far apart"),
     ),
     # factors
     "no_scale_by_the_reduction": Mutant(
-        GRADS, "weight_of", "$S * at($G, $I)", "at($G, $I)", ("ascending", "step, learned-channel"), place=(0, 3),
+        TERMS, "weight_of", "$S * at($G, $I)", "at($G, $I)", ("ascending", "step, learned-channel"), place=(0, 3),
     ),
     "no_scale_by_grad_distortion": Mutant(
-        GRADS, "weight_of", "$S * at($G, $I)", "$S", ("descending", "per-image-softclip, none"), place=(1, 3),
+        TERMS, "weight_of", "$S * at($G, $I)", "$S", ("descending", "per-image-softclip, none"), place=(1, 3),
     ),
     "no_scale_by_grad_rate": Mutant(
-        GRADS, "weight_of", "$S * at($G, $I)", "$S", ("random:1", "far apart"), place=(2, 3),
+        TERMS, "weight_of", "$S * at($G, $I)", "$S", ("random:1", "far apart"), place=(2, 3),
     ),
     "one_grad_loss_for_all": Mutant(
-        GRADS, "weight_of", "$S * at($G, $I)", "$S * at($G, 0)", ("random:1", "far apart"), place=(0, 3),
+        TERMS, "weight_of", "$S * at($G, $I)", "$S * at($G, 0)", ("random:1", "far apart"), place=(0, 3),
     ),
     "no_scale_by_beta": Mutant(
         MATH, "factors", "$LOSS * $BETA", "$LOSS", ("descending", "beta-sample, none"), place=(0, 5),
     ),
     "no_coupling_by_a_shared_sigma": Mutant(GRADS, "factors_of", "$E += $X;", "", ("descending", "optimal, none")),
     "weights_are_taken_for_equal": Mutant(
-        BINDINGS, "grads", "!unequal($A) && !unequal($B)", "unequal($A) || !unequal($B)",
+        TERMS, "weighs_alike", "$A == 0 && $B == 0", "$A != 0 || $B == 0",
         ("descending", "optimal, none"),
     ),
     "no_coupling_by_the_sigma_of_an_image": Mutant(
@@ -155,10 +155,10 @@ MUTANTS = {
         STATS, "rates", "$X < $F ? $F : $X", "$X >= $F ? $X : $F", ("ascending", "NaN in the latents"),
     ),
     # σ inside a sample, and layouts
-    "log_sigma_does_not_wrap": Mutant(ELEMENTS, "offset_of", "$I / $D % $N", "$I / $D", ("ascending", "learned-rows")),
-    "one_level_of_log_sigma_only": Mutant(ELEMENTS, "offset_of", "$L < $N", "$L < 1", ("ascending", "learned-rows")),
+    "log_sigma_does_not_wrap": Mutant(TERMS, "offset_of", "$I / $D % $N", "$I / $D", ("ascending", "learned-rows")),
+    "one_dimension_of_log_sigma_only": Mutant(TERMS, "offset_of", "$K < $N", "$K < 1", ("ascending", "learned-rows")),
     "the_samples_log_sigma_is_the_first_ones": Mutant(
-        INPUTS, "set_levels", "span_of($T, $S)", "span_of($T, 0)", ("ascending", "learned-channel-image"),
+        INPUTS, "set_broadcast", "span_of($T, $S)", "span_of($T, 0)", ("ascending", "learned-channel-image"),
     ),
     "log_sigma_is_rounded_to_the_targets_dtype": Mutant(
         INPUTS, "set_data", "$A &= $B", "$A |= $B", ("descending", "a log σ of another dtype"),
@@ -167,7 +167,7 @@ MUTANTS = {
         "layout.h", "in_order_of", "same_order($A, $B) && $X", "$X", ("ascending", "two orders"),
     ),
     # the step
-    "the_leader_does_not_wait": Mutant(
+    "the_last_block_does_not_wait": Mutant(
         STEP, "latent_role", "$GRID.sync();", "", ("ascending", "step, beta-tensor"), place=(0, 2),
     ),
     "data_do_not_wait_for_the_leader": Mutant(
@@ -184,10 +184,12 @@ MUTANTS = {
         STEP, "beyond", "($K * $V + $J) * $N + $X", "$K * $V + $J", ("random:1", "step, in shared memory, fp16"),
     ),
     "a_dropped_block": Mutant(
-        STEP, "lead", "for (int $B = threadIdx.x; $B < $N; $B += $D) $BODY",
+        STEP, "last_block", "for (int $B = threadIdx.x; $B < $N; $B += $D) $BODY",
         "for (int $B = threadIdx.x; $B < $N - 1; $B += $D) $BODY", ("ascending", "step, beta-tensor"),
     ),
-    "no_grad_scale": Mutant(STEP, "lead", "$S * at($G, 0)", "$S", ("ascending", "step, beta-tensor"), place=(0, 2)),
+    "no_grad_scale": Mutant(
+        STEP, "last_block", "loss_weight($A, 0)", "Weight{$A.scale, 0, 0}", ("ascending", "step, beta-tensor"),
+    ),
     "what_does_not_fit_is_tried": Mutant(
         "cuda/step_plan.h", "step_plan", "$N <= $LIMIT", "true", ("random:1", "step, too large"),
     ),
@@ -201,7 +203,9 @@ MUTANTS = {
     "all_warps_keep_at_one_place": Mutant(
         EACH, "own_sample", "$KEPT + $I", "$KEPT", ("ascending", "step, per image, of 75 kB"), place=(2, 5),
     ),
-    "no_grad_scale_for_each": Mutant(EACH, "own_factors", "$S * at($G, $I)", "$S", ("ascending", "step, constant")),
+    "no_grad_scale_for_each": Mutant(
+        EACH, "own_factors", "loss_weight($A, $I)", "Weight{$A.scale, 0, 0}", ("ascending", "step, constant"),
+    ),
     "too_large_a_sample_is_tried": Mutant(
         "cuda/elbo_step_each.cu", "elbo_step_each_fits", "$N * 4 <= $M", "$N * 4 > 0",
         ("descending", "step, per image, too large"),
@@ -250,7 +254,7 @@ def checked(library: Path, numbers: Mapping[str, int], *schedules: str, **enviro
 def with_mutants(
     mutants: Mapping[str, Mutant], config: pytest.Config, folder: Path, *flags: str
 ) -> tuple[Path, dict[str, int]]:
-    """The library with all of them, in few and small pieces, and their numbers."""
+    """The library with all of them, in few and small chunks, and their numbers."""
     csrc = copy(cuda_shim.CSRC, folder / "csrc", *SMALL)
     numbers = switch_in(csrc, mutants, "shim::mutant")
     return cuda_shim.build(kept_folder(config), csrc, ("-include", "cuda_runtime.h", *flags)), numbers
@@ -267,7 +271,7 @@ def test_the_kernels_as_they_are_pass(pytestconfig: pytest.Config) -> None:
         assert check() is None
 
 
-def test_many_pieces(check: Check) -> None:
+def test_many_chunks(check: Check) -> None:
     assert check() is None
 
 

@@ -1,0 +1,27 @@
+// The memory for partial sums: of the latents, and of the data where asked.
+#pragma once
+
+#include "../outputs.h"
+#include "elbo.h"
+
+namespace elbo {
+
+struct Sums {
+  OptTensor s, kl, clamped;
+  Partials partials;
+
+  Sums(const Inputs& in, const ChunkedBatch& batch, bool of_data) {
+    if (of_data && batch.data.dims) partials.s = make(s, in, batch.data_chunks);
+    if (batch.latents.dims == 0) return;
+    partials.kl = make(kl, in, batch.latent_chunks);
+    partials.clamped = batch.latents.free_bits > 0 ? make(clamped, in, batch.latent_chunks) : partials.kl;
+  }
+
+ private:
+  static void* make(OptTensor& t, const Inputs& in, const Chunks& chunks) {
+    t = empty(in, {chunks.count});
+    return t->data_ptr();
+  }
+};
+
+}  // namespace elbo

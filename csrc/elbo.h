@@ -1,0 +1,163 @@
+// What the kernels of every device are told of a call, and the arithmetic of O(batch) that they share. There are no
+// tensors here: inputs.h, operators.h and outputs.h turn them into these structures. CUDA kernels are passed the
+// structures as they are, and every pointer then names the device's memory.
+#pragma once
+
+#include <cstdint>
+
+#include "elbo_math.h"
+#include "span.h"
+
+namespace elbo {
+
+// ---------------------------------------------------------------------------------------------------- what comes in
+
+// log σ where it varies inside a sample. Element e's lies at Σ e / divisor % size · stride over the dimensions, which
+// are runs of the data's dimensions along which log σ is not repeated, the innermost in memory first. Where rank is 0,
+// log σ lies as the data do.
+struct Broadcast {
+  static constexpr int kMaxRank = 8;
+  struct Dim {
+    int64_t divisor, size, stride;
+  };
+
+  Span values;
+  int rank = 0;
+  Dim dims[kMaxRank] = {};
+};
+
+// Index: wide enough to count a sample's elements. A GPU divides 32 bits much faster than 64.
+template <class Index>
+ELBO_INLINE int64_t offset_of(const Broadcast& broadcast, Index element) {
+  int64_t offset = 0;
+#pragma unroll 1
+  for (int k = 0; k < broadcast.rank; ++k) {
+    const Broadcast::Dim& dim = broadcast.dims[k];
+    const Index at = element / static_cast<Index>(dim.divisor) % static_cast<Index>(dim.size);
+    offset += static_cast<int64_t>(at) * dim.stride;
+  }
+  return offset;
+}
+
+struct Data {
+  int64_t dims = 0;  // elements of a sample; 0: no data
+  Span recon, target;
+  bool has_log_sigma = false;
+  Broadcast log_sigma;
+};
+
+struct Latents {
+  int64_t dims = 0;  // elements of a sample; 0: no latents
+  Span mu, logvar;
+  bool has_prior = false;
+  Span prior_mu, prior_logvar;
+  double free_bits = 0;
+};
+
+// All is computed in double where anything is double, else in float: the compute type.
+struct Batch {
+  int64_t size = 0;
+  bool is_double = false;
+  Data data;
+  Latents latents;
+};
+
+// One number, or one for each sample: from a tensor, or, where that has no base, `value`.
+struct Number {
+  Span tensor;  // of batch stride 0 where one value serves all
+  double value = 0;
+};
+
+ELBO_INLINE double at(const Number& number, int64_t i) {
+  double value = number.value;
+  if (number.tensor.base == nullptr) return value;
+  with_type(number.tensor.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    value = static_cast<double>(*reinterpret_cast<const T*>(number.tensor.at(i, 0)));
+  });
+  return value;
+}
+
+// The options that count in arithmetic of O(batch); free_bits is the latents'.
+struct Options {
+  int64_t sigma_mode = kGiven;
+  bool softclip = false;
+  Number log_sigma;  // where σ is given, and does not vary inside a sample
+  double min_log_sigma = 0;
+  Number beta;
+  bool has_capacity = false;
+  Number capacity;
+  int64_t reduction = kSum;
+};
+
+// --------------------------------------------------------------------------------------------------- what comes out
+
+// Of the compute type. Without `loss` only stats are written.
+struct Outputs {
+  void *loss = nullptr, *distortion = nullptr, *rate = nullptr, *sigma = nullptr;
+  bool sigma_each = false;  // sigma has a value for each sample
+  void* stats = nullptr;    // [3, batch + 1]: S, KL, clamped KL; their sums in the last column
+};
+
+struct GradOutputs {
+  Number loss, distortion, rate;
+};
+
+// Where gradients go; a span without a base is not wanted. Those of data and latents are dense.
+struct Gradients {
+  Span recon, target, mu, logvar, prior_mu, prior_logvar;
+  Span element_log_sigma;  // of log σ at every element, as the data lie
+  Span log_sigma;          // of a given log σ; on the CPU also of one that is broadcast inside samples, contiguous
+  Span beta;
+  bool log_sigma_each = false, beta_each = false;         // a value for each sample
+  bool past_caches = false, latents_past_caches = false;  // on the CPU: written so, being too large to be found there
+};
+
+ELBO_INLINE bool wants_data(const Gradients& g) {
+  return g.recon.base || g.target.base || g.element_log_sigma.base;
+}
+
+ELBO_INLINE bool wants_latents(const Gradients& g) {
+  return g.mu.base || g.logvar.base || g.prior_mu.base || g.prior_logvar.base;
+}
+
+// ---------------------------------------------------------------------------------------------- arithmetic of O(batch)
+
+ELBO_INLINE double reduction_weight(const Options& options, const Batch& batch) {
+  const int64_t dims = batch.data.dims ? batch.data.dims : batch.latents.dims;
+  return reduction_weight(options.reduction, static_cast<double>(batch.size), static_cast<double>(dims));
+}
+
+// The σ of sample i, given S of the sample and of the batch; nothing of use where σ varies inside a sample.
+ELBO_INLINE Sigma sigma_of(const Options& options, int64_t i, double s, double total, double batch, double dims) {
+  if (options.sigma_mode == kElement) return Sigma{};
+  if (options.sigma_mode == kGiven) return given_sigma(at(options.log_sigma, i));
+  const bool shared = options.sigma_mode == kBatch;
+  return optimal_sigma(shared ? total : s, shared ? batch * dims : dims, options.min_log_sigma, options.softclip);
+}
+
+// How far the batch's mean rate, as β sees it, is from the capacity.
+ELBO_INLINE double capacity_gap(const Options& options, double clamped_total, double batch) {
+  return clamped_total / batch - at(options.capacity, 0);
+}
+
+// Whether loss and distortion weigh every sample alike.
+ELBO_INLINE bool weighs_alike(const GradOutputs& grad_outputs) {
+  return grad_outputs.loss.tensor.batch_stride == 0 && grad_outputs.distortion.tensor.batch_stride == 0;
+}
+
+// scale: the reduction's weight
+ELBO_INLINE Weight weight_of(double scale, const GradOutputs& grad_outputs, int64_t i) {
+  return {scale * at(grad_outputs.loss, i), scale * at(grad_outputs.distortion, i), scale * at(grad_outputs.rate, i)};
+}
+
+// The factors of sample i. gap: to the capacity, if there is one.
+ELBO_INLINE Factors factors_of(
+    const Options& options, const Sigma& sigma, int64_t i, double s, double kl_clamped, double dims, double gap,
+    const Weight& weight) {
+  Factors f = factors(options.sigma_mode, sigma, s, kl_clamped, dims, at(options.beta, i), weight);
+  if (options.has_capacity) limit_by_capacity(f, weight, gap);
+  return f;
+}
+
+}  // namespace elbo
