@@ -47,7 +47,7 @@ def test_arguments() -> None:
 
 
 NOT_ON_A_GPU = {
-    "distributed/distributed": "most of it starts processes that speak by gloo, on CPU tensors",
+    "distributed/distributed": "its process groups and device meshes are of the CPU",
 }
 
 

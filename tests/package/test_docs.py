@@ -29,7 +29,7 @@ def run_readmes(_: int, folder: str) -> None:
         namespace: dict[str, object] = {}
         for block in blocks(readme):
             exec(compile(block, str(readme), "exec"), namespace)
-    os._exit(0)  # as in test_distributed.py
+    os._exit(0)  # as in tests/distributed/test_ranks.py
 
 
 def blocks(readme: Path) -> list[str]:
