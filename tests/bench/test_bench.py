@@ -226,7 +226,7 @@ def test_memory_kept_for_backward() -> None:
 
 @pytest.mark.skipif(not peak.available(), reason="needs Linux's /proc/self/clear_refs")
 def test_peak_memory() -> None:
-    """Of gradients alone, and of an eager formula's tensors beside them."""
+    """The one-liner's peak is little more than its gradients; stock code has its tensors beside them."""
     case = workloads.registry()["128x3x64x64"]
     recon = case.elements * 4
     one_liner = peak.in_a_process(case, "one_liner", 1)

@@ -123,7 +123,7 @@ def test_resume_refuses_what_is_not_this_run(tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.release("training by two processes")
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
 def test_two_processes_by_torchrun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As one process, but for the latents' noise; a resumed run finds each process's random state."""
+    """They do what one process does, but for the latents' noise; a resumed run finds each process's random state."""
     two, options = tmp_path / "two", [*TINY, "--device", "cpu", "--epochs", "2"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     found = []

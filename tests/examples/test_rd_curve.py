@@ -151,7 +151,7 @@ def test_decoupled_beta_is_a_squared_errors_two_beta_variance(quick: list[Row]) 
 
 
 def test_decoupled_curve_is_not_above_the_squared_errors(quick: list[Row]) -> None:
-    """In as many epochs, at the same rate; both read at their optimal σ². In the limit the curves are one."""
+    """This holds after as many epochs, at one rate, both read at their optimal σ². In the limit the curves are one."""
     squared_error, decoupled = (curve(quick, family, "optimal") for family in ("squared error", "decoupled"))
     within = (decoupled["rate"] >= squared_error["rate"][-1]) & (decoupled["rate"] <= squared_error["rate"][0])
     assert within.sum() >= 3

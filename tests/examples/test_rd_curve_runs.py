@@ -123,7 +123,7 @@ ranks.leave(rd_curve.main())
 @pytest.mark.release("training by two processes")
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
 def test_two_processes_by_torchrun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As one process, but for the latents' noise; and an interrupted sweep goes on to the numbers of a whole one."""
+    """They do what one does, but for the latents' noise; an interrupted sweep goes on to a whole one's numbers."""
     options = [*TINY, "--points", "1", "--device", "cpu"]
     script, interrupted = ROOT / "examples" / "rd_curve.py", tmp_path / "interrupted.py"
     interrupted.write_text(INTERRUPTED)

@@ -102,7 +102,7 @@ def test_one_prior_of_all_levels_through_aot_autograd() -> None:
 @pytest.mark.parametrize("reduction", ["batchmean", "none"])
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 def test_a_batch_that_a_mask_selects(compiler: str, reduction: str) -> None:
-    """As with F.mse_loss, in one graph for any number of samples."""
+    """It is one graph for any number of samples, as with F.mse_loss."""
 
     def loss(keep: Tensor, *tensors: Tensor) -> Tensor:
         recon, target, mu, logvar = (t[keep] for t in tensors)

@@ -22,7 +22,7 @@ MODULES = ["fused_elbo", "fused_elbo.functional", "fused_elbo.modules", "fused_e
 
 
 def run_readmes(_: int, folder: str) -> None:
-    """As if torchrun had started this process alone."""
+    """Runs as if torchrun had started this process alone."""
     options = {"init_method": f"file://{folder}/rendezvous", "rank": 0, "world_size": 1}
     dist.init_process_group = partial(dist.init_process_group, "gloo", **options)
     for readme in READMES:
