@@ -59,7 +59,7 @@ bench: $(VENV)/.dev ## time the loss beside what it replaces; ARGS go to bench/r
 	@$(PY) bench/run.py $(ARGS)
 
 bench-docs: $(VENV)/.dev ## render the results pages; ARGS=--from=runs/bench takes a new run's results
-	@$(PY) bench/results.py $(ARGS)
+	@$(PY) bench/report.py $(ARGS)
 
 wheel: $(VENV)/.dev ## a wheel with the compiled libraries inside, in dist/; ARGS go to .ci/make_wheel.py
 	@echo "== Building the wheel: .ci/make_wheel.py $(ARGS)"

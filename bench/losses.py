@@ -23,7 +23,7 @@ def wide(*tensors: Tensor) -> list[Tensor]:
 
 
 def kl(mu: Tensor, logvar: Tensor) -> Tensor:
-    """As in most VAE code."""
+    """The KL as most VAE code writes it."""
     return -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
 
 
@@ -55,8 +55,10 @@ def gaussian_nll(*tensors: Tensor) -> Tensor:
 
 
 def latent_diffusion(*tensors: Tensor) -> Tensor:
-    """As in CompVis/latent-diffusion's LPIPSWithDiscriminator: rec / exp(logvar) + logvar, summed, over the batch; with
-    the squared error in the place of its absolute one, and a KL weight of 2, which make it twice our loss."""
+    """Follows CompVis/latent-diffusion's LPIPSWithDiscriminator: rec / exp(logvar) + logvar, summed, over the batch.
+
+    The squared error is in the place of the absolute one, and the KL has weight 2, which makes it twice our loss.
+    """
     recon, target, mu, logvar, log_sigma = wide(*tensors)
     logvar_x = 2 * log_sigma
     nll = (target - recon).pow(2) / torch.exp(logvar_x) + logvar_x
@@ -67,7 +69,7 @@ def latent_diffusion(*tensors: Tensor) -> Tensor:
 
 
 def eager_levels(*tensors: Tensor) -> Tensor:
-    """As in VDVAE: the KL of two Gaussians for each level."""
+    """The KL of two Gaussians for each level, as VDVAE writes it."""
     total = torch.zeros((), device=tensors[0].device)
     for m, l, m_p, l_p in levels_of(tensors):
         total = total + (0.5 * (l_p - l - 1 + ((m - m_p) ** 2 + l.exp()) / l_p.exp())).sum()

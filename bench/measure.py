@@ -28,7 +28,7 @@ from workloads import Case, backward_bytes, forward_bytes, step_bytes
 
 
 def gb_per_s(count: int, seconds: float) -> float:
-    """Of the bytes that have to be moved, whatever a provider does move: so that all compare."""
+    """Counts the bytes that have to be moved, whatever a provider does move, so that all compare."""
     return count / seconds / 1e9
 
 

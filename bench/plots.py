@@ -51,9 +51,9 @@ STYLE = {
 
 
 def draw(report: Record, out: Path) -> list[Path]:
-    """Those plots that there are results for, in the order of a page."""
+    """Draws those plots that there are results for."""
     drawn = []
-    for name, plot in {"scaling": scaling, "bars": bars, "threads": threads, "memory": memory}.items():
+    for name, plot in ALL.items():
         with plt.rc_context(STYLE):
             figure = plot(report)
             if figure is not None:
@@ -69,7 +69,7 @@ def label(name: str) -> str:
 
 
 def by_provider(report: Record, cases: list[str]) -> dict[str, dict[str, Record]]:
-    """provider -> case -> record, in the order of COLOURS."""
+    """Gives provider -> case -> record, in the order of COLOURS."""
     found: dict[str, dict[str, Record]] = {}
     for name in COLOURS:
         of = {r["case"]: r for r in report["results"] if r["provider"] == name}
@@ -79,7 +79,7 @@ def by_provider(report: Record, cases: list[str]) -> dict[str, dict[str, Record]
 
 
 def timed(report: Record, cases: list[str]) -> dict[str, dict[str, Record]]:
-    """The same, without times that others' processes made."""
+    """Gives the same, without times that others' processes made."""
     found = by_provider(report, cases)
     calm = {name: {case: r for case, r in own.items() if not r["busy"]} for name, own in found.items()}
     return {name: own for name, own in calm.items() if own}
@@ -90,7 +90,7 @@ def present(report: Record, cases: tuple[workloads.Case, ...]) -> list[str]:
 
 
 def lines(ax: Axes, report: Record, cases: list[str], at: Callable[[Record], float]) -> None:
-    """Median step times with their quartiles."""
+    """Draws median step times with their quartiles."""
     found = timed(report, cases)
     for name in LINES:
         records = found.get(name, {})
@@ -136,7 +136,7 @@ def short(value: float) -> str:
 def grouped(
     ax: Axes, groups: list[str], values: dict[str, dict[str, float]], shown: Callable[[float], str] = short
 ) -> None:
-    """Horizontal bars of provider -> group -> value, with the values; the first group is on top."""
+    """Draws horizontal bars of provider -> group -> value, with the values; the first group is on top."""
     height = 0.85 / len(values)
     for i, (name, own) in enumerate(values.items()):
         ys = [groups.index(group) + (i - (len(values) - 1) / 2) * height for group in own]
@@ -168,7 +168,7 @@ def bars(report: Record) -> Any:
 
 
 def memory(report: Record) -> Any:
-    """In multiples of recon: what is kept for backward, and the peak of a step."""
+    """Draws what is kept for backward, and the peak of a step, in multiples of recon."""
     cases = [name for name in present(report, workloads.SHAPES) if name in workloads.PEAKS]
     found = by_provider(report, cases[:1])
     found.pop("limit", None)
@@ -185,3 +185,6 @@ def memory(report: Record) -> Any:
     grouped(ax, list(kinds), values, lambda value: f"{value:.1f}")
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
+
+
+ALL = {"scaling": scaling, "bars": bars, "threads": threads, "memory": memory}

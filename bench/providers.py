@@ -119,7 +119,7 @@ TITLES = {
 
 
 def title(name: str) -> str:
-    """As tables show it."""
+    """The name that tables show."""
     base = name.removesuffix("_compiled")
     return TITLES.get(base, base) + (", `torch.compile`" if base != name else "")
 

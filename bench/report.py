@@ -1,253 +1,270 @@
-"""What a run was made on, and its results as a table for the console, as JSON and as CSV.
+"""A run's results as pages: bench/RESULTS.md, and the table in README.md between its markers.
 
-The JSON (`FORMAT`) is what the pages are rendered from: {"format", "machine", "versions", "flags", "settings", "cases":
-{name: …}, "results": [a record of measure.py for each case and provider], "train_step": …}.
+    python bench/report.py                                 # pages of the results that are kept, in bench/results
+    python bench/report.py --from runs/bench               # keep a new run's first, and draw its plots
+    python bench/report.py --from runs/bench runs/avx2     # and that of a narrower instruction set
+
+The first run is results.json, which all of the pages but one section are made of. The others are of the same machine
+under ATEN_CPU_CAPABILITY, and named after their instruction sets; a kept one that is not given stays. `make bench-docs`
+is the same. What RESULTS.md says beside its tables is in RESULTS.template.md.
+
+tests/bench/test_results.py checks that the pages are what this makes of the kept results; it does not ask how old
+those are.
 """
 
 from __future__ import annotations
 
-import csv
-import importlib.metadata
-import json
-import os
-import platform
-import subprocess
-from collections.abc import Iterable
+import argparse
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-from workloads import SIGMAS, Case, step_bytes
+import plots
+import record
+import workloads
+from providers import title
+from record import HIDDEN, Columns, Record, count, median, number, quartiles, rate, ratio, seconds
 
-import fused_elbo
-from fused_elbo import BackendUnavailable, build
-from fused_elbo.build import spec as build_spec
-
-FORMAT = 1
-REPO = Path(__file__).resolve().parent.parent
-ENVIRONMENT = ("OMP_", "GOMP_", "KMP_", "MALLOC_", "MKL_", "ATEN_", "TORCHINDUCTOR_")
-HIDDEN = "?"  # in the place of a number that the run cannot support
-PACKAGES = ("torch", "triton", "numpy")
-Record = dict[str, Any]
+BENCH = Path(__file__).resolve().parent
+KEPT, PAGE, README = BENCH / "results", BENCH / "RESULTS.md", BENCH.parent / "README.md"
+TEMPLATE = BENCH / "RESULTS.template.md"
+START, END = "<!-- bench: written by make bench-docs -->\n", "<!-- /bench -->\n"
 
 
-# ----------------------------------------------------------------------------------------------------------- conditions
+def times(value: Record | None) -> str:
+    """A ratio for the pages, to two figures."""
+    return ratio(value, lambda v: f"{v:.0f} ×" if v >= 10 else f"{v:.1f} ×" if v >= 1 else f"{v:.2f} ×")
 
 
-def read(path: str) -> str | None:
-    try:
-        return Path(path).read_text(encoding="utf-8").strip()
-    except OSError:
-        return None
+def with_interval(value: Record | None) -> str:
+    shown = times(value)
+    if not value or shown == HIDDEN or value["low"] == value["high"]:
+        return shown
+    return f"{shown} ({value['low']:.2f}–{value['high']:.2f})"
 
 
-def processor() -> str:
-    lines = [line for line in (read("/proc/cpuinfo") or "").splitlines() if line.startswith("model name")]
-    return lines[0].partition(":")[2].strip() if lines else platform.processor() or platform.machine()
+# --------------------------------------------------------------------------------------------------------------- tables
 
 
-def caches() -> dict[str, str]:
-    """Of the first core, with how many share each: {"L2": "1024K for 1"}."""
-    found = {}
-    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        level, kind, size = (read(str(folder / name)) for name in ("level", "type", "size"))
-        sharing = len(parsed(read(str(folder / "shared_cpu_list")) or ""))
-        if kind != "Instruction":
-            found[f"L{level}"] = f"{size} for {sharing}"
-    return found
+class Case:
+    """A case of a run, with its records by provider."""
+
+    def __init__(self, run: Record, name: str) -> None:
+        self.name, self.run, self.about = name, run, run["cases"].get(name, {})
+        self.records = {r["provider"]: r for r in run["results"] if r["case"] == name}
+        served = [r for r in self.records.values() if r["kind"] == "ours" and not r["one_call"]]
+        self.ours = served[0] if served else None  # fused_elbo's, by the backend that serves
+        self.best = title(self.ours["best_baseline"] or "") if self.ours else ""
+
+    def ratio(self, key: str, provider: str | None = None) -> Record | None:
+        """A ratio of this provider's, or of ours."""
+        own = self.records.get(provider) if provider else self.ours
+        return own[key] if own else None
 
 
-def parsed(cpus: str) -> list[int]:
-    """ "0-3,8" -> [0, 1, 2, 3, 8]"""
-    numbers: list[int] = []
-    for part in filter(None, cpus.split(",")):
-        first, _, last = part.partition("-")
-        numbers += range(int(first), int(last or first) + 1)
-    return numbers
+def cases(run: Record, names: Iterable[str]) -> list[Case]:
+    """Those of these names that ours are measured in."""
+    return [case for case in (Case(run, name) for name in names) if case.ours]
 
 
-def machine(device: str) -> Record:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
-    return {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "caches": caches(),
-        "memory_gib": round(memory / 2**30, 1) if memory else None,
-        "huge_pages": read("/sys/kernel/mm/transparent_hugepage/enabled"),
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-        "load_before": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
-        "system": f"{platform.system()} {platform.release().partition('-')[0]}",
-    }
+def table(columns: Columns, rows: Iterable[Any], left: int = 1) -> str:
+    """Markdown, or nothing without rows; the first columns stand to the left, the others to the right."""
+    texts = [[cell(row) for _, cell in columns] for row in rows]
+    rule = ["---"] * left + ["--:"] * (len(columns) - left)
+    lines = [[head for head, _ in columns], rule, *texts]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) if texts else ""
 
 
-def versions() -> Record:
-    def of(package: str) -> str | None:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=REPO, capture_output=True, text=True)
-    try:
-        compiler = str(build.resolve(build_spec.cpu_spec()).compiler)
-    except BackendUnavailable as error:
-        compiler = f"none: {error.reason}"
-    return {
-        "fused_elbo": fused_elbo.__version__,
-        "commit": git.stdout.strip() or None,
-        "python": platform.python_version(),
-        "compiler": compiler,
-        **{package: of(package) for package in PACKAGES},
-    }
-
-
-def flags() -> Record:
-    spec = build_spec.cpu_spec()
-    return {
-        "instruction_set": build_spec.instruction_set(),
-        "cflags": " ".join([*spec.cflags, *spec.parts[-1].cflags]),
-        "environment": {
-            name: value
-            for name, value in sorted(os.environ.items())
-            if name.startswith(ENVIRONMENT) and name != "TORCHINDUCTOR_CACHE_DIR"  # a folder, whatever is in it
-        },
-    }
-
-
-def described(case: Case) -> Record:
-    tensors = case.tensors()
-    return {
-        "shape": list(case.shape),
-        "latent": list(case.latent),
-        "dtype": case.dtype,
-        "sigma": case.sigma,
-        "device": case.device,
-        "threads": case.threads or torch.get_num_threads(),
-        "elements": case.elements,
-        "step_bytes": step_bytes(tensors),
-    }
-
-
-# -------------------------------------------------------------------------------------------------------------- writing
-
-
-def write_json(report: Record, path: Path) -> None:
-    path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+OURS: Columns = [
+    ("of the limit", lambda c: with_interval(c.ratio("own_to_limit"))),
+    ("fastest baseline takes", lambda c: with_interval(c.ratio("best_to_own"))),
+    ("which is", lambda c: c.best),
+]
+STEPS: Columns = [
+    ("recon", lambda c: c.name),
+    ("fused_elbo", lambda c: median(c.ours)),
+    ("GB/s", lambda c: rate(c.ours)),
+    *OURS,
+    ("stock code takes", lambda c: times(c.ratio("own_to_ours", "stock"))),
+    ("`decoupled_elbo_backward`", lambda c: ", ".join(filter(None, one_call(c)))),
+]
+HALVES: Columns = [
+    ("recon", lambda c: c.name),
+    ("fused_elbo", lambda c: median(c.ours)),
+    ("its fp32", lambda c: median(Case(c.run, c.name.removesuffix(f"-{c.about['dtype']}")).ours)),
+    *OURS,
+]
+PROVIDERS: Columns = [
+    ("", lambda r: title(r["provider"])),
+    ("forward", lambda r: median(r, "forward")),
+    ("backward", lambda r: median(r, "backward")),
+    ("step", median),
+    ("quartiles", quartiles),
+]
+TO_OURS = ("of fused_elbo", lambda r: with_interval(r["own_to_ours"]))
+RATES: Columns = [("GB/s", rate), ("of the limit", lambda r: with_interval(r["own_to_limit"])), TO_OURS]
+COUNTS: Columns = [
+    TO_OURS,
+    ("operators", lambda r: number(r["operators"])),
+    ("kernels", lambda r: number(r["kernels"])),
+]
+MEMORY: Columns = [
+    ("case", lambda r: r["case"]),
+    *PROVIDERS[:1],
+    ("kept for backward", lambda r: count(r["saved_bytes"])),
+    ("peak of a step", lambda r: count(r.get("peak_bytes"))),
+]
+FIRST_CALLS: Columns = [*PROVIDERS[:1], ("first call", lambda r: seconds(r["first_call_s"]))]
+SHARES: Columns = [  # of (network, loss)
+    ("network", lambda r: r[0]["network"]),
+    ("parameters", lambda r: f"{r[0]['parameters'] / 1e6:.2f} M"),
+    ("loss", lambda r: "fused_elbo" if r[1] == "fused" else title(r[1])),
+    ("time of the loss", lambda r: seconds(r[0]["losses"][r[1]]["loss_s"]["median"])),
+    ("of the step", lambda r: seconds(r[0]["losses"][r[1]]["step_s"]["median"])),
+    ("share (quartiles)", lambda r: "{median:.1%} ({q1:.1%}–{q3:.1%})".format(**r[0]["losses"][r[1]]["share"])),
+]
+COMPARED = ("one_liner", "one_liner_compiled", "stock", "stock_compiled")
 
 
-def read_json(path: Path) -> Record:
-    report = json.loads(path.read_text(encoding="utf-8"))
-    if report.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {report.get('format')}, and this reads {FORMAT}: run bench/run.py anew")
-    return report
+def one_call(case: Case) -> tuple[str, str]:
+    return median(case.records.get("single_pass")), times(case.ratio("own_to_ours", "single_pass"))
 
 
-def flat(record: Record) -> Record:
-    """Without nesting: step_s.median and so on."""
-    row: Record = {}
-    for name, value in record.items():
-        row |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
-    return row
-
-
-def write_csv(report: Record, path: Path) -> None:
-    """The results; a ratio that the run's spread hides is left out, with the reason beside it."""
-    rows = [flat(shown(record)) for record in report["results"]]
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def shown(record: Record) -> Record:
-    """The record without ratios that must not be printed."""
-    hidden = {"median": None, "low": None, "high": None}
-    return {
-        name: value | hidden if isinstance(value, dict) and value.get("hidden") else value
-        for name, value in record.items()
-    }
-
-
-# -------------------------------------------------------------------------------------------------------------- console
-
-
-def seconds(value: float) -> str:
-    return f"{value * 1e6:.1f} µs" if value < 1e-3 else f"{value * 1e3:.2f} ms" if value < 1 else f"{value:.2f} s"
-
-
-def count(value: float | None) -> str:
-    """Bytes."""
-    if value is None:
-        return ""
-    return f"{value:.0f} B" if value < 1e4 else f"{value / 1e3:.0f} kB" if value < 1e6 else f"{value / 1e6:.1f} MB"
-
-
-def ratio(value: Record | None) -> str:
-    """A ratio, or "?" where the spread hides it."""
-    if value is None:
-        return ""
-    return HIDDEN if value["hidden"] else f"{value['median']:.2f}"
-
-
-def median(record: Record, part: str) -> str:
-    """Of "forward", "backward" or "step", or "?" where others had the processors."""
-    if record[f"{part}_s"] is None:
-        return ""
-    return HIDDEN if record["busy"] else seconds(record[f"{part}_s"]["median"])
-
-
-def quartiles(record: Record) -> str:
-    return HIDDEN if record["busy"] else f"{seconds(record['step_s']['q1'])} – {seconds(record['step_s']['q3'])}"
-
-
-def rate(record: Record) -> str:
-    return HIDDEN if record["busy"] else f"{record['step_gb_s']:.3g}"
-
-
-COLUMNS = {
-    "provider": lambda r: r["provider"],
-    "first call": lambda r: seconds(r["first_call_s"]),
-    "forward": lambda r: median(r, "forward"),
-    "backward": lambda r: median(r, "backward"),
-    "step": lambda r: median(r, "step"),
-    "quartiles": quartiles,
-    "GB/s": rate,
-    "/ limit": lambda r: ratio(r["own_to_limit"]),
-    "best / it": lambda r: ratio(r["best_to_own"]),
-    "saved": lambda r: count(r["saved_bytes"]),
-    "peak": lambda r: count(r.get("peak_bytes")),
-    "operators": lambda r: "" if r["operators"] is None else str(r["operators"]),
-    "kernels": lambda r: "" if r["kernels"] is None else str(r["kernels"]),
-}
-
-
-def console(name: str, case: Record, records: list[Record]) -> list[str]:
-    """A case's table, and what it does not show."""
-    columns = [[title, *map(cell, records)] for title, cell in COLUMNS.items()]
-    columns = [column for column in columns if any(column[1:])]
-    widths = [max(map(len, column)) for column in columns]
-    aligned = [
-        [text.ljust(width) if i == 0 else text.rjust(width) for text in column]
-        for i, (column, width) in enumerate(zip(columns, widths, strict=True))
-    ]
-    lines = ["  " + "  ".join(row) for row in zip(*aligned, strict=True)]
-    head = (
-        f"{name}: {SIGMAS[case['sigma']]}; {case['dtype']}, {case['device']}, {case['threads']} threads; "
-        f"{count(case['step_bytes'])} to move"
+def each_case(run: Record, sigmas: Iterable[str]) -> str:
+    """All providers of the cases with these σ."""
+    found = [Case(run, name) for name, about in run["cases"].items() if about["sigma"] in sigmas]
+    return "\n\n".join(
+        f"{case.name}: {workloads.SIGMAS[case.about['sigma']]}.\n\n{table(PROVIDERS + RATES, case.records.values())}"
+        for case in found
     )
-    best = next((r["best_baseline"] for r in records if r["best_baseline"]), None)
-    return [head, *lines, *([f"  best: {best}"] if best else []), *refusals(records)]
 
 
-def refusals(records: Iterable[Record]) -> list[str]:
-    """Why there are question marks."""
-    named = {"own_to_limit": "/ limit", "best_to_own": "best / it"}
-    reasons: dict[str, list[str]] = {}
-    for record in records:
-        if record["busy"]:
-            reasons.setdefault("others had the processors in most rounds", []).append(f"{record['provider']}'s times")
-        for key, column in named.items():
-            if record[key] and (reason := record[key]["hidden"]):
-                reasons.setdefault(reason, []).append(f"{record['provider']} {column}")
-    return [f"  {HIDDEN} {', '.join(who)}: {reason}" for reason, who in reasons.items()]
+def narrower_table(run: Record, narrower: Iterable[Record]) -> str:
+    """A row for each case of each narrower run, beside the same case of the page's own run."""
+    widest = run["flags"]["instruction_set"]
+    columns: Columns = [
+        ("", lambda c: c.run["flags"]["instruction_set"]),
+        ("case", lambda c: c.name),
+        *STEPS[1:2],
+        *OURS,
+        (f"{widest}: fused_elbo", lambda c: median(Case(run, c.name).ours)),
+        ("of the limit", lambda c: with_interval(Case(run, c.name).ratio("own_to_limit"))),
+    ]
+    return table(columns, [case for other in narrower for case in cases(other, other["cases"])], left=2)
+
+
+def conditions(run: Record) -> str:
+    flat: Record = {}
+    for part in ("machine", "versions", "flags", "settings"):
+        flat |= run[part]
+
+    def text(value: object) -> str:
+        if isinstance(value, dict):
+            return ", ".join(f"{k} {v}" for k, v in value.items())
+        return ", ".join(map(str, value)) if isinstance(value, list) else f"{value}"
+
+    rows = [(name.replace("_", " "), text(value)) for name, value in flat.items() if value not in (None, {}, [])]
+    return table([("", lambda row: row[0]), ("", lambda row: row[1])], rows, left=2)
+
+
+# ---------------------------------------------------------------------------------------------------------------- pages
+
+
+def results_page(run: Record, images: list[str], narrower: Iterable[Record] = ()) -> str:
+    compiled = next((c for c in (Case(run, s.name) for s in workloads.SHAPES) if "stock_compiled" in c.records), None)
+    halved = [name for name, about in run["cases"].items() if about["dtype"] != "fp32"]
+    peaks = [r for name in workloads.PEAKS for r in Case(run, name).records.values() if r["kind"] != "limit"]
+    values = {name: f"![{name}](results/{name}.png)" if f"{name}.png" in images else "" for name in plots.ALL} | {
+        "conditions": conditions(run),
+        "steps": table(STEPS, cases(run, (case.name for case in workloads.SHAPES))),
+        "halves": table(HALVES, cases(run, halved)),
+        "other_sigmas": each_case(run, workloads.OTHER_SIGMAS),
+        "hierarchy": each_case(run, ["levels"]),
+        "narrower": narrower_table(run, narrower),
+        "memory_table": table(MEMORY, peaks, left=2),
+        "overhead": table(PROVIDERS + COUNTS, Case(run, workloads.TINY.name).records.values()),
+        "compiled_case": compiled.name if compiled else "",
+        "first_calls": table(FIRST_CALLS, compiled.records.values()) if compiled else "",
+        "shares": table(SHARES, [(of, loss) for of in run.get("train_step") or () for loss in of["losses"]], left=3),
+    }
+    return filled(TEMPLATE.read_text(encoding="utf-8"), values)
+
+
+def filled(template: str, values: dict[str, str]) -> str:
+    """The template with values for its {{names}}, without the sections whose names have no value at all."""
+    name, sections = re.compile(r"{{(\w+)}}"), []
+    for section in re.split(r"^(?=## )", template, flags=re.M):
+        names = name.findall(section)
+        if not names or any(values[n] for n in names):
+            paragraphs = [name.sub(lambda m: values[m[1]], part) for part in section.strip().split("\n\n")]
+            sections.append("\n\n".join(filter(None, paragraphs)))
+    return "\n\n".join(sections) + "\n"
+
+
+def readme_table(run: Record) -> str:
+    """Step times at a σ of the batch, fp32, and the time of what they replace, as a multiple of that."""
+    found = cases(run, (case.name for case in (*workloads.SHAPES, workloads.TINY)))
+
+    def column(name: str) -> tuple[str, Callable[[Case], str]]:
+        head = "the same, `torch.compile`" if name.endswith("_compiled") else title(name)
+        return head, lambda case: times(case.ratio("own_to_ours", name))
+
+    columns = [*STEPS[:2], ("of the limit", lambda c: times(c.ratio("own_to_limit")))]
+    columns += [column(name) for name in COMPARED if any(name in case.records for case in found)]
+    machine, settings = run["machine"], run["settings"]
+    cpu = f"{machine['processor']} ({machine['cores']} cores, {run['flags']['instruction_set']})"
+    where = machine["gpu"] or f"{settings['threads']} threads of {cpu}"
+    return (
+        f"Medians of {settings['rounds']} or more interleaved rounds on {where}, torch {run['versions']['torch']};\n"
+        f"{HIDDEN}: the run's spread hides it.\n\n{table(columns, found)}"
+    )
+
+
+def between(text: str, inserted: str) -> str:
+    """`text` with what is between the markers replaced. Raises ValueError if they are not there once each."""
+    pattern = re.compile(f"({re.escape(START)}).*?({re.escape(END)})", re.DOTALL)
+    replaced, found = pattern.subn(lambda m: f"{m[1]}\n{inserted}\n{m[2]}", text)
+    if found != 1:
+        raise ValueError(f"{START.strip()} … {END.strip()}: {found} of them in README.md, not 1")
+    return replaced
+
+
+def rendered() -> dict[Path, str]:
+    """The pages as they ought to be."""
+    images = [image.name for image in sorted(KEPT.glob("*.png"))]
+    run = record.read_json(KEPT / "results.json")
+    narrower = [record.read_json(path) for path in sorted(KEPT.glob("*.json")) if path.stem != "results"]
+    return {
+        PAGE: results_page(run, images, narrower),
+        README: between(README.read_text(encoding="utf-8"), readme_table(run)),
+    }
+
+
+def keep(folder: Path, *narrower: Path) -> None:
+    run = record.read_json(folder / "results.json")
+    KEPT.mkdir(exist_ok=True)
+    for image in KEPT.glob("*.png"):
+        image.unlink()
+    plots.draw(run, KEPT)
+    others = [record.read_json(other / "results.json") for other in narrower]
+    named = {"results": run} | {other["flags"]["instruction_set"].lower(): other for other in others}
+    for name, kept in named.items():
+        record.write_json(kept, KEPT / f"{name}.json")
+        record.write_csv(kept, KEPT / f"{name}.csv")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--from", dest="folders", type=Path, nargs="+", metavar="DIR", help="of runs: their --out, the widest first")
+    args = parser.parse_args()
+    if args.folders:
+        keep(*args.folders)
+    for path, text in rendered().items():
+        path.write_text(text, encoding="utf-8")
+        print(f"written: {path.relative_to(BENCH.parent)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -8,7 +8,7 @@
 A step is forward and backward of the loss alone, to the gradients of recon, mu and logvar. Every provider's loss and
 gradients are compared with fp64 before it is timed; one that differs is not, and the exit status is 1. measure.py says
 what the numbers mean, timing.py when a ratio is refused ("?"). Writes results.json, results.csv and the plots into
---out; bench/results.py makes pages of them.
+--out; bench/report.py makes pages of them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import measure
 import peak
 import plots
 import providers
-import report
+import record
 import timing
 import torch
 import workloads
@@ -74,13 +74,13 @@ def listing(args: argparse.Namespace) -> list[str]:
     return [f"{case.name:{width}}  {' '.join(p.name for p in serving(case, args))}" for case in args.cases]
 
 
-def add_peaks(case: workloads.Case, records: list[report.Record]) -> None:
+def add_peaks(case: workloads.Case, records: list[record.Record]) -> None:
     if case.device == "cpu" and not peak.available():
         return
-    for record in records:
-        if record["kind"] == "limit":  # whose gradients are there before
+    for own in records:
+        if own["kind"] == "limit":  # whose gradients are there before
             continue
-        record["peak_bytes"] = peak.in_a_process(case, record["provider"], torch.get_num_threads())
+        own["peak_bytes"] = peak.in_a_process(case, own["provider"], torch.get_num_threads())
 
 
 @contextlib.contextmanager
@@ -114,11 +114,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measured(args: argparse.Namespace) -> list[str]:
     """Everything that was asked for, written to --out; what is returned are the faults of providers."""
-    result: report.Record = {
-        "format": report.FORMAT,
-        "machine": report.machine(args.device),
-        "versions": report.versions(),
-        "flags": report.flags(),
+    result: record.Record = {
+        "format": record.FORMAT,
+        "machine": record.machine(args.device),
+        "versions": record.versions(),
+        "flags": record.flags(),
         "settings": {"threads": torch.get_num_threads(), "rounds": args.rounds, "quick": args.quick},
         "cases": {},
         "results": [],
@@ -130,9 +130,9 @@ def measured(args: argparse.Namespace) -> list[str]:
         if case.name in workloads.PEAKS:
             add_peaks(case, records)
         faults += wrong
-        result["cases"][case.name] = report.described(case)
+        result["cases"][case.name] = record.described(case)
         result["results"] += records
-        print("\n".join(report.console(case.name, result["cases"][case.name], records)), flush=True)
+        print("\n".join(record.console(case.name, result["cases"][case.name], records)), flush=True)
         for fault in wrong:
             print(f"  NOT TIMED: {fault}", flush=True)
         print()
@@ -148,10 +148,10 @@ def measured(args: argparse.Namespace) -> list[str]:
     return faults
 
 
-def write(result: report.Record, out: Path) -> None:
+def write(result: record.Record, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    report.write_json(result, out / "results.json")
-    report.write_csv(result, out / "results.csv")
+    record.write_json(result, out / "results.json")
+    record.write_csv(result, out / "results.csv")
 
 
 if __name__ == "__main__":

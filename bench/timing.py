@@ -43,7 +43,7 @@ TASKS = Path("/proc/self/task")
 
 @dataclass(frozen=True)
 class Spread:
-    """Of one number over the rounds."""
+    """How one number is spread over the rounds."""
 
     median: float
     q1: float
@@ -115,8 +115,8 @@ def synchronise(case: Case) -> None:
 
 @dataclass
 class Timing:
-    """Of one provider, for each round: the seconds of a forward and of a backward, and for which share of both the
-    thread waited for a processor that waited most (0 where the system does not tell)."""
+    """One provider's seconds of a forward and of a backward, for each round; and its waits: for which share of both the
+    thread that waited most waited for a processor (0 where the system does not tell)."""
 
     forward: list[float] = field(default_factory=list)
     backward: list[float] = field(default_factory=list)
@@ -129,7 +129,7 @@ class Timing:
 
     @property
     def calm(self) -> list[bool]:
-        """Of each round, whether its threads had the processors to themselves."""
+        """Tells for each round whether its threads had the processors to themselves."""
         return [waited <= BUSY for waited in self.waits]
 
     @property
@@ -137,7 +137,7 @@ class Timing:
         return sum(self.calm) / len(self.waits)
 
     def spread(self, seconds: list[float]) -> Spread:
-        """Of the calm rounds, if there are any."""
+        """The spread over the calm rounds, if there are any, else over all."""
         return Spread.of([s for s, calm in zip(seconds, self.calm, strict=True) if calm] or seconds)
 
 
@@ -157,8 +157,8 @@ def steps_in_a_sample(step: Step, case: Case) -> int:
 
 
 def sample(step: Step, case: Case, steps: int) -> tuple[float, float, float]:
-    """As a round in `Timing`. The first steps are not timed: they find in the caches what another provider left there,
-    and what counts is a provider's own steady state."""
+    """Takes one round, for `Timing`. The first steps are not timed: they find in the caches what another provider left
+    there, and what counts is a provider's own steady state."""
     forward = backward = 0.0
     for _ in range(max(1, steps // 2)):
         step()

@@ -116,7 +116,7 @@ def shares(network: Network, rounds: int) -> dict[str, Any]:
 
 
 def measure(rounds: int) -> list[dict[str, Any]]:
-    """For results.json."""
+    """Measures both networks, for results.json."""
     large = convolutional()
     return [shares(network, rounds) for network in (large, linear(large.batches))]
 

@@ -57,7 +57,7 @@ class Case:
 
     @property
     def elements(self) -> int:
-        """Of recon; of all latents where there are no data."""
+        """The number of elements of recon, or of all latents where there are no data."""
         if self.sigma == "levels":
             return self.batch * sum(math.prod(level) for level in levels())
         return math.prod(self.shape)

@@ -67,7 +67,7 @@ class Subspace:
         return z @ self.decoder.T + math.sqrt(noise) * torch.randn(count, DIMS, generator=generator).double()
 
     def random_direction(self, seed: int) -> Tensor:
-        """As long as W*, and inside the subspace, so that every decoder W* + tV reconstructs perfectly at gamma = 0."""
+        """Draws V as long as W*, inside the subspace, so that every W* + tV reconstructs perfectly at gamma = 0."""
         generator = torch.Generator().manual_seed(seed)
         inside = self.basis @ torch.randn(INTRINSIC, LATENTS, generator=generator, dtype=torch.float64)
         return inside * self.decoder.norm() / inside.norm()

@@ -77,19 +77,25 @@ def decoupled_elbo(
         RuntimeError: for a process_group where torch.distributed is missing or not initialised, inside torch.func's
             transforms, and when its loss is differentiated twice.
 
-    With a process_group an optimal σ and capacity's mean are those of the batch of all R ranks, and a sample weighs R/B
-    (B samples on all ranks; for "mean" R/N, N elements; for "sum" R). So the mean over the ranks of loss, distortion
-    and rate is what one process with the whole batch returns, and the mean of the gradients, as
-    DistributedDataParallel and FSDP form it, is that process's gradient, whatever the sizes of the shards; an optimal σ
-    is the same on all ranks. What it takes: every rank makes the same calls, in evaluation too, with the same options;
-    a rank without data passes tensors of batch size 0 (a batch that is empty on all ranks has NaN for σ and means); the
-    grad_outputs are the same on all ranks, as with loss.backward(), for no rank learns another's. A learned log_sigma
-    and a tensor β need the average of their gradients as well: let the wrapped module hold them. It costs one
-    all-reduce of four numbers in forward, none in backward; torch.compile breaks its graph there. reduction="none" and
-    second derivatives are refused.
+    With a process_group, an optimal σ and capacity's mean are those of the batch of all R ranks. A sample weighs R/B,
+    with B samples on all ranks; for "mean" R/N, with N elements; for "sum" R. So the mean over the ranks of loss,
+    distortion and rate is what one process with the whole batch returns. The mean of the gradients, as
+    DistributedDataParallel and FSDP form it, is that process's gradient, whatever the sizes of the shards. An optimal σ
+    is the same on all ranks.
+
+    - Every rank makes the same calls, in evaluation too, with the same options.
+    - A rank without data passes tensors of batch size 0. (A batch that is empty on all ranks has NaN for σ and means.)
+    - The grad_outputs are the same on all ranks, as with loss.backward(), because no rank learns another's.
+    - A learned log_sigma and a tensor β need the average of their gradients as well: let the wrapped module hold them.
+    - It costs one all-reduce of four numbers in forward and none in backward; torch.compile breaks its graph there.
+    - reduction="none" and second derivatives are refused.
 
     A second derivative goes through plain PyTorch; torch.compile has it by torch.func.jacrev alone. There is no
-    forward-mode derivative. Compiled or exported inside torch.func's transforms the loss is plain PyTorch.
+    forward-mode derivative, except inside `with fused_elbo.backend("reference"):`. Where torch.compile meets the
+    transforms of torch.func (vmap, grad, vjp, jacrev, in any order), values and gradients are right, but what is
+    compiled is plain PyTorch, and a backend that was asked for is refused there. torch.export takes the loss with a
+    batch of any size, and vmap of it with the sizes of the example; an error says that it makes no graph of grad, vjp
+    and jacrev. make_fx takes all of them, except vmap with tracing_mode="symbolic".
 
     "optimal" looks at the target: for test-time likelihoods use a σ from training
     (`fused_elbo.DecoupledELBO(momentum=…)`), and note that with "optimal-per-image" the distortion is no valid bound.
@@ -132,7 +138,8 @@ def decoupled_elbo_backward(
     Args:
         grad_scale: what the gradients are multiplied by, before they are rounded to their tensors' dtypes: a finite
             number, or a tensor of one element on recon's device. With a GradScaler `scaler.scale(torch.ones((),
-            device=recon.device))`; to accumulate over n batches, 1/n. The returned loss is not multiplied.
+            device=recon.device))`; to accumulate over n batches, 1/n (with both, `scaler.scale(torch.full((), 1 / n,
+            device=recon.device))`). The returned loss is not multiplied.
         retain_graph: keep the graph of recon, mu and logvar, for another loss that goes back through it.
 
         All others as in `decoupled_elbo`, except that reduction="none" is refused.

@@ -153,7 +153,7 @@ class Call:
         return of_leaves
 
     def gradients(self, outputs: Any, weights: tuple[float, float, float] = (1.0, 0.5, -0.7)) -> list[Tensor]:
-        """Of all leaves, for grad_outputs that are unequal per output and per sample."""
+        """The gradients of all leaves, for grad_outputs that are unequal per output and per sample."""
         grad_outputs = [
             (w * (1 + torch.arange(o.numel(), dtype=torch.float64) / 4)).reshape(o.shape).to(o.dtype)
             for w, o in zip(weights, outputs[:3], strict=True)

@@ -102,7 +102,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def cpp() -> Iterator[None]:
-    """For what is promised of the C++ backend alone."""
+    """Forces the C++ backend, for what is promised of it alone."""
     if "cpp" not in present():
         pytest.skip("the C++ backend is not tested here; the report's header says why")
     with fused_elbo.backend("cpp"):

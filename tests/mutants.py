@@ -49,7 +49,7 @@ def language_of(file: str) -> str:
 
 @cache
 def pattern_of(pattern: str, language: str) -> Any:
-    """As ast-grep takes it. Alone, `$A < $B ? …` would begin a C++ template, so an expression is given a place."""
+    """Gives a pattern as ast-grep takes it. `$A < $B ? …` alone would begin a C++ template, so it is given a place."""
     if language == "python" or pattern.endswith(";") or pattern.startswith("for "):
         return pattern
     context = f"void f() {{ return {pattern}; }}"
@@ -64,7 +64,7 @@ def parsed(text: str, language: str) -> SgNode:
 
 
 def name_of(function: SgNode) -> str | None:
-    """Of a definition: in C++ its declarator, which may be that of a reference or a pointer, has another inside."""
+    """Finds a definition's name. A C++ declarator, which may be of a reference or a pointer, has another inside."""
     if (name := function.field("name")) is not None:
         return name.text()
     names = function.field("declarator")

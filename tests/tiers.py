@@ -21,16 +21,16 @@ COMMANDS = {"test": "make test", "check": "make check", "release": "make check-r
 # Files whose tests all wait for `make check`, and why. `make test` does not even import them.
 CHECK = {
     "the examples: what they claim, how they resume, what they refuse": (
-        "calibrated_decoders", "examples", "frechet", "learned_vs_fixed_sigma", "likelihoods", "linear", "mmd",
-        "objective_slices", "rd_curve", "sparse_representation", "sweep",
+        "calibrated_decoders", "example_data", "examples", "frechet", "learned_vs_fixed_sigma", "likelihoods", "linear",
+        "mmd", "objective_slices", "rd_curve", "rd_curve_runs", "sparse_representation", "sweep",
     ),
-    "the benchmark and the GPU check": ("bench", "gpu_check"),
+    "the benchmark and the GPU check": ("bench", "gpu_check", "results"),
     "the machine code of Triton's kernels": ("compiled",),
     "the library forgotten and imported again": ("reimport",),
     "packages: sdist, wheel": ("packaging", "packaged_library", "wheel"),
     "element loops on every instruction set and compiler": ("lanes",),
     "the finding of mutants": ("mutant_patterns",),
-    "compilers and exporters of transforms, all combinations": ("transforms",),
+    "compilers and exporters of transforms, all combinations": ("traced_inputs", "transforms"),
 }  # fmt: skip
 # In these files the tests of `quick`, a fixture that trains models for all of them, wait for a release: minutes each.
 TRAINED = ("calibrated_decoders", "learned_vs_fixed_sigma", "objective_slices", "sparse_representation")

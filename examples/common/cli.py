@@ -96,7 +96,7 @@ def add_sigma_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
 
 
 def add_sweep_arguments(parser: argparse.ArgumentParser, *, out: Path, minutes: str) -> None:
-    """Of a script that trains many models for one picture. Its sizes come from `settle`."""
+    """Adds the arguments of a script that trains many models for one picture. Its sizes come from `settle`."""
     group = parser.add_argument_group("run")
     group.add_argument(
         "--quick", action="store_true",

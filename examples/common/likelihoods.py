@@ -128,7 +128,7 @@ class LogisticMixture(Likelihood):
         return torch.logsumexp(log_weight + below + above + between, dim=2)
 
     def mean(self, out: Tensor) -> Tensor:
-        """Of the mixture cut off at 0 and 1: E = ∫ 1 − F over [0, 1], in closed form; the levels' is within a level."""
+        """The mean of the mixture cut off at 0 and 1, ∫ 1 − F over [0, 1]. The levels' mean is within a level."""
         log_weight, mean, log_scale = self._components(out)
         scale = log_scale.exp()
         inside = scale * (F.softplus(mean / scale) - F.softplus((mean - 1) / scale))

@@ -38,7 +38,7 @@ class Optimum(NamedTuple):
 
 
 def optimum(eigenvalues: Tensor, latents: int, beta: float) -> Optimum:
-    """Of D/2·log σ² + β·rate. `eigenvalues`: [D], descending, float64.
+    """The optimum of D/2·log σ² + β·rate. `eigenvalues`: [D], descending, float64.
 
     K_active depends on σ², and σ² on it. With dimensions 1 to k active, taking in k + 1 lowers σ² if and only if
     λ_{k+1}(D − βk) > β·Σ_{i>k} λ_i, that is λ_{k+1} > βσ²; and where it does not, neither does any later one, whose

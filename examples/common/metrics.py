@@ -49,7 +49,7 @@ def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def features_of(network: Features, images: Tensor) -> Tensor:
-    """Of images of either storage, clipped to [0, 1], [N, F] on the CPU."""
+    """The features of images of either storage, clipped to [0, 1]: [N, F] on the CPU."""
     return torch.cat([network(to_unit(chunk).clamp(0, 1)).flatten(1).cpu() for chunk in images.split(CHUNK)])
 
 

@@ -29,8 +29,8 @@ HALF = math.sqrt(0.5)  # with this σ the loss is SSE + β·rate, up to the cons
 
 
 def measure(trainer: Trainer, images: Tensor, *, draws: int) -> dict[str, float]:
-    """Of one split, with `draws` latents for each of its members: mean rate, squared error, and the distortions that
-    cannot be had from these."""
+    """Measures one split, with `draws` latents for each of its members: mean rate, squared error, and the distortions
+    that cannot be had from these."""
     dims = images[0].numel()
     images = torch.cat([images] * draws)
     trained = trainer.evaluate(images)
@@ -47,7 +47,7 @@ def measure(trainer: Trainer, images: Tensor, *, draws: int) -> dict[str, float]
 
 
 def _evaluate(trainer: Trainer, images: Tensor, criterion: DecoupledELBO) -> dict[str, float]:
-    """As Trainer.evaluate, and with the same latents, by another loss."""
+    """Does what Trainer.evaluate does, with the same latents, by another loss."""
     own, trainer.objective.criterion = trainer.objective.criterion, criterion
     try:
         return trainer.evaluate(images)

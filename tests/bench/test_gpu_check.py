@@ -47,7 +47,7 @@ def test_arguments() -> None:
 
 
 NOT_ON_A_GPU = {
-    "distributed/distributed": "most of it starts processes that speak by gloo, on CPU tensors",
+    "distributed/distributed": "its process groups and device meshes are of the CPU",
 }
 
 
@@ -105,7 +105,7 @@ def test_the_report_and_the_exit_code(pretended: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_the_tests_run_on_another_device() -> None:
-    """On "meta", which every machine has: shapes and devices are compared there, and a look at a value fails."""
+    """Every machine has "meta": shapes and devices are compared there, and a look at a value fails."""
     ops, elbo = "tests/operators/test_ops.py", "tests/loss/test_elbo.py"
     (summary,) = gpu_check.pytest(ops, "-k", "test_operators_equal_the_reference", device="meta")
     assert f"{len(MODES)} passed" in summary
@@ -114,7 +114,7 @@ def test_the_tests_run_on_another_device() -> None:
 
 
 class Watch:
-    """In the operators' place: calls them, and takes down the kinds of σ and which gradients were wanted."""
+    """Stands in the operators' place: calls them, and takes down the kinds of σ and which gradients were wanted."""
 
     def __init__(self) -> None:
         self.kinds: dict[str, set[Kind]] = {"forward": set(), "step": set()}

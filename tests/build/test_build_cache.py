@@ -86,7 +86,7 @@ def test_a_cache_that_others_can_write_is_refused(shop: Workshop, mode: int) -> 
 
 
 def owned_by(monkeypatch: pytest.MonkeyPatch, folder: Path, owner: int) -> None:
-    """As the file system would say it, whoever runs the tests."""
+    """Makes the file system say so, whoever runs the tests."""
     real = Path.stat
 
     def found(path: Path, **kwargs: bool) -> os.stat_result:
@@ -108,7 +108,7 @@ def test_a_cache_of_another_user_is_refused(shop: Workshop, monkeypatch: pytest.
 
 @needs_compiler
 def test_what_root_has_built_serves_all(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in an image: built by RUN, used by USER, with no compiler any more."""
+    """This happens in an image: it is built by RUN and used by USER, when there is no compiler any more."""
     library = builder.build(shop.spec).library
     owned_by(monkeypatch, shop.cache, 0)
     assert builder.build(shop.spec).library == library
@@ -129,7 +129,7 @@ def umask() -> int:
 @needs_compiler
 @pytest.mark.parametrize("left", [0, 100, 4096, -1], ids=str)
 def test_a_library_that_was_cut_short_is_not_loaded(shop: Workshop, monkeypatch: pytest.MonkeyPatch, left: int) -> None:
-    """By a copy, or a full disk: dlopen would kill the process."""
+    """A copy, or a full disk, cuts it short; dlopen would then kill the process."""
     library = builder.build(shop.spec).library
     whole = library.read_bytes()
     library.write_bytes(whole[:left])

@@ -34,7 +34,7 @@ pytestmark = needs_compiler
 
 @pytest.fixture(scope="module")
 def library() -> Path:
-    """As the wheel has it; in the cache that the other tests use, so that it is compiled once."""
+    """The library that the wheel has, in the cache that the other tests use, so that it is compiled once."""
     return builder.build(builder.cpu_spec(build_spec.ISAS)).library
 
 
@@ -134,7 +134,7 @@ def test_it_needs_the_stable_abi_and_nothing_of_python(library: Path) -> None:
 
 @needs_x86
 def test_it_chooses_as_pytorch_does(library: Path) -> None:
-    """In processes of their own: a library chooses once, when it is loaded."""
+    """Each runs in a process of its own, because a library chooses once, when it is loaded."""
     script = f"""
 import ctypes, torch
 level = ctypes.CDLL({str(library)!r}).fused_elbo_cpu_isa

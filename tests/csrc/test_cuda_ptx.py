@@ -71,7 +71,7 @@ def kernels(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 def bits(t: torch.Tensor) -> Any:
-    """As numpy knows it, which has no bfloat16."""
+    """An array of the same bits: numpy has no bfloat16."""
     return (t.view(torch.int16) if t.dtype == torch.bfloat16 else t).numpy().copy()
 
 
@@ -200,7 +200,7 @@ def test_two_passes_move_five_times_their_data(name: str, kernels: dict[str, Any
 
 @pytest.mark.parametrize("name", DTYPES)
 def test_one_pass_moves_three_times_its_data(name: str, kernels: dict[str, Any]) -> None:
-    """In registers and in shared memory; the last row is not full."""
+    """The data are in registers and in shared memory; the last row is not full."""
     step = Step(name, batch=3, dims=30008, latents=64)
     step.in_one_pass(kernels, data_blocks=2)
     step.check()

@@ -290,7 +290,7 @@ def test_a_mutant_is_noticed(name: str, check: Check) -> None:
 
 @pytest.fixture(scope="module")
 def sanitized(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Check]:
-    """Under AddressSanitizer, and one schedule: which addresses a thread takes does not depend on who is next."""
+    """This runs under AddressSanitizer, with one schedule: a thread's addresses do not depend on who is next."""
     asked = [cuda_shim.compiler() or "", "-print-file-name=libasan.so"]
     runtime = Path(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip())
     if not runtime.is_absolute():

@@ -31,7 +31,7 @@ BESIDES = 1024  # bytes of shared memory that the kernel has anyway
 
 @dataclass(frozen=True)
 class Gpu:
-    """As the CUDA programming guide's table of compute capabilities and the vendors' data sheets have them."""
+    """Sizes from the CUDA programming guide's table of compute capabilities and the vendors' data sheets."""
 
     multiprocessors: int
     shared_kib: int  # that a block may ask for

@@ -32,7 +32,7 @@ def fresh_pool(cpp: None) -> Iterator[None]:
 
 
 def gradient(mib: float, seed: int = 0) -> Tensor:
-    """Of recon: recon − target, exactly. Its values are `seed`."""
+    """Makes a gradient of recon, which is recon − target exactly: all its values are `seed`."""
     recon = torch.full((4, int(mib * MIB) // 16), float(seed), requires_grad=True)
     latents = torch.zeros(4, 2)
     loss = decoupled_elbo(recon, torch.zeros_like(recon), latents, latents, sigma=1.0, reduction="sum").loss

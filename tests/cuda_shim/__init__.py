@@ -111,7 +111,7 @@ class Shim:
         self._functions.shim_mutant(number)
 
     def multiprocessors(self, count: int) -> None:
-        """Of the device, which the launchers size their grids by."""
+        """Sets how many the device has, which the launchers size their grids by."""
         self._functions.shim_multiprocessors(count)
 
     def launches(self) -> int:

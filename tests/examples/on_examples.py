@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ for package in ("matplotlib", "mlxtend", "sklearn", "tqdm", "PIL"):
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))  # as Python does for a script: they import their neighbour `common`
+TINY = ["--data", "digits", "--beta", "2", "--width", "8", "--latent-dim", "4", "--lr", "0.005"]
 
 
 def read_csv(path: Path) -> list[dict[str, Any]]:
@@ -30,6 +32,14 @@ def read_csv(path: Path) -> list[dict[str, Any]]:
 
     with path.open(encoding="utf-8", newline="") as file:
         return [{key: value(text) for key, text in row.items()} for row in csv.DictReader(file)]
+
+
+def train(out: Path, *options: str, code: int = 0) -> dict[str, Any]:
+    """Runs examples/train_vae.py on the digits, with a small model, and gives its metrics."""
+    import train_vae
+
+    assert train_vae.main([*TINY, "--out", str(out), *options]) == code
+    return json.loads((out / "metrics.json").read_text()) if code == 0 else {}
 
 
 def interrupt_in_step(monkeypatch: pytest.MonkeyPatch, number: int) -> None:

@@ -117,7 +117,7 @@ def test_a_sigma_that_falls_with_the_error_reaches_a_smaller_one(rows: dict[str,
 
 
 def test_freer_densities_bound_better_and_sample_worse(rows: dict[str, Row]) -> None:
-    """As in the paper's table: per-pixel sigma and Student-t against one sigma for all."""
+    """The paper's table says so of per-pixel sigma and Student-t, against one sigma for all."""
     for name in ("per-pixel", "student-t"):
         assert value(rows, name, "bits_per_dim") < value(rows, "optimal", "bits_per_dim") - 0.2
         assert value(rows, name, "frechet") > 1.5 * value(rows, "optimal", "frechet")

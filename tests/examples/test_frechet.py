@@ -134,7 +134,7 @@ def test_labels_lie_beside_their_images() -> None:
 
 
 class Network(nn.Module):
-    """As the FID network is called."""
+    """Called as the FID network is."""
 
     def forward(self, x: Tensor, return_features: bool = False) -> Tensor:
         assert x.dtype == torch.uint8

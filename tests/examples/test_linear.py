@@ -59,7 +59,7 @@ def test_optimum_is_the_best_of_all_active_sets(name: str) -> None:
 
 
 def expected_loss(parameters: torch.Tensor, eigenvalues: torch.Tensor, latents: int, beta: float) -> torch.Tensor:
-    """Of a linear VAE, the expectations over x and z in closed form; any orientation, not only along the axes."""
+    """A linear VAE's loss, with closed-form expectations over x and z, for any orientation, not only along the axes."""
     dims = len(eigenvalues)
     encoder, decoder, logvar, logvar_x = parameters.split([latents * dims, dims * latents, latents, 1])
     encoder, decoder = encoder.view(latents, dims), decoder.view(dims, latents)

@@ -120,7 +120,7 @@ def test_a_step_in_one_launch_moves_three_times_its_data(
 def test_programs_that_hold_all_that_they_can(
     dtype: torch.dtype, log: list[Launch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a GPU of two SMs, nearly filled."""
+    """It runs on a GPU of two SMs, which it nearly fills."""
     from fused_elbo.kernels import operators
 
     monkeypatch.setattr(operators, "resident_programs", lambda device: 2)

@@ -47,7 +47,7 @@ class NoCompiler:
 
 @pytest.fixture
 def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As PyTorch would see one."""
+    """Makes PyTorch see a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(backends.triton, "load", backends.triton.load.__wrapped__)  # which remembers nothing

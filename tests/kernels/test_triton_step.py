@@ -127,7 +127,7 @@ def let_threads_agree(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Launches:
-    """In the kernel's place: runs it, and takes down its programs and its code."""
+    """Stands in the kernel's place: runs it, and takes down its programs and its code."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel, self.programs, self.ptx = kernel, [], ""
@@ -217,7 +217,7 @@ def test_the_barrier_is_ready_for_the_next_launch(launches: Launches) -> None:
 
 
 def test_each_stream_and_each_graph_has_a_barrier_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On pretended streams of a GPU: two launches that share a barrier would let each other through too early."""
+    """The streams are pretended. Two launches that share a barrier would let each other through too early."""
     made = []
 
     def zeros(*size: int, **kw: Any) -> torch.Tensor:

@@ -194,7 +194,7 @@ class TestDtypesAndShapes:
     @pytest.mark.parametrize("batch", [4, 1])
     @pytest.mark.parametrize("shape", [(), (1, 1, 1)], ids=str)
     def test_one_sigma_per_image_is_so_for_a_single_image_too(self, batch: int, shape: tuple[int, ...]) -> None:
-        """As sigma="optimal-per-image" reports it: a log_sigma with the batch in it, of one image or of more."""
+        """A log_sigma that has the batch in it gives (B,), as sigma="optimal-per-image" does, for one image or more."""
         call = Call("optimal", batch=batch)
         each = torch.linspace(-1, 0, batch).reshape(batch, *shape).requires_grad_()
         elbo = decoupled_elbo(*call.tensors, log_sigma=each)

@@ -57,7 +57,7 @@ def test_fp64_equals_the_literal_formulas(mode: str, reduction: str) -> None:
 
 
 def repeated(mode: str, dtype: torch.dtype) -> list[pytest.MarkDecorator]:
-    """As PTX: what it is run for once more."""
+    """The marks of what is run once more, as PTX."""
     each = [pytest.mark.ptx_each] if dtype == torch.bfloat16 or mode in FEW else []
     return [*each, pytest.mark.schedules] if mode in FEW else each
 

@@ -154,7 +154,7 @@ def test_sums_of_samples_equal_the_reductions(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", [m for m in MODES if m not in ("free-bits", "prior-shared") and "capacity" not in m])
 def test_loss_is_distortion_plus_beta_rate(mode: str) -> None:
-    """Of each sample; and of a batch ("sum" and "mean" only scale, as the test above says) unless β differs in it."""
+    """This holds for each sample, and for a batch unless β differs in it. ("sum" and "mean" only scale: see above.)"""
     for reduction in ("none", "batchmean"):
         call = Call(mode, reduction)
         beta = call.kw.get("beta", 1.0)

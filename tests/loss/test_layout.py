@@ -94,7 +94,7 @@ def test_chunks_of_a_packed_tensor(latent: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("offset", [0, 1, 4])
 @pytest.mark.parametrize("latent", [5, 6, 12, 72])
 def test_half_latents_at_any_address(latent: int, offset: int, dtype: torch.dtype) -> None:
-    """As chunks of one tensor, where vectors of 8, 4, 2 elements or none begin, which do not all divide the size."""
+    """They are chunks of one tensor, at which vectors of 8, 4, 2 elements or none begin; not all divide the size."""
     batch, chunks = 3, 4
     memory = torch.randn(offset + batch * chunks * latent).mul(0.5).to(dtype)
     latents = memory[offset:].view(batch, chunks * latent).chunk(chunks, 1)
@@ -132,7 +132,7 @@ def copies(call: Call) -> int:
 
 
 def packed(t: Tensor) -> Tensor:
-    """As a chunk of a tensor twice as wide."""
+    """The same values, as a chunk of a tensor twice as wide."""
     return torch.cat([t, t], 1).chunk(2, dim=1)[0].detach().requires_grad_()
 
 

@@ -22,7 +22,7 @@ HALF = [torch.float16, torch.bfloat16]
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """As a trainer sets it while it builds a model."""
+    """Sets it as a trainer does while it builds a model."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -37,7 +37,7 @@ def built_under(dtype: torch.dtype) -> DecoupledELBO:
 
 
 def cast_beneath(dtype: torch.dtype) -> DecoupledELBO:
-    """As FullyShardedDataParallel's buffer_dtype does."""
+    """Casts the buffers as FullyShardedDataParallel's buffer_dtype does."""
     module = DecoupledELBO(momentum=0.01)
     for buffer in module.buffers():
         buffer.data = buffer.to(dtype) if buffer.is_floating_point() else buffer
@@ -68,7 +68,7 @@ WAYS: dict[str, Callable[[torch.dtype], DecoupledELBO]] = {
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("way", WAYS)
 def test_the_running_sigma_of_a_half_precision_module_moves(way: str, dtype: torch.dtype) -> None:
-    """By less than half an ulp at each step: in bf16 it would stay at 0.09."""
+    """It moves by less than half an ulp at each step: in bf16 it would stay at 0.09."""
     module, wide = WAYS[way](dtype), DecoupledELBO(momentum=0.01)
     x, z = torch.rand(4, 37), torch.zeros(4, 6)
     for error in (0.30, *[0.31] * 20):
@@ -160,7 +160,7 @@ def model() -> nn.ModuleDict:
 
 
 def test_state_after_the_meta_device() -> None:
-    """As torch's modules: built without memory, given some, and set by reset_parameters."""
+    """Like torch's modules, it is built without memory, given some, and set by reset_parameters."""
     with torch.device("meta"):
         made = model()
     assert all(t.is_meta for t in made.state_dict().values())

@@ -69,7 +69,7 @@ def test_running_sigma(sigma: str) -> None:
 
 @pytest.mark.parametrize("build", [lambda: DecoupledELBO(2.0, momentum=0.25), lambda: LearnedSigmaELBO(3, beta=2.0)])
 def test_backward_in_one_go(build: Callable[[], DecoupledELBO | LearnedSigmaELBO]) -> None:
-    """As criterion(…).loss.backward(): the configuration, the running σ, a learned σ's gradient, both modes."""
+    """It does what criterion(…).loss.backward() does: configuration, running σ, a learned σ's gradient, both modes."""
     one, two = build(), build()
     for training in (True, False):
         a, b = Call("prior"), Call("prior")

@@ -147,7 +147,7 @@ def test_views_of_one_tensor() -> None:
 
 @pytest.mark.usefixtures("backend")
 def test_gradients_are_freed_once_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in loss.backward(): recon's is gone when the encoder's backward runs, and a leaf's .grad is no copy."""
+    """As in loss.backward(), recon's is gone when the encoder's backward runs, and a leaf's .grad is no copy."""
     made: list[StorageWeakRef] = []
     implementation = autograd.implementation(backends.forced, Tensors(torch.empty(0)))
     step = implementation.step

@@ -62,7 +62,7 @@ def test_the_reference_compiles_too(mode: str) -> None:
 @around_the_kernels
 @pytest.mark.parametrize("mode", ["optimal", "learned-channel", "prior-shared"])
 def test_backward_inside_breaks_the_graph(mode: str) -> None:
-    """As loss.backward() does; what lies before and after is compiled, once for a schedule of grad_scale."""
+    """So does loss.backward(). What lies before and after is compiled, once for a schedule of grad_scale."""
 
     def function(*tensors: torch.Tensor, scale: float, **kw: Any) -> torch.Tensor:
         return decoupled_elbo_backward(2 * tensors[0], *tensors[1:], **kw, grad_scale=scale).loss + 1

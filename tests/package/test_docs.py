@@ -1,4 +1,4 @@
-"""What the documentation shows is run: README's code blocks in order, and the examples in docstrings."""
+"""What the documentation shows is run: the code blocks of each README in order, and the examples in docstrings."""
 
 from __future__ import annotations
 
@@ -16,28 +16,30 @@ import torch.multiprocessing as mp
 
 import fused_elbo
 
-README = Path(__file__).parents[2] / "README.md"
+REPO = Path(__file__).parents[2]
+READMES = [REPO / "README.md", REPO / "examples" / "README.md"]
 MODULES = ["fused_elbo", "fused_elbo.functional", "fused_elbo.modules", "fused_elbo.sigma", "fused_elbo.backends"]
 
 
-def run_readme(_: int, folder: str) -> None:
-    """As if torchrun had started this process alone."""
+def run_readmes(_: int, folder: str) -> None:
+    """Runs as if torchrun had started this process alone."""
     options = {"init_method": f"file://{folder}/rendezvous", "rank": 0, "world_size": 1}
     dist.init_process_group = partial(dist.init_process_group, "gloo", **options)
-    namespace: dict[str, object] = {}
-    for block in blocks():
-        exec(compile(block, str(README), "exec"), namespace)
-    os._exit(0)  # as in test_distributed.py
+    for readme in READMES:
+        namespace: dict[str, object] = {}
+        for block in blocks(readme):
+            exec(compile(block, str(readme), "exec"), namespace)
+    os._exit(0)  # as in tests/distributed/test_ranks.py
 
 
-def blocks() -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), flags=re.S | re.M)
+def blocks(readme: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", readme.read_text(encoding="utf-8"), flags=re.S | re.M)
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 def test_readme_code_runs(tmp_path: Path) -> None:
-    assert len(blocks()) >= 3
-    mp.spawn(run_readme, args=(str(tmp_path),), nprocs=1)
+    assert [len(blocks(readme)) >= least for readme, least in zip(READMES, (3, 2), strict=True)] == [True, True]
+    mp.spawn(run_readmes, args=(str(tmp_path),), nprocs=1)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -45,3 +47,16 @@ def test_docstrings(name: str) -> None:
     found = doctest.testmod(importlib.import_module(name), extraglobs={"torch": torch, "fused_elbo": fused_elbo})
     assert found.attempted > 0
     assert found.failed == 0
+
+
+def test_what_the_pages_link_to_is_there() -> None:
+    """Files, and headings in them as GitHub names them."""
+    pages = [*READMES, REPO / "CONTRIBUTING.md", REPO / "bench" / "proof" / "README.md"]
+    for page in pages:
+        for link in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text(encoding="utf-8")):
+            path, _, heading = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), f"{page.name}: {link}"
+            if heading:
+                heads = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), flags=re.M)
+                assert heading in [re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads], link

@@ -82,7 +82,7 @@ def test_other_packages_of_a_tool_s_name(tmp_path: Path, package: str, content: 
     not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler (g++, clang++, c++) on this machine"
 )
 def test_it_builds_what_it_can() -> None:
-    """In the cache that the other tests use, so that the kernels are compiled once."""
+    """The cache is that of the other tests, so that the kernels are compiled once."""
     report = doctor()
     state, library, *_ = row(report, "cpp").split()
     assert state == "ready", report
