@@ -60,3 +60,17 @@ def test_what_the_pages_link_to_is_there() -> None:
             if heading:
                 heads = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), flags=re.M)
                 assert heading in [re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads], link
+
+
+def test_the_files_of_an_option_are_those_that_contributing_names() -> None:
+    """One more of them would say that something between the public functions and the formulas knows an option."""
+    said = (REPO / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^- (\S+): ", said.partition("<!-- min_log_sigma -->")[2].partition("<!--")[0], re.MULTILINE)
+    code = (path for folder in ("fused_elbo", "kernels", "csrc") for path in (REPO / folder).rglob("*.*"))
+    naming = {
+        path.resolve().relative_to(REPO).as_posix()  # fused_elbo/kernels and fused_elbo/csrc are links
+        for path in code
+        if path.suffix in {".py", ".h", ".cuh", ".cpp", ".cu"} and "min_log_sigma" in path.read_text(encoding="utf-8")
+    }
+    assert set(listed) == naming
+    assert len(listed) == len(set(listed)) <= 10
