@@ -4,9 +4,9 @@
     python bench/report.py --from runs/bench               # keep a new run's first, and draw its plots
     python bench/report.py --from runs/bench runs/avx2     # and that of a narrower instruction set
 
-The first run is results.json, which all of the pages but one section are made of. The others are of the same machine
-under ATEN_CPU_CAPABILITY, and named after their instruction sets; a kept one that is not given stays. `make bench-docs`
-is the same. What RESULTS.md says beside its tables is in RESULTS.template.md.
+The first run is results.json, which all of the pages but one section are made of. The others are of narrower
+instruction sets (another machine's, or this one's under ATEN_CPU_CAPABILITY), and named after them; a kept one that is
+not given stays. `make bench-docs` is the same. What RESULTS.md says beside its tables is in RESULTS.template.md.
 
 tests/bench/test_results.py checks that the pages are what this makes of the kept results; it does not ask how old
 those are.
@@ -140,18 +140,22 @@ def each_case(run: Record, sigmas: Iterable[str]) -> str:
     )
 
 
-def narrower_table(run: Record, narrower: Iterable[Record]) -> str:
-    """A row for each case of each narrower run, beside the same case of the page's own run."""
+def narrower_table(run: Record, narrower: Record) -> str:
+    """A row for each case of a narrower run, beside the same case of the page's own run."""
     widest = run["flags"]["instruction_set"]
     columns: Columns = [
-        ("", lambda c: c.run["flags"]["instruction_set"]),
-        ("case", lambda c: c.name),
-        *STEPS[1:2],
+        *STEPS[:2],
         *OURS,
         (f"{widest}: fused_elbo", lambda c: median(Case(run, c.name).ours)),
         ("of the limit", lambda c: with_interval(Case(run, c.name).ratio("own_to_limit"))),
     ]
-    return table(columns, [case for other in narrower for case in cases(other, other["cases"])], left=2)
+    return table(columns, cases(narrower, narrower["cases"]))
+
+
+def narrower_on(run: Record) -> str:
+    switch = run["flags"]["environment"].get("ATEN_CPU_CAPABILITY")
+    by = f", under `ATEN_CPU_CAPABILITY={switch}`" if switch else ""
+    return f"{measured_on(run)}, commit {run['versions']['commit']}{by}."
 
 
 def conditions(run: Record) -> str:
@@ -181,7 +185,7 @@ def results_page(run: Record, images: list[str], narrower: Iterable[Record] = ()
         "halves": table(HALVES, cases(run, halved)),
         "other_sigmas": each_case(run, workloads.OTHER_SIGMAS),
         "hierarchy": each_case(run, ["levels"]),
-        "narrower": narrower_table(run, narrower),
+        "narrower": "\n\n".join(f"{narrower_on(other)}\n\n{narrower_table(run, other)}" for other in narrower),
         "memory_table": table(MEMORY, peaks, left=2),
         "overhead": table(PROVIDERS + COUNTS, Case(run, workloads.TINY.name).records.values()),
         "compiled_case": compiled.name if compiled else "",
@@ -212,13 +216,14 @@ def readme_table(run: Record) -> str:
 
     columns = [*STEPS[:2], ("of the limit", lambda c: times(c.ratio("own_to_limit")))]
     columns += [column(name) for name in COMPARED if any(name in case.records for case in found)]
+    return f"{measured_on(run)};\n{HIDDEN}: the run's spread hides it.\n\n{table(columns, found)}"
+
+
+def measured_on(run: Record) -> str:
     machine, settings = run["machine"], run["settings"]
     cpu = f"{machine['processor']} ({machine['cores']} cores, {run['flags']['instruction_set']})"
     where = machine["gpu"] or f"{settings['threads']} threads of {cpu}"
-    return (
-        f"Medians of {settings['rounds']} or more interleaved rounds on {where}, torch {run['versions']['torch']};\n"
-        f"{HIDDEN}: the run's spread hides it.\n\n{table(columns, found)}"
-    )
+    return f"Medians of {settings['rounds']} or more interleaved rounds on {where}, torch {run['versions']['torch']}"
 
 
 def between(text: str, inserted: str) -> str:
