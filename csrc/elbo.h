@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "elbo_math.h"
 #include "span.h"
@@ -49,7 +50,7 @@ struct Data {
 struct Latents {
   int64_t dims = 0;  // elements of a sample; 0: no latents
   Span mu, logvar;
-  bool has_prior = false;
+  bool has_prior = false, has_free_bits = false;  // the latter: free_bits > 0
   Span prior_mu, prior_logvar;
   double free_bits = 0;
 };

@@ -44,6 +44,7 @@ struct LatentInputs {
     latents.dims = sample_size(*mu);
     latents.mu = span_of(*mu);
     latents.logvar = span_of(*logvar);
+    latents.has_free_bits = free_bits > 0;
     latents.free_bits = free_bits;
     if (!p_m) return;
     prior_mu = in_order_of(*p_m, *mu);

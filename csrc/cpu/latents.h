@@ -48,7 +48,7 @@ inline void rates(const Latents& latents, int64_t sample, int64_t chunk, double&
     const LatentBlock<A, Prior> block(latents, sample, first, n, scratch);
     const double sum = sum_lanes<A>(n, [&](int64_t i, auto lanes) { return block.nats(i, lanes); });
     rate += sum;
-    if (!(latents.free_bits > 0)) {
+    if (!latents.has_free_bits) {
       clamped += sum;
     } else {  // the block is in the cache, and free bits are rare: a second pass keeps the first one simple
       const A free_bits = static_cast<A>(latents.free_bits);
@@ -68,7 +68,7 @@ inline void latent_gradient(
     using V = Vector<A>;
     A scratch[4][kBlock], results[4][kBlock], factors[kBlock];
     const LatentBlock<A, Prior> block(latents, sample, first, n, scratch);
-    const bool differ = latents.free_bits > 0;  // the elements' factors
+    const bool differ = latents.has_free_bits;  // the elements' factors
     const V factor = V{} + (grad_kl_clamped + grad_kl);
     if (differ) {  // a pass of its own, as above
       const A free_bits = static_cast<A>(latents.free_bits);

@@ -14,7 +14,7 @@ struct Sums {
     if (of_data && batch.data.dims) partials.s = make(s, in, batch.data_chunks);
     if (batch.latents.dims == 0) return;
     partials.kl = make(kl, in, batch.latent_chunks);
-    partials.clamped = batch.latents.free_bits > 0 ? make(clamped, in, batch.latent_chunks) : partials.kl;
+    partials.clamped = batch.latents.has_free_bits ? make(clamped, in, batch.latent_chunks) : partials.kl;
   }
 
  private:

@@ -191,7 +191,8 @@ void of_latents(const char* name) {
       latents.has_prior = Prior;
       latents.prior_mu = prior_mu.span();
       latents.prior_logvar = prior_logvar.span();
-      if (free_bits > 0) latents.free_bits = free_bits;
+      latents.has_free_bits = free_bits > 0;
+      latents.free_bits = free_bits;
       Gradients out;
       out.mu = g[0].span();
       out.logvar = g[1].span();
