@@ -151,3 +151,18 @@ def test_only_the_target_is_copied_where_layouts_differ(cpp: None) -> None:
     call.tensors[0] = lay(call.tensors[0], "channels_last")
     call.tensors[1].requires_grad_(False)
     assert copies(call) == baseline + 2  # the target, in forward and in grads
+
+
+@pytest.mark.usefixtures("backend")
+def test_a_sigma_that_is_repeated_along_more_dimensions_than_a_kernel_walks() -> None:
+    """Every other one of eleven: the same as a log σ that has recon's shape."""
+    shape, repeated = (2,) * 11, (1, 2) * 5
+    recon, target = (torch.randn(shape, dtype=torch.float64).requires_grad_() for _ in range(2))
+    mu, logvar = (torch.randn(2, 3, dtype=torch.float64) for _ in range(2))
+    log_sigma = torch.randn(repeated, dtype=torch.float64).requires_grad_()
+    leaves = (recon, target, log_sigma)
+    got = decoupled_elbo(recon, target, mu, logvar, log_sigma=log_sigma).loss
+    expected = decoupled_elbo(recon, target, mu, logvar, log_sigma=log_sigma.expand(shape)).loss
+    torch.testing.assert_close(got, expected)
+    for a, b in zip(torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(a, b)
