@@ -51,9 +51,9 @@ def decoupled_elbo(
         beta: weight of the rate: a number, a 0-d tensor, or (B,), one per sample. A tensor β gets a gradient.
         sigma: where the decoder's σ comes from: "optimal" (σ² = MSE of the batch, in closed form), "optimal-per-image"
             (of each sample), a number (a constant standard deviation), or a mode from `fused_elbo.sigma`.
-        log_sigma: a learned log σ, which takes the place of `sigma`: (), (1,) shared; (B,) per image, also where B is
-            the number of features (a warning then asks) or 1; any other shape broadcasts against recon from the right:
-            (C, 1, 1) per channel of images, (1, D) per feature, recon.shape per pixel.
+        log_sigma: a learned log σ, which takes the place of `sigma`: (), (1,) shared; (B,) one per image, which is
+            also how it is read where B is the number of features too (a warning says so). Any other shape broadcasts
+            against recon from the right: (C, 1, 1) per channel of images, (1, D) per feature, recon.shape per pixel.
         min_log_sigma: floor of log σ in the optimal modes, within ±40. The default −7 lies just below the quantisation
             noise of 8-bit data in [0, 1], log(1/(255·√12)) = −6.8. Has no part in a constant or learned σ.
         prior: (mu_p, logvar_p), a Gaussian prior in place of N(0, I); each broadcasts to mu's shape. Keep logvar_p, as
@@ -67,8 +67,8 @@ def decoupled_elbo(
             ranks each have a shard of the batch. See below.
 
     Returns:
-        ELBO(loss, distortion, rate, sigma). fp32, or fp64 if any of the four inputs or the prior is fp64; sums are
-        accumulated so whatever the inputs' dtypes (fp64, fp32, bf16 and fp16, mixed as you like). `rate` is the plain
+        ELBO(loss, distortion, rate, sigma). They are fp32, or fp64 if any of the four inputs or the prior is
+        fp64, and sums are accumulated in that dtype; inputs may be fp64, fp32, bf16 and fp16, mixed as you like. `rate` is the plain
         KL, before β, free_bits and capacity, so that rate–distortion plots stay true.
 
     Raises:
@@ -81,7 +81,7 @@ def decoupled_elbo(
     with B samples on all ranks; for "mean" R/N, with N elements; for "sum" R. So the mean over the ranks of loss,
     distortion and rate is what one process with the whole batch returns. The mean of the gradients, as
     DistributedDataParallel and FSDP form it, is that process's gradient, whatever the sizes of the shards. An optimal σ
-    is the same on all ranks.
+    of the batch is the same on all ranks.
 
     - Every rank makes the same calls, in evaluation too, with the same options.
     - A rank without data passes tensors of batch size 0. (A batch that is empty on all ranks has NaN for σ and means.)

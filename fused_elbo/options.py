@@ -1,4 +1,4 @@
-"""The options of the public functions and modules: each has its type, its default and its range here, once."""
+"""The options that the public functions and modules share: each has its type and its default here, once."""
 
 from __future__ import annotations
 

@@ -1,1 +1,2 @@
-"""Operator families: schemas, fakes, vmap rules. Each file is one family, and its docstring is the contract."""
+"""Operator families: schemas, fakes, vmap rules. elbo.py and levels.py are one family each, and their docstrings the
+contract; registry.py makes them known to PyTorch."""

@@ -10,7 +10,7 @@ What `step` returns differs from what forward and grads do by rounding alone; it
 at once can read the data once. Its loss is one number: `reduction` is not "none".
 
 All take a call's `Tensors` and `Options`, flat and in that order, and then what they have besides. Returned numbers
-have the compute dtype. `Implementation` has the same four with structures for arguments: that is what backends and the
+have the compute dtype. `Implementation` has the first four with structures for arguments: that is what backends and the
 reference provide, `kernels_of` makes the dispatcher's flat kernels of it, and `Operators` calls the flat ones.
 """
 
