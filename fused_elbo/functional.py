@@ -67,9 +67,9 @@ def decoupled_elbo(
             ranks each have a shard of the batch. See below.
 
     Returns:
-        ELBO(loss, distortion, rate, sigma). They are fp32, or fp64 if any of the four inputs or the prior is
-        fp64, and sums are accumulated in that dtype; inputs may be fp64, fp32, bf16 and fp16, mixed as you like. `rate` is the plain
-        KL, before β, free_bits and capacity, so that rate–distortion plots stay true.
+        ELBO(loss, distortion, rate, sigma). They are fp32, or fp64 if any of the four inputs or the prior is fp64, and
+        sums are accumulated in that dtype; inputs may be fp64, fp32, bf16 and fp16, mixed as you like. `rate` is the
+        plain KL, before β, free_bits and capacity, so that rate–distortion plots stay true.
 
     Raises:
         TypeError, ValueError: before any work, naming the argument and showing what was passed. Values inside tensors
