@@ -92,7 +92,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	@echo "== Installing fused_elbo with what the examples need (a minute or two, the first time)"
 	@$(PIP) -qq --no-deps -e .
 	@$(PY) .ci/requirements.py --extra examples --without triton > $(VENV)/examples.txt
-	@$(PIP) -qq -c $(PINS) -r $(VENV)/examples.txt
+	@$(PIP) -qq --no-warn-conflicts -c $(PINS) -r $(VENV)/examples.txt # Triton is missed on purpose
 	@touch $@
 
 $(VENV)/.kernels: $(VENV)/.demo

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_elbo import autograd, decoupled_elbo, gaussian_kl, reference
-from fused_elbo.call import NONE, GradOutputs, Options, Outputs, Tensors
+from fused_elbo.call import NONE, GradOutputs, Options, Outputs, Tensors, mask_of
 from fused_elbo.operators.elbo import Implementation
 
 GUARD = 1 << 12  # elements on each side: a tile
@@ -179,7 +179,7 @@ class Case:
         self.weights = GradOutputs._make(guarded(torch.randn_like(o, dtype=dtype)) for o in self.outputs[:3])
         weights = GradOutputs._make(w.double() for w in self.weights if w is not None)
         self.gradients = reference.gradients(wide, options, self.outputs.stats, weights)
-        self.mask = sum(1 << i for i, t in enumerate(self.tensors[:8]) if t is not None)
+        self.mask = mask_of(t is not None for t in self.tensors)
         scales = ((guarded(torch.tensor(-2.5), apart=False), 1.0), (None, -2.5))  # a tensor, and a number
         self.scales = scales if options.reduction != NONE else ()
         self.stepped = reference.step(wide, options, None, -2.5, self.mask) if self.scales else ()

@@ -7,7 +7,7 @@ Three stages, each in a file of the stem that it has in every language; the form
     elbo_grads       ∂L/∂x̂ = a_i e    ∂L/∂μ = b_i μ    ∂L/∂l = b_i ½(exp(l) − 1)
 
 Where σ varies inside a sample, S_i is Σ_d [e²/σ_d² + 2 log σ_d] and the first line of elbo_grads has σ_d in it.
-Everything is computed in fp32, or in fp64 if any input is fp64, and is differentiable by autograd.
+Everything is computed in fp32, or in fp64 if recon, target, mu or logvar is fp64, and is differentiable by autograd.
 """
 
 from __future__ import annotations

@@ -47,11 +47,16 @@ def finalize(
         return distortion + beta * kl_clamped, distortion, kl.clone(), sigma
     distortion = batch.weight * distortion.sum()
     if has_capacity(tensors, options):
-        gap = batch.kl_clamped - math.scalar(tensors.capacity, options.capacity_value, s)
+        gap = capacity_gap(batch, tensors, options)
         loss = distortion + batch.weight * s.shape[0] * beta * gap.abs()
     else:
         loss = distortion + batch.weight * (beta * kl_clamped).sum()
     return loss, distortion, batch.weight * kl.sum(), sigma
+
+
+def capacity_gap(batch: BatchTerms, tensors: Tensors, options: Options) -> Tensor:
+    """By how much the batch's mean rate, as β sees it, exceeds the capacity."""
+    return batch.kl_clamped - math.scalar(tensors.capacity, options.capacity_value, batch.kl_clamped)
 
 
 def log_sigma_of(s: Tensor, batch: BatchTerms, tensors: Tensors, options: Options) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..call import Gradients, GradOutputs, Options, Tensors, has_capacity
 from ..sigma import Kind
 from . import math
-from .elbo_finalize import BatchTerms, batch_terms
+from .elbo_finalize import BatchTerms, batch_terms, capacity_gap
 
 
 class Weights(NamedTuple):
@@ -43,7 +43,7 @@ def weights_of(
     gap_sign = torch.ones_like(s[0])  # ∂(what β multiplies)/∂(mean of the clamped rate)
     of_beta = g_loss * kl_clamped
     if has_capacity(tensors, options):
-        gap = batch.kl_clamped - math.scalar(tensors.capacity, options.capacity_value, s)
+        gap = capacity_gap(batch, tensors, options)
         gap_sign, of_beta = gap.sign(), g_loss * gap.abs()  # summed over the batch: B·weight·|gap|
     beta = math.scalar(tensors.beta, options.beta_value, s)
     return Weights(g_loss + g_distortion, g_loss * beta * gap_sign, g_rate, of_beta)
@@ -65,7 +65,7 @@ def _data_gradients(
     elif options.sigma_mode == Kind.GIVEN:
         inverse = (-2 * math.scalar(log_sigma, options.log_sigma_value, s)).exp()
         g = _per_sample(w * inverse, recon) * e
-        of_log_sigma = w * (batch.dims - s * inverse)
+        of_log_sigma = w * math.distortion_slope(s, batch.dims, inverse)
     else:
         g = _per_sample(_recon_scale(w, s, batch, options), recon) * e
     if log_sigma is None or of_log_sigma is None:
@@ -79,9 +79,9 @@ def _recon_scale(w: Tensor, s: Tensor, batch: BatchTerms, options: Options) -> T
     shared = options.sigma_mode == Kind.BATCH
     total = batch.s if shared else s
     inverse, slope = math.optimal_sigma_grad(total, batch.elements if shared else batch.dims, options)
-    of_log_sigma = w * (batch.dims - s * inverse)
+    of_log_sigma = w * math.distortion_slope(s, batch.dims, inverse)
     of_log_sigma = of_log_sigma.sum() if shared else of_log_sigma
-    return w * inverse + slope * of_log_sigma / torch.where(total == 0, 1.0, total)
+    return w * inverse + math.sigma_term(slope, of_log_sigma, total)
 
 
 def _latent_gradients(weights: Weights, tensors: Tensors, options: Options) -> list[Tensor | None]:

@@ -1,4 +1,4 @@
-"""The formulas, in plain PyTorch. Nothing else in Python has one.
+"""The formulas, in plain PyTorch. No other file of fused_elbo/ has one.
 
 Notation: e = x̂ − x, D data dimensions of a sample, l = log σ_z², S = Σ_d e².
 """
@@ -81,6 +81,11 @@ def distortion(s: Tensor, log_sigma: Tensor | None, dims: int) -> Tensor:
     return 0.5 * s * (-2 * log_sigma).exp() + dims * (log_sigma + 0.5 * LOG_2PI)
 
 
+def distortion_slope(s: Tensor, dims: int, inverse_variance: Tensor) -> Tensor:
+    """∂ distortion/∂ log σ: D − S/σ²."""
+    return dims - s * inverse_variance
+
+
 def optimal_log_sigma(total: Tensor, n: float | Tensor, options: Options) -> Tensor:
     """½ log(total/n), bounded from below. S is clamped, not its logarithm, so that the gradient at 0 is 0, not NaN;
     `clamp` lets NaN through, so that a diverged model shows."""
@@ -100,6 +105,11 @@ def optimal_sigma_grad(total: Tensor, n: float | Tensor, options: Options) -> tu
         return (-2 * optimal_log_sigma(total, n, options)).exp(), slope
     floor = math.exp(2 * options.min_log_sigma)
     return 1 / mse.clamp(min=floor), (mse > floor).to(mse.dtype)
+
+
+def sigma_term(slope: Tensor, of_log_sigma: Tensor, total: Tensor) -> Tensor:
+    """What reaches an error through an optimal σ, which depends on x̂ through the sum of squares `total` alone."""
+    return slope * of_log_sigma / torch.where(total == 0, 1.0, total)
 
 
 # ----------------------------------------------------------------------------------------------------------- the batch

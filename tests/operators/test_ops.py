@@ -10,7 +10,7 @@ from cases import Call, few_often, modes_for_operators
 from torch import Tensor
 
 from fused_elbo import autograd, decoupled_elbo, reference
-from fused_elbo.call import Gradients, GradOutputs, Options, Tensors
+from fused_elbo.call import Gradients, GradOutputs, Options, Tensors, mask_of
 from fused_elbo.dispatch import operators
 from fused_elbo.operators import registry
 
@@ -33,7 +33,7 @@ def grad_outputs_of(outputs: tuple[Tensor, ...]) -> GradOutputs:
 
 
 def full_mask(tensors: Tensors) -> int:
-    return sum(1 << i for i, t in enumerate(tensors[:8]) if t is not None)
+    return mask_of(t is not None for t in tensors)
 
 
 OPCHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
