@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -36,17 +37,21 @@ def sentence(text: object) -> str:
 
 
 def once(function: Callable[[], T]) -> Callable[[], T]:
-    """As functools.cache; a failure is remembered too, as a BackendUnavailable, and not tried again at every call."""
+    """As functools.cache, but with one call alone, however many threads come at the same time; and a failure is
+    remembered too, as a BackendUnavailable, and not tried again at every call."""
     results: list[T] = []
     failures: list[BackendUnavailable] = []
+    lock = threading.Lock()
 
     @functools.wraps(function)
     def remembered() -> T:
         if not results and not failures:
-            try:
-                results.append(function())
-            except Exception as error:
-                failures.append(unavailable(error))
+            with lock:
+                if not results and not failures:
+                    try:
+                        results.append(function())
+                    except Exception as error:
+                        failures.append(unavailable(error))
         if failures:
             raise unavailable(failures[0])
         return results[0]

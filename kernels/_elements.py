@@ -35,8 +35,14 @@ def columns(tile, COLS: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def rows_and_chunk(pid, tiles):
+    """Returns the samples of the pid-th program over these tiles, and which chunk of each it walks."""
+    return pid // tiles.chunks * tiles.ROWS + tl.arange(0, tiles.ROWS), pid % tiles.chunks
+
+
+@triton.jit
 def values_at(span, tiles, rows, cols, inside, batch):
-    """Reads a tile of a `structs.Span`, in the compute type. `tiles`: the structure that the span is a field of."""
+    """Reads a tile of a `structs.Span`, in the compute type."""
     start = row_offsets(rows, from_units(span.stride, tiles.VEC, batch.WIDE), batch.WIDE)
     if tiles.BY_CHUNK:  # each row has columns of its own: offsets are added first, which take half of a pointer's bits
         at = span.base + (start + cols)
@@ -48,8 +54,8 @@ def values_at(span, tiles, rows, cols, inside, batch):
 @triton.jit
 def difference(data, rows, cols, inside, batch):
     """Reads x̂ − x."""
-    recon = values_at(data.recon, data, rows, cols, inside, batch)
-    return recon - values_at(data.target, data, rows, cols, inside, batch)
+    recon = values_at(data.recon, data.tiles, rows, cols, inside, batch)
+    return recon - values_at(data.target, data.tiles, rows, cols, inside, batch)
 
 
 @triton.jit
@@ -66,19 +72,19 @@ def log_sigma_offsets(log_sigma, rows, cols, VEC: tl.constexpr, WIDE: tl.constex
 
 @triton.jit
 def log_sigma_at(data, rows, cols, inside, batch):
-    offsets = log_sigma_offsets(data.log_sigma, rows, cols, data.VEC, batch.WIDE)
+    offsets = log_sigma_offsets(data.log_sigma, rows, cols, data.tiles.VEC, batch.WIDE)
     return tl.load(data.log_sigma.base + offsets, inside, 0.0).to(batch.ACC)
 
 
 @triton.jit
 def latents_at(latents, rows, cols, inside, batch):
     """Reads (μ − μ_p, l − l_p, 1/σ_p²), which are μ, l and 1 against N(0, I)."""
-    d = values_at(latents.mu, latents, rows, cols, inside, batch)
-    t = values_at(latents.logvar, latents, rows, cols, inside, batch)
-    inverse_prior_variance = tl.full((latents.ROWS, latents.COLS), 1.0, batch.ACC)
-    if latents.prior_mu is not None:
-        p = values_at(latents.prior_logvar, latents, rows, cols, inside, batch)
-        d = d - values_at(latents.prior_mu, latents, rows, cols, inside, batch)
+    d = values_at(latents.mu, latents.tiles, rows, cols, inside, batch)
+    t = values_at(latents.logvar, latents.tiles, rows, cols, inside, batch)
+    inverse_prior_variance = tl.full((latents.tiles.ROWS, latents.tiles.COLS), 1.0, batch.ACC)
+    if latents.prior_mu.base is not None:
+        p = values_at(latents.prior_logvar, latents.tiles, rows, cols, inside, batch)
+        d = d - values_at(latents.prior_mu, latents.tiles, rows, cols, inside, batch)
         t = t - p
         inverse_prior_variance = exp(-p)
     return d, t, inverse_prior_variance

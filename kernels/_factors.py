@@ -55,6 +55,17 @@ def sigma_of(rows, s, total, opts, batch):
 
 
 @triton.jit
+def one_sigma(total, opts, batch):
+    """Returns (log σ, 1/σ²) where they are the same for all samples."""
+    if opts.MODE == BATCH:
+        ls, inverse, _ = shared_sigma(total, opts, batch)
+    else:
+        ls = value_of(opts.log_sigma, batch.ACC)
+        inverse = exp(-2.0 * ls)
+    return ls, inverse
+
+
+@triton.jit
 def capacity_gap(clamped_total, opts, batch):
     """Returns by how much the mean of the clamped KL exceeds the capacity."""
     return clamped_total / number(batch.n, batch.ACC) - value_of(opts.capacity, batch.ACC)

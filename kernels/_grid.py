@@ -55,19 +55,18 @@ def resident_programs(device: torch.device) -> int:
     return triton.runtime.driver.active.utils.get_device_properties(0)["multiprocessor_count"]
 
 
-_barriers: dict[tuple[torch.device, int], Tensor] = {}
+_barriers: dict[torch.device, Tensor] = {}
 
 
 def barrier_of(device: torch.device) -> Tensor:
-    """Two numbers for the programs of a launch; see `arrive`. Launches that may run at the same time need their own, so
-    each stream has one; and each graph, as it may be replayed on any stream (one small launch more, that sets it to 0).
+    """Two numbers for the programs of a launch, 0 before it and after it; see `arrive`.
+
+    Launches that may run at the same time need their own. Those of the default stream run one after another, and share
+    theirs. On any other stream a launch gets new ones, and they may not be kept: a CUDA graph is captured there, whose
+    memory is its own, and torch.compile's warm-up for one runs there (one small launch more, that sets them to 0).
     """
-    if device.type != "cuda":
-        stream = 0
-    elif torch.cuda.is_current_stream_capturing():
+    if device.type == "cuda" and torch.cuda.current_stream(device).cuda_stream:
         return torch.zeros(2, dtype=torch.int32, device=device)
-    else:
-        stream = torch.cuda.current_stream(device).cuda_stream
-    if (device, stream) not in _barriers:
-        _barriers[device, stream] = torch.zeros(2, dtype=torch.int32, device=device)
-    return _barriers[device, stream]
+    if device not in _barriers:
+        _barriers[device] = torch.zeros(2, dtype=torch.int32, device=device)
+    return _barriers[device]

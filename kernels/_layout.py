@@ -1,4 +1,5 @@
-"""Which tensors the kernels walk as they lie, what becomes of the others, and how a batch is cut into tiles.
+"""Which tensors the kernels walk as they lie, what becomes of the others, and how a batch is cut into tiles. All of it
+follows from shapes and strides: `_plan.py` works it out once for them, on tensors of the meta device.
 
 A kernel walks each sample as one dense block, in memory order: any order of the dimensions inside a sample will do
 (contiguous, channels_last, …), and any distance between samples (chunks of a packed tensor). Tensors that are walked
@@ -7,8 +8,7 @@ together share the order of the first one, the leader; one that differs is copie
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fused_elbo.call import Options, Tensors, compute_dtype, element_sigma, first
 
-from .structs import Broadcast, Data, Latents, Run, Span, constant, number
+from . import structs
+from .structs import PRESENT, Broadcast, Data, Latents, Run, Span, constant, whole
 
 TILE = 4096  # elements of a tile: with 8 warps 16 a thread, so four 128-bit loads of fp32 in flight for each tensor
 WARPS = 8
@@ -57,32 +58,45 @@ def leader(t: Tensor) -> Tensor:
     return t if samples_are_dense(t) else t.contiguous()
 
 
-def empty_in_order(lead: Tensor, dtype: torch.dtype) -> Tensor:
+def empty_in_order(lead: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     strides = (sample_size(lead), *lead.stride()[1:])
-    return torch.empty_strided(lead.shape, strides, dtype=dtype, device=lead.device)
+    return torch.empty_strided(lead.shape, strides, dtype=dtype, device=device)
 
 
 def in_order_of(t: Tensor, lead: Tensor) -> Tensor:
-    return t if inner_strides(t) == inner_strides(lead) else empty_in_order(lead, t.dtype).copy_(t)
+    return t if inner_strides(t) == inner_strides(lead) else empty_in_order(lead, t.dtype, t.device).copy_(t)
 
 
 def batch_stride(t: Tensor) -> int:
     return 0 if t.shape[0] == 1 else t.stride(0)
 
 
-class Output:
-    """A result with empty_like's strides; written through a buffer where those are not the leader's order."""
+def is_in_order(t: Tensor, lead: Tensor) -> bool:
+    """Whether a result with empty_like's strides can be written as the kernels write: dense, in the leader's order."""
+    result = torch.empty_like(t)
+    dense = t.shape[0] == 1 or result.stride(0) == sample_size(t)
+    return dense and inner_strides(result) == inner_strides(lead)
 
-    def __init__(self, like: Tensor, lead: Tensor | None, dtype: torch.dtype | None = None) -> None:
-        """`lead`: None where there are no elements to walk, but one value or one for each sample."""
-        self.result = self.buffer = torch.empty_like(like, dtype=dtype)
-        if lead is not None:
-            dense = like.shape[0] == 1 or self.result.stride(0) == sample_size(like)
-            if not dense or inner_strides(self.result) != inner_strides(lead):
-                self.buffer = empty_in_order(lead, self.result.dtype)
 
-    def finish(self) -> Tensor:
-        return self.result if self.buffer is self.result else self.result.copy_(self.buffer)
+def ordered(tensors: Tensors, options: Options) -> Tensors:
+    """Returns the tensors in an order in which they can be walked together; those that are already, as they are."""
+    recon, target, mu, logvar = tensors.recon, tensors.target, tensors.mu, tensors.logvar
+    if recon is not None and target is not None:
+        recon = leader(recon)
+        log_sigma = element_sigma(tensors, options)
+        if log_sigma is not None:
+            expanded = log_sigma.expand(recon.shape)
+            if log_sigma.numel() == recon.numel() or len(runs_of(expanded, recon)) > 2:
+                log_sigma = in_order_of(expanded, recon)
+        else:
+            log_sigma = tensors.log_sigma
+        tensors = tensors._replace(recon=recon, target=in_order_of(target, recon), log_sigma=log_sigma)
+    if mu is not None and logvar is not None:
+        mu = leader(mu)
+        priors = (None if p is None else in_order_of(p, mu) for p in (tensors.prior_mu, tensors.prior_logvar))
+        prior_mu, prior_logvar = priors
+        tensors = tensors._replace(mu=mu, logvar=in_order_of(logvar, mu), prior_mu=prior_mu, prior_logvar=prior_logvar)
+    return tensors
 
 
 def runs_of(log_sigma: Tensor, lead: Tensor) -> list[Run]:
@@ -107,8 +121,12 @@ def runs_of(log_sigma: Tensor, lead: Tensor) -> list[Run]:
     return runs or [Run(1, 1, 0)]
 
 
-def unit(elements: int, strides: list[int]) -> int:
-    return next(v for v in (16, 8, 4, 2, 1) if all(n % v == 0 for n in (elements, *strides)))
+def unit(walked: Sequence[Tensor]) -> int:
+    """Returns how many elements divide the length of a sample and all distances between samples: not more than 128 bits
+    hold of the narrowest dtype, since to know of more would be another kernel."""
+    most = 16 // min(t.element_size() for t in walked)
+    counts = [sample_size(walked[0]), *map(batch_stride, walked)]
+    return next(v for v in (8, 4, 2, 1) if v <= most and all(n % v == 0 for n in counts))
 
 
 @dataclass(frozen=True)
@@ -129,21 +147,20 @@ class Tiles:
     by_chunk: bool = False  # a row is a chunk, of any sample; or else a sample, in one of its chunks
 
     @classmethod
-    def of(cls, elements: int, batch: int, strides: list[int], tile: int | None = None) -> Tiles:
+    def of(cls, elements: int, batch: int, vec: int, tile: int | None = None) -> Tiles:
         cols = min(tile or TILE, max(16, power_of_2(elements)))
         rows = min((tile or TILE) // cols, power_of_2(batch))
         tiles = cdiv(elements, cols)
         per_chunk = min(tiles, cdiv(tiles * cdiv(batch, rows), MANY))
-        vec = unit(elements, strides)
         return cls(elements // vec, vec, rows, cols, cdiv(tiles, per_chunk), per_chunk)
 
     @classmethod
-    def of_chunks(cls, elements: int, batch: int, strides: list[int], tile: int, whole: bool) -> Tiles:
+    def of_chunks(cls, elements: int, batch: int, vec: int, tile: int, whole: bool) -> Tiles:
         """Tiles whose rows are the chunks of all samples in turn, so that whatever the shape few of them stay empty; a
         program walks one tile. `whole`: a sample is one chunk."""
         cols = max(16, power_of_2(elements))
         cols = cols if whole else min(CHUNK, tile, cols)
-        chunks, vec = cdiv(elements, cols), unit(elements, strides)
+        chunks = cdiv(elements, cols)
         rows = min(tile // cols, power_of_2(batch * chunks))
         return cls(elements // vec, vec, rows, cols, chunks, 1, by_chunk=True)
 
@@ -152,45 +169,35 @@ class Tiles:
             return cdiv(batch * self.chunks, self.rows)
         return cdiv(batch, self.rows) * self.chunks
 
-    def arguments(self) -> tuple[Any, ...]:
-        """Returns the fields that `structs.Data` and `structs.Latents` end with."""
+    def struct(self, batch: int) -> structs.Tiles:
         fixed = map(constant, (self.vec, self.rows, self.cols, self.by_chunk))
-        return (self.length, self.chunks, self.per_chunk, *fixed)
+        programs = self.programs(batch) if self.length else 0
+        return structs.Tiles(whole(self.length), whole(self.chunks), 2 * self.per_chunk - 1, whole(programs), *fixed)
 
 
-NOTHING = Tiles(length=0, vec=1, rows=1, cols=16, chunks=1, per_chunk=0)
+NOTHING = Tiles(length=0, vec=1, rows=1, cols=16, chunks=1, per_chunk=1)
+ABSENT = Span(None, None)
 
 
 class Inputs:
-    """The tensors of a call in an order in which they can be walked together, and the tiles that cover them."""
+    """The tensors of a call, or others of the same shapes and strides, that are walked together; and their tiles."""
 
     def __init__(self, tensors: Tensors, options: Options) -> None:
-        recon, target, mu, logvar = tensors.recon, tensors.target, tensors.mu, tensors.logvar
-        log_sigma, prior_mu, prior_logvar = element_sigma(tensors, options), tensors.prior_mu, tensors.prior_logvar
-        self.like, self.dtype = first(tensors), compute_dtype(recon, target, mu, logvar)
-        self.batch = self.like.shape[0]
-        self.recon = self.target = self.log_sigma = self.mu = self.logvar = self.prior_mu = self.prior_logvar = None
-        self.runs: list[Run] = []
-        if recon is not None and target is not None:
-            self.recon = leader(recon)
-            self.target = in_order_of(target, self.recon)
-            if log_sigma is not None:
-                self.log_sigma = log_sigma.expand(recon.shape)
-                self.runs = runs_of(self.log_sigma, self.recon)
-                if log_sigma.numel() == recon.numel() or len(self.runs) > 2:
-                    self.log_sigma, self.runs = in_order_of(self.log_sigma, self.recon), []
-        if mu is not None and logvar is not None:
-            self.mu = leader(mu)
-            self.logvar = in_order_of(logvar, self.mu)
-            if prior_mu is not None and prior_logvar is not None:
-                self.prior_mu, self.prior_logvar = in_order_of(prior_mu, self.mu), in_order_of(prior_logvar, self.mu)
+        """`tensors`: ordered."""
+        self.recon, self.target, self.mu, self.logvar = tensors[:4]
+        self.prior_mu, self.prior_logvar = tensors.prior_mu, tensors.prior_logvar
+        self.dtype, self.batch = compute_dtype(*tensors[:4]), first(tensors).shape[0]
+        log_sigma, self.log_sigma, self.runs = element_sigma(tensors, options), None, []
+        if self.recon is not None and log_sigma is not None:
+            self.log_sigma = log_sigma.expand(self.recon.shape)
+            self.runs = runs_of(self.log_sigma, self.recon)
         self.dims = 0 if self.recon is None else sample_size(self.recon)
         self.latent_dims = 0 if self.mu is None else sample_size(self.mu)
         walked = (self.recon, self.target, self.log_sigma, self.mu, self.logvar, self.prior_mu, self.prior_logvar)
         ends = [self.batch * batch_stride(t) + sample_size(t) for t in walked if t is not None]
         dense = self.batch * max(self.dims, self.latent_dims)  # gradients, also where the batch is expanded
         self.wide = max(dense, *ends) >= 2**31 or FORCE_WIDE
-        self.num_warps, self.free_bits = WARPS, options.free_bits
+        self.num_warps, self.free_bits = WARPS, options.free_bits > 0
 
     @cached_property
     def data_tiles(self) -> Tiles | None:
@@ -204,37 +211,35 @@ class Inputs:
         if self.dims == 0:
             return None
         walked = (self.recon, self.target, None if self.runs else self.log_sigma)
-        return cut(self.dims, self.batch, [batch_stride(t) for t in walked if t is not None], *how)
+        return cut(self.dims, self.batch, unit([t for t in walked if t is not None]), *how)
 
     def tiles_of_latents(self, cut: Callable[..., Tiles], *how: Any) -> Tiles | None:
         if self.latent_dims == 0:
             return None
         walked = (self.mu, self.logvar, self.prior_mu, self.prior_logvar)
-        return cut(self.latent_dims, self.batch, [batch_stride(t) for t in walked if t is not None], *how)
+        return cut(self.latent_dims, self.batch, unit([t for t in walked if t is not None]), *how)
 
     def data(self, tiles: Tiles | None) -> Data:
-        """Returns what a kernel is passed of the data, for it to walk in these tiles."""
+        """Returns what a kernel is told of the data, for it to walk in these tiles."""
         log_sigma = Broadcast(None, None, None, None)
         if tiles is None or self.recon is None or self.target is None:
-            return Data(None, None, log_sigma, *NOTHING.arguments())
+            return Data(ABSENT, ABSENT, log_sigma, NOTHING.struct(self.batch))
         if self.log_sigma is not None:
             stride = batch_stride(self.log_sigma) // (1 if self.runs else tiles.vec)
-            log_sigma = Broadcast(self.log_sigma, stride, *(*self.runs, None, None)[:2])
-        return Data(span(self.recon, tiles), span(self.target, tiles), log_sigma, *tiles.arguments())
+            runs = [Run(*map(whole, run)) for run in self.runs]
+            log_sigma = Broadcast(None, whole(stride), *(*runs, None, None)[:2])
+        return Data(span(self.recon, tiles), span(self.target, tiles), log_sigma, tiles.struct(self.batch))
 
     def latents(self, tiles: Tiles | None) -> Latents:
         if tiles is None or self.mu is None or self.logvar is None:
-            return Latents(None, None, None, None, None, *NOTHING.arguments())
-        priors = (None if t is None else span(t, tiles) for t in (self.prior_mu, self.prior_logvar))
-        free_bits = number(self.free_bits, self.dtype) if self.free_bits > 0 else None
-        return Latents(span(self.mu, tiles), span(self.logvar, tiles), *priors, free_bits, *tiles.arguments())
-
-    def device_guard(self) -> contextlib.AbstractContextManager:
-        return torch.cuda.device(self.like.device) if self.like.is_cuda else contextlib.nullcontext()
+            return Latents(ABSENT, ABSENT, ABSENT, ABSENT, None, NOTHING.struct(self.batch))
+        priors = (ABSENT if t is None else span(t, tiles) for t in (self.prior_mu, self.prior_logvar))
+        free_bits = PRESENT if self.free_bits else None
+        return Latents(span(self.mu, tiles), span(self.logvar, tiles), *priors, free_bits, tiles.struct(self.batch))
 
 
 def span(t: Tensor, tiles: Tiles) -> Span:
-    return Span(t, batch_stride(t) // tiles.vec)
+    return Span(None, whole(batch_stride(t) // tiles.vec))
 
 
 FORCE_WIDE = False  # tests set it: no test has memory for a tensor that needs 64-bit offsets

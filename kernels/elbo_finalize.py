@@ -1,21 +1,23 @@
-"""Stage two, O(B), one program each: partial sums to loss, distortion, rate and σ; and, for unequal weights of the
-samples, what reaches every error through a σ that the batch shares."""
+"""Stage two, O(B): partial sums to loss, distortion, rate and σ, by the last program of stage one; and, for unequal
+weights of the samples, what reaches every error through a σ that the batch shares, by a program of its own."""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from fused_elbo.call import Outputs
 from fused_elbo.sigma import Kind
 
-from ._factors import ELEMENT, IMAGE, capacity_gap, shared_sigma, sigma_of, value_of, values_of
-from ._layout import Inputs, power_of_2
+from ._factors import ELEMENT, IMAGE, capacity_gap, one_sigma, shared_sigma, sigma_of, value_of, values_of
+from ._layout import Inputs, Tiles, power_of_2
 from ._math import distortion, distortion_of_scaled, distortion_slope, exp, number, sigma_term
-from .structs import Batch, GradOutputs, Options, Partials
+from ._plan import Launch, empty
+from ._unpack import batch_of, grad_outputs_of, options_of
+from .structs import Blocks, Layout, Options, constant
 
-BLOCK = 4096  # partial sums taken at a time
+BLOCK = 2048  # partial sums taken at a time: of more, a thread's would need registers that the passes want
 
 
 @triton.jit
@@ -30,88 +32,107 @@ def row_sums(partials, rows, batch, chunks, ROWS: tl.constexpr, COLS: tl.constex
 
 
 @triton.jit
-def elbo_finalize_kernel(
-    # inputs
-    partials, opts,
-    # outputs
-    outputs,
-    # shapes
-    batch, data_chunks, latent_chunks,
-    # what there is, and tunables
-    PER_SAMPLE: tl.constexpr, ROWS: tl.constexpr, DATA_COLS: tl.constexpr, LATENT_COLS: tl.constexpr,
-):  # fmt: skip
-    ACC: tl.constexpr = batch.ACC
-    s_total, kl_total, clamped_total = tl.zeros((ROWS,), ACC), tl.zeros((ROWS,), ACC), tl.zeros((ROWS,), ACC)
-    for first in range(0, batch.size, ROWS):
-        rows = first + tl.arange(0, ROWS)
-        s, kl, clamped = tl.zeros((ROWS,), ACC), tl.zeros((ROWS,), ACC), tl.zeros((ROWS,), ACC)
-        if partials.s is not None:
-            s = row_sums(partials.s, rows, batch.size, data_chunks, ROWS, DATA_COLS, ACC)
-        if partials.kl is not None:
-            kl = row_sums(partials.kl, rows, batch.size, latent_chunks, ROWS, LATENT_COLS, ACC)
-            clamped = row_sums(partials.clamped, rows, batch.size, latent_chunks, ROWS, LATENT_COLS, ACC)
-        tl.store(outputs.stats + rows, s, rows < batch.size)
-        tl.store(outputs.stats + (batch.size + 1) + rows, kl, rows < batch.size)
-        tl.store(outputs.stats + 2 * (batch.size + 1) + rows, clamped, rows < batch.size)
-        s_total += s
-        kl_total += kl
-        clamped_total += clamped
-
-    total = tl.sum(s_total, 0)
-    tl.store(outputs.stats + batch.size, total)
-    tl.store(outputs.stats + (batch.size + 1) + batch.size, tl.sum(kl_total, 0))
-    tl.store(outputs.stats + 2 * (batch.size + 1) + batch.size, tl.sum(clamped_total, 0))
-    distortions, weighted = tl.zeros((ROWS,), ACC), tl.zeros((ROWS,), ACC)
-    # The sums again, rather than the stats: no thread then reads what another one wrote.
-    for first2 in range(0, batch.size, ROWS):
-        rows2 = first2 + tl.arange(0, ROWS)
-        inside = rows2 < batch.size
-        nats, b = tl.zeros((ROWS,), ACC), values_of(opts.beta, rows2, batch)
-        if partials.s is not None:
-            s2 = row_sums(partials.s, rows2, batch.size, data_chunks, ROWS, DATA_COLS, ACC)
-            if opts.MODE == ELEMENT:
-                nats = distortion_of_scaled(s2, number(batch.dims, ACC))
-            else:
-                ls, inverse, _ = sigma_of(rows2, s2, total, opts, batch)
-                nats = distortion(s2, number(batch.dims, ACC), ls, inverse)
-                if opts.MODE == IMAGE or opts.log_sigma.stride is not None:
-                    tl.store(outputs.sigma + rows2, exp(ls), inside)
-                else:
-                    tl.store(outputs.sigma + rows2, exp(ls), rows2 < 1)
-        elif opts.MODE != ELEMENT:
-            tl.store(outputs.sigma + rows2, exp(values_of(opts.log_sigma, rows2, batch)), rows2 < 1)
-        clamped2, kl2 = tl.zeros((ROWS,), ACC), tl.zeros((ROWS,), ACC)
-        if partials.kl is not None:
-            kl2 = row_sums(partials.kl, rows2, batch.size, latent_chunks, ROWS, LATENT_COLS, ACC)
-            clamped2 = row_sums(partials.clamped, rows2, batch.size, latent_chunks, ROWS, LATENT_COLS, ACC)
-        if PER_SAMPLE:
-            tl.store(outputs.loss + rows2, nats + b * clamped2, inside)
-            tl.store(outputs.distortion + rows2, nats, inside)
-            tl.store(outputs.rate + rows2, kl2, inside)
-        distortions += tl.where(inside, nats, 0.0)
-        weighted += tl.where(inside, b * clamped2, 0.0)
-
-    if not PER_SAMPLE:
-        r = number(batch.scale, ACC)
-        nats_all = r * tl.sum(distortions, 0)
-        penalty = r * tl.sum(weighted, 0)
-        if opts.capacity.value is not None:
-            gap = capacity_gap(tl.sum(clamped_total, 0), opts, batch)
-            penalty = r * number(batch.n, ACC) * value_of(opts.beta, ACC) * tl.abs(gap)
-        tl.store(outputs.loss, nats_all + penalty)
-        tl.store(outputs.distortion, nats_all)
-        tl.store(outputs.rate, r * tl.sum(kl_total, 0))
+def sums_of(rows, partials, data, latents, batch, blocks):
+    """Returns S, KL and clamped KL of a block of samples."""
+    s, kl, clamped = zeros(blocks, batch), zeros(blocks, batch), zeros(blocks, batch)
+    if partials.s is not None:
+        s = row_sums(partials.s, rows, batch.size, data.chunks, blocks.ROWS, blocks.DATA, batch.ACC)
+    if partials.kl is not None:
+        kl = row_sums(partials.kl, rows, batch.size, latents.chunks, blocks.ROWS, blocks.LATENT, batch.ACC)
+        clamped = kl
+        if partials.clamped is not None:
+            clamped = row_sums(
+                partials.clamped, rows, batch.size, latents.chunks, blocks.ROWS, blocks.LATENT, batch.ACC
+            )
+    return s, kl, clamped
 
 
 @triton.jit
-def elbo_shared_sigma_term_kernel(
-    # inputs
-    grad_outputs, stats, opts,
-    # output: one number
-    shared_sigma_term,
-    # shapes, and a tunable
-    batch, ROWS: tl.constexpr,
-):  # fmt: skip
+def zeros(blocks, batch):
+    return tl.zeros((blocks.ROWS,), batch.ACC)
+
+
+@triton.jit
+def finalize(partials, data, latents, opts, outputs, batch, blocks):
+    """Writes all outputs. `data`, `latents`: the tiles that the partial sums are of."""
+    s_sum, kl_sum, clamped_sum = zeros(blocks, batch), zeros(blocks, batch), zeros(blocks, batch)
+    for first in range(0, batch.size, blocks.ROWS):
+        rows = first + tl.arange(0, blocks.ROWS)
+        s, kl, clamped = sums_of(rows, partials, data, latents, batch, blocks)
+        tl.store(outputs.stats + rows, s, rows < batch.size)
+        tl.store(outputs.stats + (batch.size + 1) + rows, kl, rows < batch.size)
+        tl.store(outputs.stats + 2 * (batch.size + 1) + rows, clamped, rows < batch.size)
+        s_sum += s
+        kl_sum += kl
+        clamped_sum += clamped
+    total, kl_total, clamped_total = tl.sum(s_sum, 0), tl.sum(kl_sum, 0), tl.sum(clamped_sum, 0)
+    tl.store(outputs.stats + batch.size, total)
+    tl.store(outputs.stats + (batch.size + 1) + batch.size, kl_total)
+    tl.store(outputs.stats + 2 * (batch.size + 1) + batch.size, clamped_total)
+
+    if blocks.PER_SAMPLE or opts.MODE == IMAGE or opts.log_sigma.stride is not None or opts.beta.stride is not None:
+        d_sum, penalty_sum = zeros(blocks, batch), zeros(blocks, batch)
+        # The sums again, rather than the stats: no thread then reads what another one wrote.
+        for first2 in range(0, batch.size, blocks.ROWS):
+            rows2 = first2 + tl.arange(0, blocks.ROWS)
+            s2, kl2, clamped2 = sums_of(rows2, partials, data, latents, batch, blocks)
+            d2, penalty2 = sample_terms(rows2, s2, clamped2, total, partials, opts, outputs, batch)
+            if blocks.PER_SAMPLE:
+                tl.store(outputs.loss + rows2, d2 + penalty2, rows2 < batch.size)
+                tl.store(outputs.distortion + rows2, d2, rows2 < batch.size)
+                tl.store(outputs.rate + rows2, kl2, rows2 < batch.size)
+            d_sum += tl.where(rows2 < batch.size, d2, 0.0)
+            penalty_sum += tl.where(rows2 < batch.size, penalty2, 0.0)
+        distortion_total, penalty = tl.sum(d_sum, 0), tl.sum(penalty_sum, 0)
+    else:  # both are linear in what is summed already
+        distortion_total, penalty = batch_terms(total, clamped_total, partials, opts, outputs, batch)
+
+    if not blocks.PER_SAMPLE:
+        r = number(batch.scale, batch.ACC)
+        if opts.capacity.value is not None:
+            gap = capacity_gap(clamped_total, opts, batch)
+            penalty = number(batch.n, batch.ACC) * value_of(opts.beta, batch.ACC) * tl.abs(gap)
+        tl.store(outputs.loss, r * distortion_total + r * penalty)
+        tl.store(outputs.distortion, r * distortion_total)
+        tl.store(outputs.rate, r * kl_total)
+
+
+@triton.jit
+def sample_terms(rows, s, clamped, total, partials, opts, outputs, batch):
+    """Returns the distortion of each sample of a block, and β times its KL. Writes its σ."""
+    nats = s * 0.0
+    if opts.MODE == ELEMENT:
+        if partials.s is not None:
+            nats = distortion_of_scaled(s, number(batch.dims, batch.ACC))
+    else:
+        ls, inverse, _ = sigma_of(rows, s, total, opts, batch)
+        if partials.s is not None:
+            nats = distortion(s, number(batch.dims, batch.ACC), ls, inverse)
+        if opts.MODE == IMAGE or opts.log_sigma.stride is not None:
+            tl.store(outputs.sigma + rows, exp(ls), rows < batch.size)
+        else:
+            tl.store(outputs.sigma + rows, exp(ls), rows < 1)
+    return nats, values_of(opts.beta, rows, batch) * clamped
+
+
+@triton.jit
+def batch_terms(total, clamped_total, partials, opts, outputs, batch):
+    """Returns their sums over the batch, where all samples have one σ and one β, or σ varies inside a sample. Writes
+    the σ."""
+    n, nats = number(batch.n, batch.ACC) * number(batch.dims, batch.ACC), total * 0.0
+    if opts.MODE == ELEMENT:
+        if partials.s is not None:
+            nats = distortion_of_scaled(total, n)
+    else:
+        ls, inverse = one_sigma(total, opts, batch)
+        if partials.s is not None:
+            nats = distortion(total, n, ls, inverse)
+        tl.store(outputs.sigma, exp(ls))
+    return nats, value_of(opts.beta, batch.ACC) * clamped_total
+
+
+@triton.jit
+def write_shared_sigma_term(grad_outputs, stats, opts, shared_sigma_term, batch, ROWS: tl.constexpr):
     """slope · Σ_j w_j (D − S_j/σ²) / ΣS for a σ shared by the batch and unequal w_j."""
     d, r = number(batch.dims, batch.ACC), number(batch.scale, batch.ACC)
     total = tl.load(stats + batch.size)
@@ -125,56 +146,49 @@ def elbo_shared_sigma_term_kernel(
     tl.store(shared_sigma_term, sigma_term(slope, tl.sum(flows, 0), total))
 
 
-def empty_outputs(inputs: Inputs, options: Options, per_sample: bool) -> Outputs:
-    batch = inputs.batch
-    reduced = (batch,) if per_sample else ()
-    sigma: tuple[int, ...] = ()
-    if options.MODE.value == Kind.ELEMENT:
-        sigma = (0,)
-    elif options.MODE.value == Kind.IMAGE or options.log_sigma.stride is not None:
-        sigma = (batch,)
-    shapes: list[tuple[int, ...]] = [reduced, reduced, reduced, sigma, (3, batch + 1)]
-    return Outputs(*(inputs.like.new_empty(shape, dtype=inputs.dtype) for shape in shapes))
+@triton.jit
+def elbo_shared_sigma_term_kernel(
+    # inputs
+    tensors, numbers, stats, given,
+    # output: one number
+    shared_sigma_term,
+    # shapes, and a tunable
+    layout, ROWS: tl.constexpr,
+):  # fmt: skip
+    write_shared_sigma_term(
+        grad_outputs_of(given, None, numbers, layout), stats, options_of(tensors, numbers, layout), shared_sigma_term,
+        batch_of(layout), ROWS,
+    )  # fmt: skip
 
 
-def blocks(batch: int, data_chunks: int, latent_chunks: int, most: int) -> dict[str, int]:
-    """How many samples and partial sums of them are taken at a time."""
-    data_cols, latent_cols = (min(most, power_of_2(chunks)) for chunks in (data_chunks, latent_chunks))
-    rows = max(1, min(most // max(data_cols, latent_cols), power_of_2(batch)))
-    return {"ROWS": rows, "DATA_COLS": data_cols, "LATENT_COLS": latent_cols}
+class EmptyOutputs:
+    """The outputs of a call."""
+
+    def __init__(self, inputs: Inputs, options: Options, per_sample: bool, device: torch.device) -> None:
+        batch = inputs.batch
+        reduced = (batch,) if per_sample else ()
+        sigma: tuple[int, ...] = ()
+        if options.MODE.value == Kind.ELEMENT:
+            sigma = (0,)
+        elif options.MODE.value == Kind.IMAGE or options.log_sigma.stride is not None:
+            sigma = (batch,)
+        shapes: tuple[tuple[int, ...], ...] = (reduced, reduced, reduced, sigma, (3, batch + 1))
+        self._makers = [empty(shape, inputs.dtype, device) for shape in shapes]
+
+    def __call__(self) -> Outputs:
+        return Outputs._make([make() for make in self._makers])
 
 
-def elbo_finalize(inputs: Inputs, batch: Batch, partials: Partials, options: Options, per_sample: bool) -> Outputs:
-    outputs = empty_outputs(inputs, options, per_sample)
-    data_chunks, latent_chunks = (1 if p is None else p.shape[1] for p in (partials.s, partials.kl))
-    with inputs.device_guard():
-        elbo_finalize_kernel[(1,)](
-            # inputs
-            partials, options,
-            # outputs
-            outputs,
-            # shapes
-            batch, data_chunks, latent_chunks,
-            # what there is, and tunables
-            PER_SAMPLE=per_sample, **blocks(inputs.batch, data_chunks, latent_chunks, BLOCK),
-            num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
-    return outputs
+def blocks(batch: int, data: Tiles | None, latents: Tiles | None, per_sample: bool) -> Blocks:
+    cols = [1 if tiles is None else min(BLOCK, power_of_2(tiles.chunks)) for tiles in (data, latents)]
+    rows = max(1, min(BLOCK // max(cols), power_of_2(batch)))
+    return Blocks(*map(constant, (per_sample, rows, *cols)))
 
 
-def elbo_shared_sigma_term(
-    inputs: Inputs, batch: Batch, stats: Tensor, options: Options, grad_outputs: GradOutputs
-) -> Tensor:
-    """() tensor; needed only where σ is shared by the batch and the weights of its samples differ."""
-    term = stats.new_empty(())
-    with inputs.device_guard():
-        elbo_shared_sigma_term_kernel[(1,)](
-            # inputs
-            grad_outputs, stats, options,
-            # output
-            term,
-            # shapes, and a tunable
-            batch, ROWS=min(BLOCK, power_of_2(inputs.batch)),
-            num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
-    return term
+def elbo_shared_sigma_term(inputs: Inputs, layout: Layout) -> Launch:
+    """A launch of (tensors, numbers, stats, grad_outputs, shared_sigma_term), which is needed only where σ is shared by
+    the batch and the weights of its samples differ."""
+    return Launch(
+        elbo_shared_sigma_term_kernel, 1, layout, min(BLOCK, power_of_2(inputs.batch)),
+        num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from fused_elbo import call
-from fused_elbo.call import Gradients
-
-from ._elements import columns, difference, from_units, latents_at, log_sigma_at, row_offsets
-from ._factors import BATCH, ELEMENT, factors, sample_sums
+from ._elements import columns, difference, from_units, latents_at, log_sigma_at, row_offsets, rows_and_chunk
+from ._factors import ELEMENT, factors, sample_sums
 from ._layout import Inputs, power_of_2
 from ._math import distortion_grad, kl, kl_grad, number
-from .elbo_finalize import BLOCK, elbo_shared_sigma_term
-from .structs import Batch, GradOutputs, Options, Scalar
+from ._plan import Launch
+from ._unpack import batch_of, data_of, grad_outputs_of, latents_of, options_of
+from .elbo_finalize import BLOCK
+from .structs import Layout
 
 
 @triton.jit
 def latent_gradients(lpid, grad_kl_clamped, grad_kl, latents, gradients, batch):
     """Writes those of the lpid-th chunk of the latents; grad_kl_clamped, grad_kl: of its samples."""
-    lrows, lchunk = lpid // latents.chunks * latents.ROWS + tl.arange(0, latents.ROWS), lpid % latents.chunks
+    lrows, lchunk = rows_and_chunk(lpid, latents.tiles)
     grad_kl_clamped, grad_kl = grad_kl_clamped[:, None], grad_kl[:, None]
-    llength = from_units(latents.length, latents.VEC, batch.WIDE)
+    llength = from_units(latents.tiles.length, latents.tiles.VEC, batch.WIDE)
     lg_at = row_offsets(lrows, llength, batch.WIDE)
-    for ltile in range(lchunk * latents.per_chunk, (lchunk + 1) * latents.per_chunk):
-        lcols = columns(ltile, latents.COLS, batch.WIDE)
+    for ltile in range(lchunk * latents.tiles.per_chunk, (lchunk + 1) * latents.tiles.per_chunk):
+        lcols = columns(ltile, latents.tiles.COLS, batch.WIDE)
         linside = (lrows < batch.size)[:, None] & (lcols < llength)
         d, t, inverse_prior_variance = latents_at(latents, lrows, lcols, linside, batch)
         b = grad_kl_clamped + grad_kl
@@ -65,79 +63,62 @@ def scalar_gradients(stats, opts, grad_outputs, gradients, batch, ROWS: tl.const
 
 
 @triton.jit
-def elbo_grads_kernel(
-    # inputs
-    data, latents, stats, opts, grad_outputs,
-    # outputs: dense; those not wanted are None
-    gradients,
-    # shapes, and a tunable
-    batch, data_programs, latent_programs, ROWS: tl.constexpr,
-):  # fmt: skip
+def data_gradients(pid, stats, data, opts, grad_outputs, gradients, batch):
+    """Writes those of the pid-th chunk of the data."""
+    rows, chunk = rows_and_chunk(pid, data.tiles)
+    own = factors(rows, sample_sums(stats, rows, batch), opts, grad_outputs, batch)
+    a = own.recon_scale[:, None]
+    length = from_units(data.tiles.length, data.tiles.VEC, batch.WIDE)
+    g_at = row_offsets(rows, length, batch.WIDE)
+    for tile in range(chunk * data.tiles.per_chunk, (chunk + 1) * data.tiles.per_chunk):
+        cols = columns(tile, data.tiles.COLS, batch.WIDE)
+        inside = (rows < batch.size)[:, None] & (cols < length)
+        e = difference(data, rows, cols, inside, batch)
+        g = a * e
+        if data.log_sigma.stride is not None:
+            g, g_log_sigma = distortion_grad(a, e, log_sigma_at(data, rows, cols, inside, batch))
+            if gradients.log_sigma is not None:
+                to = gradients.log_sigma.dtype.element_ty
+                tl.store(gradients.log_sigma + g_at + cols, g_log_sigma.to(to), inside)
+        if gradients.recon is not None:
+            tl.store(gradients.recon + g_at + cols, g.to(gradients.recon.dtype.element_ty), inside)
+        if gradients.target is not None:
+            tl.store(gradients.target + g_at + cols, (-g).to(gradients.target.dtype.element_ty), inside)
+
+
+@triton.jit
+def all_gradients(stats, data, latents, opts, grad_outputs, gradients, batch, ROWS: tl.constexpr):
     pid = tl.program_id(0)
-    if data.recon is not None and pid < data_programs:  # see elbo_stats_kernel
-        rows, chunk = pid // data.chunks * data.ROWS + tl.arange(0, data.ROWS), pid % data.chunks
-        own = factors(rows, sample_sums(stats, rows, batch), opts, grad_outputs, batch)
-        a = own.recon_scale[:, None]
-        length = from_units(data.length, data.VEC, batch.WIDE)
-        g_at = row_offsets(rows, length, batch.WIDE)
-        for tile in range(chunk * data.per_chunk, (chunk + 1) * data.per_chunk):
-            cols = columns(tile, data.COLS, batch.WIDE)
-            inside = (rows < batch.size)[:, None] & (cols < length)
-            e = difference(data, rows, cols, inside, batch)
-            g = a * e
-            if data.log_sigma.base is not None:
-                g, g_log_sigma = distortion_grad(a, e, log_sigma_at(data, rows, cols, inside, batch))
-                if gradients.log_sigma is not None:
-                    to = gradients.log_sigma.dtype.element_ty
-                    tl.store(gradients.log_sigma + g_at + cols, g_log_sigma.to(to), inside)
-            if gradients.recon is not None:
-                tl.store(gradients.recon + g_at + cols, g.to(gradients.recon.dtype.element_ty), inside)
-            if gradients.target is not None:
-                tl.store(gradients.target + g_at + cols, (-g).to(gradients.target.dtype.element_ty), inside)
-    elif latents.mu is not None and pid < data_programs + latent_programs:
-        lpid = pid - data_programs
-        lrows = lpid // latents.chunks * latents.ROWS + tl.arange(0, latents.ROWS)
-        lown = factors(lrows, sample_sums(stats, lrows, batch), opts, grad_outputs, batch)
-        latent_gradients(lpid, lown.grad_kl_clamped, lown.grad_kl, latents, gradients, batch)
+    if data.recon.stride is not None and pid < data.tiles.programs:  # see elbo_stats.all_sums
+        # From the end, where the pass before this one has stopped: the cache still holds what that one read last.
+        data_gradients(data.tiles.programs - 1 - pid, stats, data, opts, grad_outputs, gradients, batch)
+    elif latents.mu.stride is not None and pid < data.tiles.programs + latents.tiles.programs:
+        lrows, _ = rows_and_chunk(pid - data.tiles.programs, latents.tiles)
+        own = factors(lrows, sample_sums(stats, lrows, batch), opts, grad_outputs, batch)
+        latent_gradients(pid - data.tiles.programs, own.grad_kl_clamped, own.grad_kl, latents, gradients, batch)
     else:  # one more program for what is O(B)
         scalar_gradients(stats, opts, grad_outputs, gradients, batch, ROWS)
 
 
-def is_unequal(grad_output: Tensor | None) -> bool:
-    """Whether it has a value for each sample, and its stride does not say that all are one."""
-    return grad_output is not None and grad_output.dim() == 1 and grad_output.stride(0) != 0
+@triton.jit
+def elbo_grads_kernel(
+    # inputs
+    tensors, numbers, stats, given, shared_sigma_term,
+    # outputs: dense; those not wanted are None
+    gradients,
+    # shapes, and a tunable
+    layout, ROWS: tl.constexpr,
+):  # fmt: skip
+    all_gradients(
+        stats, data_of(tensors, layout), latents_of(tensors, numbers, layout), options_of(tensors, numbers, layout),
+        grad_outputs_of(given, shared_sigma_term, numbers, layout), gradients, batch_of(layout), ROWS,
+    )  # fmt: skip
 
 
-def elbo_grads(
-    inputs: Inputs, batch: Batch, stats: Tensor, options: Options, grad_outputs: call.GradOutputs, gradients: Gradients
-) -> None:
-    """Fills `gradients`, which are dense in the order of the inputs; those of a log σ that does not vary inside a
-    sample, and of β, () or contiguous (B,)."""
-    given = GradOutputs(*(Scalar.of(g, None, inputs.dtype) for g in grad_outputs), shared_sigma_term=None)
-    if options.MODE.value == BATCH.value and (is_unequal(grad_outputs.loss) or is_unequal(grad_outputs.distortion)):
-        term = elbo_shared_sigma_term(inputs, batch, stats, options, given)
-        given = given._replace(shared_sigma_term=term)
-    of_data = gradients.recon is not None or gradients.target is not None
-    of_latents = any(
-        g is not None for g in (gradients.mu, gradients.logvar, gradients.prior_mu, gradients.prior_logvar)
-    )
-    of_scalars = gradients.beta is not None
-    if inputs.log_sigma is not None:
-        of_data = of_data or gradients.log_sigma is not None
-    else:
-        of_scalars = of_scalars or gradients.log_sigma is not None
-    data, latents = inputs.data_tiles if of_data else None, inputs.latent_tiles if of_latents else None
-    data_programs, latent_programs = (0 if tiles is None else tiles.programs(inputs.batch) for tiles in (data, latents))
-    programs = data_programs + latent_programs + of_scalars
-    if programs == 0:
-        return
-    with inputs.device_guard():
-        elbo_grads_kernel[(programs,)](
-            # inputs
-            inputs.data(data), inputs.latents(latents), stats, options, given,
-            # outputs
-            gradients,
-            # shapes, and a tunable
-            batch, data_programs, latent_programs, ROWS=min(BLOCK, power_of_2(inputs.batch)),
-            num_warps=inputs.num_warps, enable_fp_fusion=False,
-        )  # fmt: skip
+def elbo_grads(inputs: Inputs, layout: Layout, programs: int) -> Launch:
+    """A launch of (tensors, numbers, stats, grad_outputs, shared_sigma_term, gradients), which are dense in the order
+    of the inputs; those of a log σ that does not vary inside a sample, and of β, () or contiguous (B,)."""
+    return Launch(
+        elbo_grads_kernel, programs, layout, min(BLOCK, power_of_2(inputs.batch)),
+        num_warps=inputs.num_warps, enable_fp_fusion=False,
+    )  # fmt: skip

@@ -20,16 +20,16 @@ import torch
 import triton
 import triton.language as tl
 
-from fused_elbo.call import Gradients, Outputs
-
-from ._elements import difference, from_units, row_offsets
+from ._elements import difference, from_units, row_offsets, rows_and_chunk
 from ._factors import BATCH, ELEMENT, IMAGE, factors
-from ._grid import arrive, barrier_of, grid_barrier, sum_of
+from ._grid import arrive, grid_barrier, sum_of
 from ._layout import Inputs, Tiles, cdiv, power_of_2
-from .elbo_finalize import BLOCK, blocks, elbo_finalize_kernel, empty_outputs, row_sums
+from ._plan import Launch
+from ._unpack import batch_of, data_of, grad_outputs_of, latents_of, options_of
+from .elbo_finalize import BLOCK, blocks, finalize, row_sums
 from .elbo_grads import latent_gradients, scalar_gradients
-from .elbo_stats import empty_partials, latent_sums
-from .structs import ABSENT, Batch, GradOutputs, Options, Scalar, Sums
+from .elbo_stats import latent_sums
+from .structs import Blocks, Layout, Options, Sums, constant
 
 THREADS = 1024  # of a program at most: its registers are then limited to 64 a thread, and one always fits on an SM
 HELD = 16  # differences of a tile in the registers of a thread at most
@@ -39,10 +39,10 @@ SMALLEST = 2048  # elements of a tile; smaller ones have no work for the threads
 @triton.jit
 def tile_of(pid, data, batch):
     """(chunks, samples, columns, mask): a row of a tile is a chunk of a sample. Past the data all is masked."""
-    chunks = pid * data.ROWS + tl.arange(0, data.ROWS)
-    rows = chunks // data.chunks
-    cols = row_offsets(chunks % data.chunks, data.COLS, batch.WIDE) + tl.arange(0, data.COLS)[None, :]
-    length = from_units(data.length, data.VEC, batch.WIDE)
+    chunks = pid * data.tiles.ROWS + tl.arange(0, data.tiles.ROWS)
+    rows = chunks // data.tiles.chunks
+    cols = row_offsets(chunks % data.tiles.chunks, data.tiles.COLS, batch.WIDE) + tl.arange(0, data.tiles.COLS)[None, :]
+    length = from_units(data.tiles.length, data.tiles.VEC, batch.WIDE)
     return chunks, rows, cols, (rows < batch.size)[:, None] & (cols < length)
 
 
@@ -60,84 +60,95 @@ def differences(pid, data, partials, batch):
 def sums_of_samples(pid, data, partials, batch, BLOCK: tl.constexpr):
     """S of each row's sample, from what all programs have written of it."""
     _, rows, _, _ = tile_of(pid, data, batch)
-    return row_sums(partials.s, rows, batch.size, data.chunks, data.ROWS, BLOCK, batch.ACC)
+    return row_sums(partials.s, rows, batch.size, data.tiles.chunks, data.tiles.ROWS, BLOCK, batch.ACC)
 
 
 @triton.jit
-def data_gradients(pid, e, sums, data, opts, grad_outputs, gradients, batch):
+def held_gradients(pid, e, sums, data, opts, grad_outputs, gradients, batch):
     _, rows, cols, inside = tile_of(pid, data, batch)
     own = factors(rows, sums, opts, grad_outputs, batch)
     g = own.recon_scale[:, None] * e
-    g_at = row_offsets(rows, from_units(data.length, data.VEC, batch.WIDE), batch.WIDE) + cols
+    g_at = row_offsets(rows, from_units(data.tiles.length, data.tiles.VEC, batch.WIDE), batch.WIDE) + cols
     if gradients.recon is not None:
         tl.store(gradients.recon + g_at, g.to(gradients.recon.dtype.element_ty), inside)
     if gradients.target is not None:
         tl.store(gradients.target + g_at, (-g).to(gradients.target.dtype.element_ty), inside)
 
 
+class How(NamedTuple):
+    """A `Cut`, as a kernel is told of it."""
+
+    WAITS: tl.constexpr
+    SAMPLES: tl.constexpr  # that scalar_gradients takes at a time
+    PROGRAMS: tl.constexpr  # the least power of 2 that is no less
+    blocks: Blocks
+
+
 @triton.jit
-def elbo_step_kernel(
-    # inputs; only the loss has a grad_output
-    data, latents, opts, grad_outputs,
-    # outputs; gradients: dense, those that are not wanted are None
-    outputs, gradients,
-    # workspace
-    partials, totals, barrier,
-    # shapes
-    batch, latent_programs,
-    # what there is, and tunables
-    WAITS: tl.constexpr, ROWS: tl.constexpr, DATA_COLS: tl.constexpr, LATENT_COLS: tl.constexpr,
-    SAMPLES: tl.constexpr, PROGRAMS: tl.constexpr,
-):  # fmt: skip
+def all_stages(data, latents, opts, grad_outputs, written, workspace, batch, how):
     pid, programs = tl.program_id(0), tl.num_programs(0)
     # The latents from the last program on: those past the data have nothing else to do.
     clamped_total, total = tl.zeros((), batch.ACC), tl.zeros((), batch.ACC)
-    for lpid in range(programs - 1 - pid, latent_programs, programs):
-        clamped_total += latent_sums(lpid, latents, partials, batch)
+    for lpid in range(programs - 1 - pid, latents.tiles.programs, programs):
+        clamped_total += latent_sums(lpid, latents, workspace.partials, batch)
 
     # Programs that wait hold two tiles. (One of twice the size is loaded with so much in flight that registers spill.)
-    TILES: tl.constexpr = 2 if WAITS else 1
-    e, s = differences(pid * TILES, data, partials, batch)
-    if WAITS:
-        e1, s1 = differences(pid * TILES + 1, data, partials, batch)
+    TILES: tl.constexpr = 2 if how.WAITS else 1
+    e, s = differences(pid * TILES, data, workspace.partials, batch)
+    if how.WAITS:
+        e1, s1 = differences(pid * TILES + 1, data, workspace.partials, batch)
         if opts.MODE == BATCH:
-            tl.store(totals + pid, tl.sum(s, 0) + tl.sum(s1, 0))
+            tl.store(workspace.totals + pid, tl.sum(s, 0) + tl.sum(s1, 0))
         if opts.capacity.value is not None:
-            tl.store(totals + programs + pid, clamped_total)
-        pid += grid_barrier(barrier, programs)
+            tl.store(workspace.totals + programs + pid, clamped_total)
+        pid += grid_barrier(workspace.barrier, programs)
         if opts.MODE == BATCH:
-            total = sum_of(totals, programs, PROGRAMS)
+            total = sum_of(workspace.totals, programs, how.PROGRAMS)
         if opts.capacity.value is not None:
-            clamped_total = sum_of(totals + programs, programs, PROGRAMS)
+            clamped_total = sum_of(workspace.totals + programs, programs, how.PROGRAMS)
         if opts.MODE == IMAGE:
-            s1 = sums_of_samples(pid * TILES + 1, data, partials, batch, DATA_COLS)
+            s1 = sums_of_samples(pid * TILES + 1, data, workspace.partials, batch, how.blocks.DATA)
         sums1 = Sums(s1, total, s1 * 0.0, clamped_total)
-        data_gradients(pid * TILES + 1, e1, sums1, data, opts, grad_outputs, gradients, batch)
+        held_gradients(pid * TILES + 1, e1, sums1, data, opts, grad_outputs, written.gradients, batch)
         if opts.MODE == IMAGE:
-            s = sums_of_samples(pid * TILES, data, partials, batch, DATA_COLS)
+            s = sums_of_samples(pid * TILES, data, workspace.partials, batch, how.blocks.DATA)
     sums = Sums(s, total, s * 0.0, clamped_total)
-    data_gradients(pid * TILES, e, sums, data, opts, grad_outputs, gradients, batch)
+    held_gradients(pid * TILES, e, sums, data, opts, grad_outputs, written.gradients, batch)
 
-    for lpid in range(programs - 1 - pid, latent_programs, programs):
-        lrows = lpid // latents.chunks * latents.ROWS + tl.arange(0, latents.ROWS)
-        nothing = tl.zeros((latents.ROWS,), batch.ACC)
+    for lpid in range(programs - 1 - pid, latents.tiles.programs, programs):
+        lrows, _ = rows_and_chunk(lpid, latents.tiles)
+        nothing = tl.zeros((latents.tiles.ROWS,), batch.ACC)
         lown = factors(lrows, Sums(nothing, total, nothing, clamped_total), opts, grad_outputs, batch)
-        latent_gradients(lpid, lown.grad_kl_clamped, lown.grad_kl, latents, gradients, batch)
+        latent_gradients(lpid, lown.grad_kl_clamped, lown.grad_kl, latents, written.gradients, batch)
 
-    if WAITS:
+    if how.WAITS:
         finishes = pid == programs - 1
     else:
-        finishes = arrive(barrier, programs)
+        finishes = arrive(workspace.barrier, programs)
     if finishes:
-        elbo_finalize_kernel(
-            partials, opts, outputs, batch, data.chunks, latents.chunks, False, ROWS, DATA_COLS, LATENT_COLS
-        )
-        if gradients.log_sigma is not None or gradients.beta is not None:
+        finalize(workspace.partials, data.tiles, latents.tiles, opts, written.outputs, batch, how.blocks)
+        if written.gradients.log_sigma is not None or written.gradients.beta is not None:
             tl.debug_barrier()  # other threads read stats than have written them
-            scalar_gradients(outputs.stats, opts, grad_outputs, gradients, batch, SAMPLES)
+            scalar_gradients(written.outputs.stats, opts, grad_outputs, written.gradients, batch, how.SAMPLES)
 
 
-class Plan(NamedTuple):
+@triton.jit
+def elbo_step_kernel(
+    # inputs; only the loss has a grad_output
+    tensors, numbers, given,
+    # outputs; gradients that are not wanted are None
+    written,
+    workspace,
+    # shapes, and tunables
+    layout, how,
+):  # fmt: skip
+    all_stages(
+        data_of(tensors, layout), latents_of(tensors, numbers, layout), options_of(tensors, numbers, layout),
+        grad_outputs_of(given, None, numbers, layout), written, workspace, batch_of(layout), how,
+    )  # fmt: skip
+
+
+class Cut(NamedTuple):
     """How a step is cut into programs."""
 
     data: Tiles
@@ -147,7 +158,7 @@ class Plan(NamedTuple):
     waits: bool
 
     @classmethod
-    def of(cls, inputs: Inputs, options: Options, resident: int) -> Plan | None:
+    def of(cls, inputs: Inputs, options: Options, resident: int) -> Cut | None:
         """None where the stages must run one after another. `resident`: programs that are surely on the GPU at once.
 
         Where programs wait for one another, their tiles are the smallest with which `resident` programs hold the batch,
@@ -173,37 +184,19 @@ class Plan(NamedTuple):
         return cls(data, latents, min(programs, resident) if waits else programs, threads, waits)
 
 
-def launch_options(plan: Plan) -> dict[str, Any]:
+def launch_options(cut: Cut) -> dict[str, Any]:
     if triton.knobs.runtime.interpret:
         return {}
     target = triton.runtime.driver.active.get_current_target()
-    options = {"num_warps": plan.threads // target.warp_size, "launch_cooperative_grid": plan.waits}
+    options = {"num_warps": cut.threads // target.warp_size, "launch_cooperative_grid": cut.waits}
     if target.backend == "cuda":  # left alone, ptxas spills some for 32 registers, so that two programs fit on an SM
         options["maxnreg"] = 64
     return options
 
 
-def elbo_step(
-    inputs: Inputs, batch: Batch, plan: Plan, options: Options, grad_scale: Scalar, gradients: Gradients
-) -> Outputs:
-    """Fills `gradients` as `elbo_grads` does."""
-    d, k = plan.data, plan.latents
-    outputs, partials = empty_outputs(inputs, options, per_sample=False), empty_partials(inputs, d, k)
-    totals = inputs.like.new_empty(2 * plan.programs if plan.waits else 0, dtype=inputs.dtype)
-    with inputs.device_guard():
-        elbo_step_kernel[(plan.programs,)](
-            # inputs
-            inputs.data(d), inputs.latents(k), options, GradOutputs(grad_scale, ABSENT, ABSENT, None),
-            # outputs
-            outputs, gradients,
-            # workspace
-            partials, totals, barrier_of(inputs.like.device),
-            # shapes
-            batch, k.programs(inputs.batch),
-            # what there is, and tunables
-            WAITS=plan.waits, **blocks(inputs.batch, d.chunks, k.chunks, BLOCK),
-            SAMPLES=min(BLOCK, power_of_2(inputs.batch)),
-            PROGRAMS=max(plan.threads, power_of_2(plan.programs)),  # each value is read by one thread
-            **launch_options(plan), enable_fp_fusion=False,
-        )  # fmt: skip
-    return outputs
+def elbo_step(inputs: Inputs, layout: Layout, cut: Cut) -> Launch:
+    """A launch of (tensors, numbers, grad_outputs, written, workspace)."""
+    samples = min(BLOCK, power_of_2(inputs.batch))
+    programs = max(cut.threads, power_of_2(cut.programs))  # so that each value is read by one thread
+    how = How(*map(constant, (cut.waits, samples, programs)), blocks(inputs.batch, cut.data, cut.latents, False))
+    return Launch(elbo_step_kernel, cut.programs, layout, how, **launch_options(cut), enable_fp_fusion=False)

@@ -1,62 +1,200 @@
-"""The operators (fused_elbo/operators/elbo.py) on the Triton kernels."""
+"""The operators (fused_elbo/operators/elbo.py) on the Triton kernels.
+
+Each has a plan for every kind of call (`_plan.py`), made at its first: which tensors must be copied into an order in
+which they can be walked, what is allocated, and the launches.
+"""
 
 from __future__ import annotations
+
+import warnings
 
 import torch
 from torch import Tensor
 
 from fused_elbo import call
 from fused_elbo.call import NONE, SUM, Gradients, GradOutputs, Outputs, Tensors
+from fused_elbo.errors import sentence
+from fused_elbo.sigma import Kind
 
-from ._grid import resident_programs
-from ._layout import Inputs, Output
-from .elbo_finalize import elbo_finalize
+from . import _layout, structs
+from ._grid import barrier_of, resident_programs
+from ._layout import Inputs, Tiles, is_in_order
+from ._plan import Key, cached, device_guard, empty, key_of, on_meta
+from .elbo_finalize import EmptyOutputs, elbo_shared_sigma_term
 from .elbo_grads import elbo_grads
-from .elbo_stats import elbo_stats
-from .elbo_step import Plan, elbo_step
-from .structs import Batch, Options, Scalar
+from .elbo_stats import EmptyPartials, elbo_stats
+from .elbo_step import Cut, elbo_step
+from .structs import ABSENT, Batch, Layout, Numbers, Options, Scalar, Workspace
+from .structs import GradOutputs as GradOutputsLayout
+
+
+class Plan:
+    """What the plans of all operators start from."""
+
+    def __init__(self, key: Key) -> None:
+        given = Tensors._make(on_meta(shape) for shape in key.tensors)
+        tensors = _layout.ordered(given, key.options)
+        pairs = [(a, b) for a, b in zip(given, tensors, strict=True) if a is not None and b is not None]
+        self.copies = any(a.shape != b.shape or a.stride() != b.stride() for a, b in pairs)
+        self.given, self.tensors, self.kinds, self.device = given, tensors, key.options, key.device
+        self.inputs, self.options = Inputs(tensors, key.options), Options.of(tensors, key.options)
+        self.dtype, self.per_sample = self.inputs.dtype, key.options.reduction == NONE
+
+    def layout(self, data: Tiles | None, latents: Tiles | None, grad_outputs: GradOutputsLayout) -> Layout:
+        batch = Batch.of(self.inputs, self.kinds.reduction)
+        return Layout(self.inputs.data(data), self.inputs.latents(latents), batch, self.options, grad_outputs)
+
+    def ordered(self, tensors: Tensors) -> Tensors:
+        return _layout.ordered(tensors, self.kinds) if self.copies else tensors
+
+
+@cached
+class Forward(Plan):
+    def __init__(self, key: Key) -> None:
+        super().__init__(key)
+        inputs = self.inputs
+        layout = self.layout(inputs.data_tiles, inputs.latent_tiles, GradOutputsLayout(ABSENT, ABSENT, ABSENT, None))
+        self.partials = EmptyPartials(inputs, inputs.data_tiles, inputs.latent_tiles, self.device)
+        self.outputs = EmptyOutputs(inputs, self.options, self.per_sample, self.device)
+        self.launch = elbo_stats(inputs, layout, self.per_sample)
+
+    def __call__(self, tensors: Tensors, options: call.Options) -> Outputs:
+        tensors, numbers = self.ordered(tensors), Numbers.of(options, self.dtype)
+        partials, outputs = self.partials(), self.outputs()
+        with device_guard(self.device):
+            self.launch(tensors, numbers, outputs, partials, barrier_of(self.device))
+        return outputs
 
 
 class Written:
     """Where the gradients that `mask` asks for are written, one for each bit, and what becomes of them."""
 
-    def __init__(self, inputs: Inputs, tensors: Tensors, mask: int) -> None:
-        def asked(name: str) -> bool:
-            return bool(mask >> Gradients._fields.index(name) & 1)
+    def __init__(self, plan: Plan, mask: int) -> None:
+        given, inputs = plan.given, plan.inputs
+        self.asked = [bool(mask >> i & 1) and given[i] is not None for i in range(len(Gradients._fields))]
+        self.device, self.absent = plan.device, empty((0,), torch.float32, plan.device)
+        data, latents = inputs.recon, inputs.mu
+        of_log_sigma = None if inputs.log_sigma is None else data  # else one value, or one for each sample
+        leads = Gradients(data, data, latents, latents, of_log_sigma, latents, latents, None)
+        # What is not as the kernels write is written to a buffer first: (the tensor whose order it has, dtype).
+        self.buffers: dict[int, tuple[Tensor, torch.dtype]] = {}
+        for i, lead in enumerate(leads):
+            t = given[i]
+            if self.asked[i] and t is not None and lead is not None:
+                # log σ that is broadcast gets the gradient of every element, which PyTorch then sums in a fixed order.
+                if t.shape != lead.shape:
+                    self.buffers[i] = (lead, plan.dtype)
+                elif not is_in_order(t, lead):
+                    self.buffers[i] = (lead, t.dtype)
 
-        def output(name: str, lead: Tensor | None) -> Output | None:
-            like = getattr(tensors, name)
-            return Output(like, lead) if asked(name) and like is not None else None
+    def empty(self, tensors: Tensors) -> tuple[list[Tensor | None], Gradients]:
+        """Returns the results, and what the kernels write: the same, but for buffers."""
+        results = [torch.empty_like(t) if asked else None for t, asked in zip(tensors, self.asked, strict=False)]
+        written = Gradients._make(results)
+        if self.buffers:
+            made = {Gradients._fields[i]: _layout.empty_in_order(*how, self.device) for i, how in self.buffers.items()}
+            written = written._replace(**made)
+        return results, written
 
-        def of_log_sigma() -> Output | None:
-            if not self.is_broadcast:
-                return output("log_sigma", None if inputs.log_sigma is None else inputs.recon)
-            return Output(inputs.recon, inputs.recon, inputs.dtype) if asked("log_sigma") else None
+    def finish(self, results: list[Tensor | None], written: Gradients) -> Gradients:
+        for i in self.buffers:
+            result = results[i]
+            assert result is not None
+            result.copy_(written[i].sum_to_size(result.shape))
+        return Gradients._make([self.absent() if g is None else g for g in results])
 
-        # log σ that is broadcast gets the gradient of every element, which is then summed in PyTorch's fixed order.
-        self.like, self.log_sigma = inputs.like, tensors.log_sigma
-        self.is_broadcast = inputs.log_sigma is not None and self.log_sigma.shape != inputs.recon.shape
-        self.outputs = Gradients(
-            output("recon", inputs.recon), output("target", inputs.recon),
-            output("mu", inputs.mu), output("logvar", inputs.mu), of_log_sigma(),
-            output("prior_mu", inputs.mu), output("prior_logvar", inputs.mu), output("beta", None),
-        )  # fmt: skip
 
-    def buffers(self) -> Gradients:
-        return Gradients(*(None if o is None else o.buffer for o in self.outputs))
+@cached
+class Grads(Plan):
+    def __init__(self, key: Key) -> None:
+        super().__init__(key)
+        inputs, (loss, distortion, rate) = self.inputs, map(on_meta, key.more[1:])
+        given = GradOutputsLayout(*(Scalar.of(g, False) for g in (loss, distortion, rate)), None)
+        self.written = Written(self, key.mask)
+        recon, target, mu, logvar, log_sigma, prior_mu, prior_logvar, beta = self.written.asked
+        element = inputs.log_sigma is not None
+        data = inputs.data_tiles if recon or target or (log_sigma and element) else None
+        latents = inputs.latent_tiles if mu or logvar or prior_mu or prior_logvar else None
+        layout = self.layout(data, latents, given)
+        programs = sum(tiles.programs(inputs.batch) for tiles in (data, latents) if tiles is not None)
+        programs += beta or (log_sigma and not element)  # one for what is O(B)
+        self.launch = elbo_grads(inputs, layout, programs) if programs else None
+        unequal = key.options.sigma_mode == Kind.BATCH and (is_unequal(loss) or is_unequal(distortion))
+        self.shared_sigma_term = elbo_shared_sigma_term(inputs, layout) if unequal else None
 
-    def finish(self) -> Gradients:
-        finished = Gradients(*(None if o is None else o.finish() for o in self.outputs))
-        if self.is_broadcast and finished.log_sigma is not None:
-            summed = finished.log_sigma.sum_to_size(self.log_sigma.shape)
-            finished = finished._replace(log_sigma=torch.empty_like(self.log_sigma).copy_(summed))
-        return Gradients(*(self.like.new_empty(0, dtype=torch.float32) if g is None else g for g in finished))
+    def __call__(self, tensors: Tensors, options: call.Options, stats: Tensor, grad_outputs: GradOutputs) -> Gradients:
+        results, written = self.written.empty(tensors)
+        tensors, numbers = self.ordered(tensors), Numbers.of(options, self.dtype)
+        if self.launch is not None:
+            with device_guard(self.device):
+                term = None
+                if self.shared_sigma_term is not None:
+                    term = stats.new_empty(())
+                    self.shared_sigma_term(tensors, numbers, stats, grad_outputs, term)
+                self.launch(tensors, numbers, stats, grad_outputs, term, written)
+        return self.written.finish(results, written)
+
+
+def is_unequal(grad_output: Tensor | None) -> bool:
+    """Whether it has a value for each sample, and its stride does not say that all are one."""
+    return grad_output is not None and grad_output.dim() == 1 and grad_output.stride(0) != 0
+
+
+class Refused(Exception):
+    """A GPU does not launch programs that wait for one another, or not as many: under MPS, say, or a green context."""
+
+
+_refusing: set[torch.device] = set()
+
+
+def _refuses(device: torch.device, error: Refused) -> None:
+    if device not in _refusing:
+        _refusing.add(device)
+        warnings.warn(
+            f"fused_elbo: {device} refused a cooperative launch, so that decoupled_elbo_backward reads the data twice "
+            f"there: {sentence(error.__cause__)}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+@cached
+class Step(Plan):
+    """`launch` is None where the stages must run one after another."""
+
+    def __init__(self, key: Key) -> None:
+        super().__init__(key)
+        cut = Cut.of(self.inputs, self.options, resident_programs(key.device))
+        self.launch, self.waits = None, cut is not None and cut.waits
+        if cut is not None:
+            (grad_scale,) = map(on_meta, key.more)
+            given = GradOutputsLayout(Scalar.of(grad_scale, True), ABSENT, ABSENT, None)
+            self.written = Written(self, key.mask)
+            self.partials = EmptyPartials(self.inputs, cut.data, cut.latents, self.device)
+            self.outputs = EmptyOutputs(self.inputs, self.options, False, self.device)
+            self.totals = empty((2 * cut.programs if cut.waits else 0,), self.dtype, self.device)
+            self.launch = elbo_step(self.inputs, self.layout(cut.data, cut.latents, given), cut)
+
+    def __call__(
+        self, tensors: Tensors, options: call.Options, grad_scale: Tensor | None, grad_scale_value: float
+    ) -> tuple[Tensor, ...]:
+        assert self.launch is not None
+        results, written = self.written.empty(tensors)
+        tensors, numbers = self.ordered(tensors), Numbers.of(options, self.dtype, grad_scale_value)
+        outputs = self.outputs()
+        with device_guard(self.device):
+            workspace = Workspace(self.partials(), self.totals(), barrier_of(self.device))
+            try:
+                self.launch(tensors, numbers, GradOutputs(grad_scale), structs.Written(outputs, written), workspace)
+            except Exception as error:
+                if self.waits:
+                    raise Refused from error
+                raise
+        return (*outputs[:4], *self.written.finish(results, written))
 
 
 def forward(tensors: Tensors, options: call.Options) -> Outputs:
-    inputs = Inputs(tensors, options)
-    batch, own = Batch.of(inputs, options.reduction), Options.of(tensors, options, inputs.dtype)
-    return elbo_finalize(inputs, batch, elbo_stats(inputs, batch), own, options.reduction == NONE)
+    return Forward(key_of(tensors, options))(tensors, options)
 
 
 def stats(tensors: Tensors, options: call.Options) -> Tensor:
@@ -65,25 +203,19 @@ def stats(tensors: Tensors, options: call.Options) -> Tensor:
 
 
 def grads(tensors: Tensors, options: call.Options, stats: Tensor, grad_outputs: GradOutputs, mask: int) -> Gradients:
-    inputs = Inputs(tensors, options)
-    batch, own = Batch.of(inputs, options.reduction), Options.of(tensors, options, inputs.dtype)
-    written = Written(inputs, tensors, mask)
-    elbo_grads(inputs, batch, stats, own, grad_outputs, written.buffers())
-    return written.finish()
+    plan = Grads(key_of(tensors, options, mask, stats, *grad_outputs))
+    return plan(tensors, options, stats, grad_outputs)
 
 
 def step(
     tensors: Tensors, options: call.Options, grad_scale: Tensor | None, grad_scale_value: float, mask: int
 ) -> tuple[Tensor, ...]:
-    inputs = Inputs(tensors, options)
-    batch, own = Batch.of(inputs, options.reduction), Options.of(tensors, options, inputs.dtype)
-    written = Written(inputs, tensors, mask)
-    plan = Plan.of(inputs, own, resident_programs(inputs.like.device))
-    if plan is not None:
-        scale = Scalar.of(grad_scale, grad_scale_value, inputs.dtype)
-        outputs = elbo_step(inputs, batch, plan, own, scale, written.buffers())
-    else:
-        outputs = elbo_finalize(inputs, batch, elbo_stats(inputs, batch), own, False)
-        grad_loss = outputs.loss.new_full((), grad_scale_value) if grad_scale is None else grad_scale
-        elbo_grads(inputs, batch, outputs.stats, own, GradOutputs(grad_loss, None, None), written.buffers())
-    return (*outputs[:4], *written.finish())
+    plan = Step(key_of(tensors, options, mask, grad_scale))
+    if plan.launch is not None and not (plan.waits and plan.device in _refusing):
+        try:
+            return plan(tensors, options, grad_scale, grad_scale_value)
+        except Refused as error:
+            _refuses(plan.device, error)
+    outputs = forward(tensors, options)
+    grad_loss = outputs.loss.new_full((), grad_scale_value) if grad_scale is None else grad_scale
+    return (*outputs[:4], *grads(tensors, options, outputs.stats, GradOutputs(grad_loss), mask))

@@ -1,9 +1,13 @@
-"""The structures that the kernels are passed, of pointers, strides and numbers: csrc's elbo.h has the same.
+"""The structures of pointers, strides and numbers that the kernels work with: csrc's elbo.h has the same.
 
 A NamedTuple of arguments is a structure to Triton. A field that is None is known to be so when a kernel is compiled,
 and so is the value of a tl.constexpr; pointers and integers are specialised as a kernel's own arguments are.
-`call.Outputs` and `call.Gradients` are structures of pointers too. All stages share them, so an option that is
-arithmetic of O(batch) is named here and where `_factors.py` uses it, and in no kernel between.
+
+A kernel is passed in groups what it needs: the pointers (`call.Tensors`, `call.GradOutputs`, `call.Outputs`,
+`call.Gradients`, `Partials`), the `Numbers`, and a `Layout` with all that shapes, strides, dtypes and kinds of options
+decide, which a plan keeps from call to call (`_plan.py`). `_unpack.py` puts them together again, so that a kernel reads
+`data.recon`, base and stride, or `opts.beta`. All stages share them, so an option that is arithmetic of O(batch) is
+named here and where `_factors.py` uses it, and in no kernel between.
 
 Ask of a pointer or a number whether it is None, never of a structure: Triton 3.6 fails where that one holds a None. So
 what is absent is a structure of Nones.
@@ -13,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import struct
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import triton.language as tl
@@ -23,6 +27,7 @@ from fused_elbo import call
 from fused_elbo.sigma import Kind
 
 constant = functools.lru_cache(maxsize=None, typed=True)(tl.constexpr)  # one object each: making one takes a while
+PRESENT = constant(True)
 
 
 class Bits(NamedTuple):
@@ -46,11 +51,17 @@ def number(value: float, dtype: torch.dtype) -> Number:
     return Bits(float(bits >> 40), float(bits >> 16 & 0xFFFFFF), float(bits & 0xFFFF))
 
 
+def whole(n: int | None) -> int | None:
+    """Makes the field that `_whole` reads. Triton compiles a kernel anew for an integer that is 1, and for one that 16
+    divides; an odd number from 3 on is neither, so that one kernel serves batches of all sizes."""
+    return None if n is None else 2 * n + 3
+
+
 class Span(NamedTuple):
     """The samples of a tensor, each of them dense, `stride` units of VEC elements apart."""
 
-    base: Tensor
-    stride: int
+    base: Tensor | None
+    stride: int | None
 
 
 class Run(NamedTuple):
@@ -65,42 +76,43 @@ class Broadcast(NamedTuple):
     """log σ where it varies inside a sample, over one run of dimensions or two; samples are `stride` elements apart.
     Without runs it lies as the data do, and `stride` counts in units."""
 
-    base: Tensor | None  # None where σ does not vary inside a sample
-    stride: int | None
+    base: Tensor | None
+    stride: int | None  # None where σ does not vary inside a sample
     inner: Run | None
     outer: Run | None
 
 
-class Data(NamedTuple):
-    """recon and target, and how they are cut, which `_layout.Tiles` explains."""
+class Tiles(NamedTuple):
+    """How samples are cut, which `_layout.Tiles` explains."""
 
-    recon: Span | None  # None where there are no data
-    target: Span | None
-    log_sigma: Broadcast
     length: int
     chunks: int
-    per_chunk: int
+    per_chunk: int  # in a layout 2n − 1: odd as `whole` has it, but 1 for 1, which saves the kernel a loop
+    programs: int  # that walk them all
     VEC: tl.constexpr
     ROWS: tl.constexpr
     COLS: tl.constexpr
     BY_CHUNK: tl.constexpr
+
+
+class Data(NamedTuple):
+    """recon and target; their strides are None where there are no data."""
+
+    recon: Span
+    target: Span
+    log_sigma: Broadcast
+    tiles: Tiles
 
 
 class Latents(NamedTuple):
-    """The posterior and, if there is one, the prior, cut like the data."""
+    """The posterior and, if there is one, the prior."""
 
-    mu: Span | None  # None where there are no latents
-    logvar: Span | None
-    prior_mu: Span | None
-    prior_logvar: Span | None
+    mu: Span
+    logvar: Span
+    prior_mu: Span
+    prior_logvar: Span
     free_bits: Number | None
-    length: int
-    chunks: int
-    per_chunk: int
-    VEC: tl.constexpr
-    ROWS: tl.constexpr
-    COLS: tl.constexpr
-    BY_CHUNK: tl.constexpr
+    tiles: Tiles
 
 
 class Batch(NamedTuple):
@@ -120,7 +132,7 @@ class Batch(NamedTuple):
         scale = (1 / batch, 1.0, 1 / (batch * dims), 1.0)[reduction]
         numbers = (number(float(value), inputs.dtype) for value in (batch, inputs.dims, scale))
         acc = tl.float64 if inputs.dtype == torch.float64 else tl.float32
-        return cls(batch, *numbers, constant(acc), constant(inputs.wide))
+        return cls(cast(int, whole(batch)), *numbers, constant(acc), constant(inputs.wide))
 
 
 class Scalar(NamedTuple):
@@ -131,10 +143,11 @@ class Scalar(NamedTuple):
     value: Number | None  # None where there is neither
 
     @classmethod
-    def of(cls, tensor: Tensor | None, value: float | None, dtype: torch.dtype) -> Scalar:
+    def of(cls, tensor: Tensor | None, is_number: bool) -> Scalar:
+        """For a layout. `is_number`: where there is no tensor, there is a number."""
         if tensor is not None:
-            return cls(tensor, tensor.stride(0) if tensor.dim() else None, number(0.0, dtype))
-        return cls(None, None, None if value is None else number(value, dtype))
+            return cls(None, whole(tensor.stride(0)) if tensor.dim() else None, PRESENT)
+        return cls(None, None, PRESENT if is_number else None)
 
 
 ABSENT = Scalar(None, None, None)
@@ -146,18 +159,17 @@ class Options(NamedTuple):
     MODE: tl.constexpr  # of σ
     SOFTCLIP: tl.constexpr
     log_sigma: Scalar  # where it does not vary inside a sample
-    min_log_sigma: Number
+    min_log_sigma: Number | None
     beta: Scalar
     capacity: Scalar  # absent where the rate is not limited
 
     @classmethod
-    def of(cls, tensors: call.Tensors, options: call.Options, dtype: torch.dtype) -> Options:
+    def of(cls, tensors: call.Tensors, options: call.Options) -> Options:
+        """For a layout."""
         given = None if options.sigma_mode == Kind.ELEMENT else tensors.log_sigma
         return cls(
-            constant(int(options.sigma_mode)), constant(options.softclip),
-            Scalar.of(given, options.log_sigma_value, dtype), number(options.min_log_sigma, dtype),
-            Scalar.of(tensors.beta, options.beta_value, dtype),
-            Scalar.of(tensors.capacity, options.capacity_value, dtype),
+            constant(int(options.sigma_mode)), constant(options.softclip), Scalar.of(given, True), None,
+            Scalar.of(tensors.beta, True), Scalar.of(tensors.capacity, options.capacity_value is not None),
         )  # fmt: skip
 
 
@@ -170,12 +182,66 @@ class GradOutputs(NamedTuple):
     shared_sigma_term: Tensor | None  # of every error, where σ is of the batch and the samples' weights differ
 
 
+class Numbers(NamedTuple):
+    """What changes from call to call besides the tensors."""
+
+    log_sigma: Number
+    min_log_sigma: Number
+    beta: Number
+    capacity: Number
+    free_bits: Number
+    grad_scale: Number  # of a step
+
+    @classmethod
+    def of(cls, options: call.Options, dtype: torch.dtype, grad_scale: float = 0.0) -> Numbers:
+        values = (
+            options.log_sigma_value, options.min_log_sigma, options.beta_value, options.capacity_value or 0.0,
+            options.free_bits, grad_scale,
+        )  # fmt: skip
+        return cls(*values) if dtype != torch.float64 else cls(*(number(float(value), dtype) for value in values))
+
+
+class Layout(NamedTuple):
+    """What a plan keeps: the structures above, without their pointers and the numbers of one call. A number that there
+    will be is PRESENT, and integers are as `whole` makes them."""
+
+    data: Data
+    latents: Latents
+    batch: Batch
+    options: Options
+    grad_outputs: GradOutputs
+
+
 class Partials(NamedTuple):
     """Partial sums, [batch, chunks]; None where there are no data, or no latents."""
 
     s: Tensor | None
     kl: Tensor | None
-    clamped: Tensor | None  # `kl` without free bits
+    clamped: Tensor | None  # None without free bits: it is `kl` then
+
+
+class Blocks(NamedTuple):
+    """How `elbo_finalize.finalize` takes the partial sums."""
+
+    PER_SAMPLE: tl.constexpr  # whether the loss is to be that of each sample
+    ROWS: tl.constexpr  # samples at a time
+    DATA: tl.constexpr  # partial sums of a sample's data at a time
+    LATENT: tl.constexpr
+
+
+class Workspace(NamedTuple):
+    """What the programs of a step tell one another by."""
+
+    partials: Partials
+    totals: Tensor  # what each program has found of S, and then of KL
+    barrier: Tensor
+
+
+class Written(NamedTuple):
+    """What a step writes; gradients as `elbo_grads` does."""
+
+    outputs: call.Outputs
+    gradients: call.Gradients
 
 
 class Sums(NamedTuple):

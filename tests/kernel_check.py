@@ -8,6 +8,7 @@ what is written outside in the sentinel, and what is not written at all is NaN.
 
 from __future__ import annotations
 
+import importlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -211,6 +212,8 @@ class Case:
 def small_tiles(operators: ModuleType) -> Iterator[None]:
     """Many tiles and many partial sums from few elements."""
     kernels = operators.__package__
+    plan = importlib.import_module(f"{kernels}._plan")
+    plan.forget()
     with (
         mock.patch(f"{kernels}._layout.TILE", 32),
         mock.patch(f"{kernels}._layout.MANY", 8),
@@ -218,6 +221,7 @@ def small_tiles(operators: ModuleType) -> Iterator[None]:
         mock.patch(f"{kernels}.elbo_grads.BLOCK", 1),
     ):
         yield
+    plan.forget()
 
 
 @contextmanager

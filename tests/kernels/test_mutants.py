@@ -31,36 +31,36 @@ KERNELS = Path(__file__).parents[2] / "kernels"
 
 STATS, FINALIZE, GRADS, STEP = (f"elbo_{stem}.py" for stem in ("stats", "finalize", "grads", "step"))
 LAYOUT, ELEMENTS, MATH, FACTORS, GRID = (f"_{name}.py" for name in ("layout", "elements", "math", "factors", "grid"))
-STRUCTS = "structs.py"
+STRUCTS, OPERATORS = "structs.py", "operators.py"
 
 MASK = "$ROWS & ($C < $N)"
 DIFFERENCE = "difference($D, $R, $C, $M, $B)"
 # What that is, and the target twice more: recon + target.
-TARGET = "tl.load($D.target.base + $R[:, None] * ($D.target.stride * $D.VEC) + $C, $M, 0.0).to($B.ACC)"
+TARGET = "tl.load($D.target.base + $R[:, None] * ($D.target.stride * $D.tiles.VEC) + $C, $M, 0.0).to($B.ACC)"
 SUM = f"{DIFFERENCE} + 2.0 * {TARGET}"
 
 MUTANTS = {
     # masks
     "stats_reads_a_column_too_many": Mutant(
-        STATS, "elbo_stats_kernel", MASK, "$ROWS & ($C <= $N)", "learned-image, none",
+        STATS, "data_sums", MASK, "$ROWS & ($C <= $N)", "learned-image, none",
     ),
     "stats_reads_a_column_too_few": Mutant(
-        STATS, "elbo_stats_kernel", MASK, "$ROWS & ($C < $N - 1)", "learned-image, none",
+        STATS, "data_sums", MASK, "$ROWS & ($C < $N - 1)", "learned-image, none",
     ),
     "stats_reads_a_latent_too_many": Mutant(STATS, "latent_sums", MASK, "$ROWS & ($C <= $N)", "far apart"),
     "stats_writes_a_row_too_many": Mutant(
-        STATS, "elbo_stats_kernel", "tl.store($P, $X, $R < $B)", "tl.store($P, $X, $R <= $B)", "learned-image, none",
+        STATS, "data_sums", "tl.store($P, $X, $R < $B)", "tl.store($P, $X, $R <= $B)", "learned-image, none",
     ),
     "grads_writes_a_column_too_many": Mutant(
-        GRADS, "elbo_grads_kernel", "tl.store($P, $G.to($T), $M)", "tl.store($P, $G.to($T), $C <= $N)",
+        GRADS, "data_gradients", "tl.store($P, $G.to($T), $M)", "tl.store($P, $G.to($T), $C <= $N)",
         "learned-image, none", place=(1, 3), beside=MASK,
     ),
     "grads_writes_a_column_too_few": Mutant(
-        GRADS, "elbo_grads_kernel", "tl.store($P, $G.to($T), $M)", "tl.store($P, $G.to($T), $M & ($C > 0))",
+        GRADS, "data_gradients", "tl.store($P, $G.to($T), $M)", "tl.store($P, $G.to($T), $M & ($C > 0))",
         "learned-image, none", place=(1, 3), beside=MASK,
     ),
     "grads_reads_a_column_too_few": Mutant(
-        GRADS, "elbo_grads_kernel", DIFFERENCE, "difference($D, $R, $C, $M & ($C < $N - 1), $B)",
+        GRADS, "data_gradients", DIFFERENCE, "difference($D, $R, $C, $M & ($C < $N - 1), $B)",
         "learned-image, none", beside=MASK,
     ),
     "grads_writes_a_latent_too_many": Mutant(
@@ -72,7 +72,8 @@ MUTANTS = {
         "free-bits, none", beside=MASK,
     ),
     "empty_rows_are_counted": Mutant(
-        FINALIZE, "elbo_finalize_kernel", "$SUM += tl.where($M, $X, 0.0)", "$SUM += $X", "mean", place=(0, 2),
+        FINALIZE, "finalize", "$SUM += tl.where($M, $X, 0.0)", "$SUM += $X", "step, one sigma",
+        place=(0, 2),
     ),
     # partial sums
     "the_last_partial_is_dropped": Mutant(
@@ -82,19 +83,19 @@ MUTANTS = {
         FINALIZE, "row_sums", "range(0, $N, $S)", "range(0, $S, $S)", "free-bits, none",
     ),
     "the_last_tile_of_a_chunk_is_dropped": Mutant(
-        STATS, "elbo_stats_kernel", "range($A, $B)", "range($A, $B - 1)", "learned-image, none",
+        STATS, "data_sums", "range($A, $B)", "range($A, $B - 1)", "learned-image, none",
     ),
     "one_block_of_rows_only": Mutant(
-        FINALIZE, "elbo_finalize_kernel", "range(0, $N, $S)", "range(0, $S, $S)", "free-bits, none", place=(1, 2),
+        FINALIZE, "finalize", "range(0, $N, $S)", "range(0, $S, $S)", "free-bits, none", place=(1, 2),
     ),
     # signs
     "e_is_a_sum_in_stats": Mutant(
-        STATS, "elbo_stats_kernel", DIFFERENCE, SUM, "learned-image, none",
+        STATS, "data_sums", DIFFERENCE, SUM, "learned-image, none",
     ),
     "e_is_a_sum_in_grads": Mutant(
-        GRADS, "elbo_grads_kernel", DIFFERENCE, SUM, "learned-image, none",
+        GRADS, "data_gradients", DIFFERENCE, SUM, "learned-image, none",
     ),
-    "sign_of_g_target": Mutant(GRADS, "elbo_grads_kernel", "(-$G).to($T)", "$G.to($T)", "learned-image, none"),
+    "sign_of_g_target": Mutant(GRADS, "data_gradients", "(-$G).to($T)", "$G.to($T)", "learned-image, none"),
     "sign_of_g_prior_mu": Mutant(MATH, "kl_grad", "-($A * $B)", "$A * $B", "prior-shared"),
     "sign_of_g_prior_logvar": Mutant(MATH, "kl_grad", "-0.5 * $B * $X", "0.5 * $B * $X", "prior-shared"),
     "sign_of_the_capacity_gap": Mutant(
@@ -128,21 +129,26 @@ MUTANTS = {
     # the step
     "the_steps_last_column_is_left_out": Mutant(STEP, "tile_of", MASK, "$ROWS & ($C < $N - 1)", "step, one log sigma"),
     "the_step_is_not_scaled": Mutant(
-        STEP, "elbo_step", "GradOutputs($S, $$$X)", "GradOutputs($S._replace(tensor=None, value=1.0), $$$X)",
-        "step, one log sigma",
+        OPERATORS, "__call__", "GradOutputs($S)", "GradOutputs(None)", "step, one log sigma",
+    ),
+    "the_sums_are_finished_before_the_last_program": Mutant(
+        STATS, "all_sums", "arrive($C, $N)", "arrive($C, $N - 1)", "mean",
+    ),
+    "a_batchs_distortion_of_one_sample": Mutant(
+        FINALIZE, "batch_terms", "$N * number(batch.dims, $ACC)", "number(batch.dims, $ACC)", "mean",
     ),
     "the_step_finishes_before_the_last_program": Mutant(
-        STEP, "elbo_step_kernel", "arrive($B, $N)", "arrive($B, $N - 1)", "step, one sigma",
+        STEP, "all_stages", "arrive($B, $N)", "arrive($B, $N - 1)", "step, one sigma",
     ),
     "the_steps_counter_is_not_reset": Mutant(
         GRID, "arrive", "tl.atomic_xchg($B, 0, $$$X)", "tl.atomic_xchg($B, 1, $$$X)", "step, per image",
     ),
     "the_sum_of_the_latents_of_one_tile": Mutant(
-        STEP, "elbo_step_kernel", "$SUM += latent_sums($$$X)", "$SUM = latent_sums($$$X)", "step, waits",
+        STEP, "all_stages", "$SUM += latent_sums($$$X)", "$SUM = latent_sums($$$X)", "step, waits",
     ),
     "a_sigma_for_the_wrong_image": Mutant(
-        STEP, "elbo_step_kernel", "data_gradients($P * $T, $E, $S, $$$X)",
-        "data_gradients($P * $T, $E, Sums($S.s + $S.s, $S.total, $S.clamped, $S.clamped_total), $$$X)",
+        STEP, "all_stages", "held_gradients($P * $T, $E, $S, $$$X)",
+        "held_gradients($P * $T, $E, Sums($S.s + $S.s, $S.total, $S.clamped, $S.clamped_total), $$$X)",
         "step, per image",
     ),
     "samples_that_are_not_there_pull_on_beta": Mutant(
@@ -195,8 +201,8 @@ MUTANTS = {
         LAYOUT, "batch_stride", "0 if $X else $T.stride(0)", "0 if $X else sample_size($T)", "far apart",
     ),
     "orders_are_taken_for_equal": Mutant(LAYOUT, "in_order_of", "$T if $X else $Y", "$T if True else $Y", "two orders"),
-    "rows_are_taken_for_multiples_of_16": Mutant(
-        LAYOUT, "unit", "all($N % $V == 0 for $N in $X)", "$V == 16 or all($N % $V == 0 for $N in $X)",
+    "rows_are_taken_for_multiples_of_4": Mutant(
+        LAYOUT, "unit", "$V <= $M and all($$$X)", "$V == 4 or all($$$X)",
         "learned-image, none",
     ),
 }  # fmt: skip

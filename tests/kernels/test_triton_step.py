@@ -21,9 +21,9 @@ from fused_elbo import backends, call, decoupled_elbo_backward
 
 pytest.importorskip("triton", reason="Triton is not installed (it is for Linux)")
 
-from fused_elbo.kernels import _grid, _layout, elbo_step, operators
+from fused_elbo.kernels import _grid, _layout, _plan, elbo_step, operators
 from fused_elbo.kernels._layout import Inputs
-from fused_elbo.kernels.elbo_step import Plan
+from fused_elbo.kernels.elbo_step import Cut
 from fused_elbo.kernels.structs import Options
 from fused_elbo.sigma import Kind
 
@@ -39,16 +39,16 @@ compiled = pytest.mark.skipif(
 # ----------------------------------------------------------------------------------------------------- what fits
 
 
-def plan(
+def cut(
     batch: int, dims: int, mode: Kind = Kind.BATCH, resident: int = 132, latents: int = 128,
     dtype: torch.dtype = torch.float32, capacity: float | None = None,
-) -> Plan | None:  # fmt: skip
+) -> Cut | None:  # fmt: skip
     data, latent = (torch.empty(batch, n, device="meta", dtype=dtype) for n in (dims, latents))
     log_sigma = data if mode == Kind.ELEMENT else None
     tensors = call.Tensors(data, data, latent, latent, log_sigma, None, None, None, None)
     options = call.Options(int(mode), False, 0.0, -7.0, 0.0, 1.0, capacity, 0)
     inputs = Inputs(tensors, options)
-    return Plan.of(inputs, Options.of(tensors, options, inputs.dtype), resident)
+    return Cut.of(inputs, Options.of(tensors, options), resident)
 
 
 @pytest.mark.parametrize("resident", SMS.values(), ids=SMS)
@@ -57,18 +57,18 @@ def test_the_largest_batch_that_fits(resident: int, dims: int) -> None:
     """Where rows fill their tiles, nothing is lost: 32768 elements for each SM."""
     assert ON_CHIP == 2 * elbo_step.THREADS * elbo_step.HELD
     most = resident * ON_CHIP // dims // 8 * 8  # 8 rows of 4096 in a program
-    fits = plan(most, dims, resident=resident)
+    fits = cut(most, dims, resident=resident)
     assert fits is not None
     assert fits.waits
     assert fits.programs == resident
-    assert plan(most + ON_CHIP // dims + 8, dims, resident=resident) is None
+    assert cut(most + ON_CHIP // dims + 8, dims, resident=resident) is None
 
 
 @pytest.mark.parametrize("resident", [1, 5, 132])
 @pytest.mark.parametrize("dims", [1, 17, 784, 4097, 12288, 67500, 196608])
 def test_programs_that_wait_are_all_resident(dims: int, resident: int) -> None:
     """An SM holds 1024 threads with 64 registers each, and never less than a program has."""
-    tried = [plan(batch, dims, resident=resident, latents=latents) for batch in (1, 7, 64) for latents in (1, 9999)]
+    tried = [cut(batch, dims, resident=resident, latents=latents) for batch in (1, 7, 64) for latents in (1, 9999)]
     for p in filter(None, tried):
         assert p.programs <= resident
         assert p.threads <= 1024
@@ -82,7 +82,7 @@ def test_programs_that_wait_are_all_resident(dims: int, resident: int) -> None:
 
 def test_small_batches_spread_over_the_gpu() -> None:
     for batch in (64, 128, 256):
-        p = plan(batch, 12288)
+        p = cut(batch, 12288)
         assert p is not None
         assert 96 <= p.programs <= 132
 
@@ -90,19 +90,19 @@ def test_small_batches_spread_over_the_gpu() -> None:
 @pytest.mark.parametrize("dims", [1, 784, 12288, 2**14])
 def test_a_sigma_that_a_program_knows_waits_for_none(dims: int) -> None:
     for mode in (Kind.GIVEN, Kind.IMAGE):
-        p = plan(2**12, dims, mode)  # more than fits
+        p = cut(2**12, dims, mode)  # more than fits
         assert p is not None
         assert not p.waits
         assert mode != Kind.IMAGE or p.data.chunks == 1
 
 
 def test_what_goes_the_long_way() -> None:
-    assert plan(8, 2**14 + 1, Kind.IMAGE).waits  # type: ignore[union-attr]
-    assert plan(2**12, 2**14 + 1, Kind.IMAGE) is None
-    assert plan(8, 784, Kind.GIVEN, capacity=1.0).waits  # type: ignore[union-attr]
-    assert plan(2**13, 12288, Kind.GIVEN, capacity=1.0) is None
-    assert plan(8, 784, Kind.ELEMENT) is None
-    assert plan(8, 784, dtype=torch.float64) is None
+    assert cut(8, 2**14 + 1, Kind.IMAGE).waits  # type: ignore[union-attr]
+    assert cut(2**12, 2**14 + 1, Kind.IMAGE) is None
+    assert cut(8, 784, Kind.GIVEN, capacity=1.0).waits  # type: ignore[union-attr]
+    assert cut(2**13, 12288, Kind.GIVEN, capacity=1.0) is None
+    assert cut(8, 784, Kind.ELEMENT) is None
+    assert cut(8, 784, dtype=torch.float64) is None
 
 
 # ------------------------------------------------------------------------------------------- programs that wait
@@ -146,8 +146,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     small_programs(monkeypatch.setattr)
     spy = Launches(elbo_step.elbo_step_kernel)
     monkeypatch.setattr(elbo_step, "elbo_step_kernel", spy)
+    _plan.forget()
     with fused_elbo.backend("triton"):
         yield spy
+    _plan.forget()
 
 
 @compiled
@@ -216,26 +218,47 @@ def test_the_barrier_is_ready_for_the_next_launch(launches: Launches) -> None:
     assert len(launches.programs) == 4
 
 
-def test_each_stream_and_each_graph_has_a_barrier_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The streams are pretended. Two launches that share a barrier would let each other through too early."""
+def test_the_default_streams_barrier_is_kept_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The streams are pretended. Two launches that share a barrier would let each other through too early; one that is
+    kept may lie in the memory of a CUDA graph."""
     made = []
 
     def zeros(*size: int, **kw: Any) -> torch.Tensor:
         made.append(kw["device"])
         return torch.empty(*size)
 
-    capturing, stream = [False], mock.Mock(cuda_stream=1)
+    stream = mock.Mock(cuda_stream=0)
     monkeypatch.setattr(_grid, "_barriers", {})
     monkeypatch.setattr(torch, "zeros", zeros)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     first = _grid.barrier_of(torch.device("cuda:0"))
     assert _grid.barrier_of(torch.device("cuda:0")) is first
     assert _grid.barrier_of(torch.device("cuda:1")) is not first
-    stream.cuda_stream = 2
-    second = _grid.barrier_of(torch.device("cuda:0"))
-    assert second is not first
-    capturing[0] = True
-    captured = [_grid.barrier_of(torch.device("cuda:0")) for _ in range(2)]
-    assert len({id(b) for b in (first, second, *captured)}) == 4
-    assert len(made) == 5
+    assert len(made) == 2
+    stream.cuda_stream = 1
+    others = [_grid.barrier_of(torch.device("cuda:0")) for _ in range(2)]
+    assert len({id(b) for b in (first, *others)}) == 3
+    assert len(_grid._barriers) == 2
+
+
+@compiled
+def test_a_refused_launch_takes_the_long_way(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one warning for each GPU, and the same numbers."""
+
+    class Refusing(Launches):
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def launch(*args: Any, **kwargs: Any) -> None:
+                self.programs.append((grid[0], kwargs["launch_cooperative_grid"]))
+                raise RuntimeError("Triton Error [CUDA]: too many blocks in cooperative launch")
+
+            return launch
+
+    spy = Refusing(launches.kernel)
+    monkeypatch.setattr(elbo_step, "elbo_step_kernel", spy)
+    monkeypatch.setattr(operators, "_refusing", set())
+    with pytest.warns(RuntimeWarning, match="cpu refused a cooperative launch.*: Triton Error .CUDA.: too many"):
+        compare(lambda: Call("optimal", batch=5, data=(700,)), 2.5)
+    compare(lambda: Call("optimal", batch=5, data=(700,)), 2.5)  # without one: warnings are errors here
+    assert spy.programs == [(5, True)]
+    with pytest.raises(RuntimeError, match="too many blocks"):  # not of this kind: nothing waits
+        Call("constant", data=(3, 20, 20))(decoupled_elbo_backward)

@@ -1,0 +1,123 @@
+"""What a step of the loss costs the host where the kernels run on a GPU: everything but the kernels, measured without
+one.
+
+    python bench/host.py                                    # a minute; writes runs/host/host.json
+
+Triton's kernels stand behind the operators for CPU tensors here, as they do for a GPU's, and its driver is one whose
+launches do nothing. So the times are of fused_elbo's Python, PyTorch's dispatcher and allocator, and Triton's way to a
+launch, on the smallest of batches; the driver's own launch, about 2 µs for each kernel, comes on top. What that is
+compared with computes on the CPU, in about as much time as it takes to launch as many kernels from eager code.
+
+`make bench-docs ARGS='--host runs/host'` keeps the result, and shows it in RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import providers
+import record
+import timing
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from workloads import Case
+
+from fused_elbo import backends
+from fused_elbo.operators import elbo
+
+CASE = Case((4, 1, 8, 8), latent=(8,), limit=False)
+OURS, ONE_LINER = ("triton", "single_pass"), "one_liner"
+NAMES = (*OURS, ONE_LINER, "one_liner_compiled", "stock", "stock_compiled")
+ROUNDS = 100
+
+
+class NoGpu:
+    """A driver of Triton for a GPU that is not there: its compiler runs, and its launches do nothing."""
+
+    def __init__(self) -> None:
+        self.utils = self
+
+    def launcher_cls(self, source: object, metadata: object) -> Any:
+        return lambda *arguments: None
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"multiprocessor_count": 132, "max_shared_mem": 232448}  # an H100's
+
+    def load_binary(self, *binary: object) -> tuple[int, ...]:
+        return (1, 1, 0, 0, 1024)  # module, function, registers, spills, threads
+
+    def unload_module(self, module: object) -> None:
+        pass
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def serve_by_triton() -> None:
+    """For the rest of the process."""
+    triton.runtime.driver.set_active(NoGpu())
+    elbo.register(backends.triton.operators(), "CPU")
+    backends.dispatched["cpu"] = "triton"
+
+
+def measure(rounds: int) -> record.Record:
+    chosen = {p.name: p for p in providers.ALL if p.name in NAMES}
+    tensors = CASE.tensors()
+    steps = {name: providers.Step(chosen[name], CASE, tensors) for name in NAMES}
+    for name in NAMES:
+        if name not in OURS:  # whose kernels do not run
+            providers.check(steps[name], CASE)
+    times = timing.interleaved(steps, CASE, rounds, timing.PATIENCE)
+    return {
+        "format": record.FORMAT,
+        "machine": record.machine("cpu"),
+        "versions": record.versions(),
+        "flags": record.flags(),
+        "settings": {"threads": torch.get_num_threads(), "rounds": rounds},
+        "case": CASE.name,
+        "results": [
+            {
+                "provider": name,
+                "busy": own.calm_share < timing.CALM,
+                "step_s": vars(own.spread(own.steps)),
+                "to_one_liner": timing.Ratio.of_rounds(own, times[ONE_LINER]).as_dict(),
+            }
+            for name, own in times.items()
+        ],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("runs/host"), metavar="DIR", help="folder of host.json (runs/host)")
+    add("--rounds", type=int, default=ROUNDS, metavar="N", help=f"timed rounds (default: {ROUNDS})")
+    args = parser.parse_args()
+    if triton.knobs.runtime.interpret:
+        parser.error("Triton's interpreter has no launches: unset TRITON_INTERPRET")
+    torch.set_num_threads(1)
+    serve_by_triton()
+    result = measure(args.rounds)
+    args.out.mkdir(parents=True, exist_ok=True)
+    record.write_json(result, args.out / "host.json")
+    for own in result["results"]:
+        step, ratio = record.median(own), record.ratio(own["to_one_liner"])
+        print(f"{own['provider']:20} {step:>10}  {ratio:>6} of the one-liner")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

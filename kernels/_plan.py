@@ -1,0 +1,127 @@
+"""What of a call depends on shapes, strides, dtypes, alignment, device and kinds of options alone, worked out once.
+
+A training step calls the same kernels on tensors of the same shapes again and again. Cutting batches into tiles and
+finding the compiled kernel among those that Triton has takes ten times as long as the launch itself. So both are kept:
+an operator's plan is looked up by a `Key`, allocates, and launches what is compiled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import triton
+from torch import Tensor
+
+from fused_elbo.call import Options, Tensors
+
+from . import _layout
+
+MOST = 1024  # plans of an operator that are kept, the latest used: some trainers have batches of ever new shapes
+ALIGNED = 16  # bytes: what Triton compiles a pointer's accesses for, or else for single elements
+
+
+class Key(NamedTuple):
+    """What a plan depends on. Two calls with equal keys launch the same compiled kernels with the same grids."""
+
+    tensors: tuple[Any, ...]  # `shapes_of` them
+    options: Options  # with numbers that are the same for all
+    device: torch.device
+    mask: int  # of the gradients
+    more: tuple[Any, ...]  # `shapes_of` the other tensors
+    environment: tuple[Any, ...]
+
+
+def shapes_of(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    return tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % ALIGNED == 0) for t in tensors])
+
+
+def key_of(tensors: Tensors, options: Options, mask: int = 0, *more: Tensor | None) -> Key:
+    first = tensors.recon if tensors.recon is not None else tensors.mu
+    assert first is not None
+    kinds = Options(
+        options.sigma_mode, options.softclip, free_bits=float(options.free_bits > 0),
+        capacity_value=None if options.capacity_value is None else 0.0, reduction=options.reduction,
+    )  # fmt: skip
+    device = first.device
+    return Key(shapes_of(tensors), kinds, device, mask, shapes_of(more), _environment(device))
+
+
+def _environment(device: torch.device) -> tuple[Any, ...]:
+    """What else decides what Triton would compile and launch: its knobs, and its driver where no tensor tells."""
+    runtime, compilation = triton.knobs.runtime, triton.knobs.compilation
+    driver = None if device.type == "cuda" or runtime.interpret else triton.runtime.driver.active
+    return (
+        driver, _layout.FORCE_WIDE, runtime.debug, runtime.add_stages_inspection_hook, compilation.instrumentation_mode,
+    )  # fmt: skip
+
+
+def on_meta(shape: tuple[Any, ...] | None) -> Tensor | None:
+    return None if shape is None else torch.empty_strided(shape[0], shape[1], dtype=shape[2], device="meta")
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
+    """Returns what makes a contiguous tensor. torch.empty_strided takes half of torch.empty's time on the host."""
+    strides = torch.empty(shape, device="meta").stride()
+    return functools.partial(torch.empty_strided, tuple(shape), strides, dtype=dtype, device=device)
+
+
+class Launch:
+    """A kernel with its grid and with the arguments that stay the same, which are its last ones. `options`: those that
+    Triton compiles by; a compiled kernel takes the arguments alone, in order."""
+
+    def __init__(self, kernel: Any, programs: int, *fixed: Any, **options: Any) -> None:
+        self._kernel, self._grid, self._fixed, self._options = kernel, (programs, 1, 1), fixed, options
+        self._run: Callable[..., None] | None = None  # without looking for the compiled kernel
+        self._globals: list[tuple[dict[str, Any], str, Any]] = []  # that it was compiled with
+
+    def __call__(self, *changing: Any) -> None:
+        if self._run is not None and self._is_as_compiled():
+            self._run(*changing, *self._fixed)
+        else:
+            self._by_triton(*changing)
+
+    def _by_triton(self, *changing: Any) -> None:
+        """Compiles the kernel, or finds it, and launches it."""
+        compiled = self._kernel[self._grid](*changing, *self._fixed, **self._options)
+        if compiled is not None:  # Triton's interpreter compiles nothing
+            used = {(name, id(values)): values for (name, _), (_, values) in self._kernel.used_global_vals.items()}
+            self._globals = [(values, name, values[name]) for (name, _), values in used.items()]
+            self._run = compiled[self._grid]
+
+    def _is_as_compiled(self) -> bool:
+        """Whether nothing is left for Triton to see to, which has hooks, and an error for constants that change."""
+        for values, name, value in self._globals:
+            if values.get(name) is not value:
+                return False
+        return not self._kernel.pre_run_hooks
+
+
+P = TypeVar("P")
+_caches: list[Any] = []
+
+
+def cached(plan: Callable[[Key], P]) -> Callable[[Key], P]:
+    """A plan for each key. Threads may make one twice; both are right."""
+    _caches.append(functools.lru_cache(maxsize=MOST)(plan))
+    return _caches[-1]
+
+
+def forget() -> None:
+    for cache in _caches:
+        cache.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):  # a child has no right to its parent's GPU modules
+    os.register_at_fork(after_in_child=forget)
+
+
+def device_guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Makes a GPU the current one, on which Triton launches."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
