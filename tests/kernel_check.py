@@ -60,7 +60,7 @@ class GuardedAllocations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         allocates = func.__name__.removeprefix("new_").startswith("empty")
-        if not allocates or not made.is_floating_point():  # bytes are the interpreter's own
+        if not allocates or made.is_meta or not made.is_floating_point():  # bytes are the interpreter's own
             return made
         end = GUARD + extent(made.shape, made.stride())
         memory = torch.full((end + GUARD,), SENTINEL, dtype=made.dtype)

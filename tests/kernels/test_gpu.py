@@ -133,7 +133,7 @@ def test_on_a_stream_of_the_callers() -> None:
 
 @pytest.mark.parametrize("mode", ["optimal", "capacity"])
 def test_every_sm_holds_what_it_can(mode: str) -> None:
-    """The largest batch whose programs wait for one another; with one image more it takes three launches."""
+    """The largest batch whose programs wait for one another; with one image more it takes two launches."""
     sms = torch.cuda.get_device_properties().multi_processor_count
     for batch in (sms, sms + 1):
         two, one = Call(mode, batch=batch, data=(2**15,)), Call(mode, batch=batch, data=(2**15,))

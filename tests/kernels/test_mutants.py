@@ -202,8 +202,8 @@ MUTANTS = {
     ),
     "orders_are_taken_for_equal": Mutant(LAYOUT, "in_order_of", "$T if $X else $Y", "$T if True else $Y", "two orders"),
     "rows_are_taken_for_multiples_of_4": Mutant(
-        LAYOUT, "unit", "$V <= $M and all($$$X)", "$V == 4 or all($$$X)",
-        "learned-image, none",
+        LAYOUT, "unit", "all($N % $V == 0 for $N in $X)", "$V == 4 or all($N % $V == 0 for $N in $X)",
+        "step, per image",
     ),
 }  # fmt: skip
 
