@@ -3,16 +3,16 @@
 import triton
 import triton.language as tl
 
-from ._math import exp
+from ._math import exp, whole
 
 
 @triton.jit
 def from_units(units, VEC: tl.constexpr, WIDE: tl.constexpr):
     """Returns a length or a stride that came in units of VEC. It may fit 32 bits in units only."""
     if WIDE:
-        n = tl.full((), units, tl.int64) * VEC
+        n = tl.full((), whole(units), tl.int64) * VEC
     else:
-        n = units * VEC
+        n = whole(units) * VEC
     return n
 
 
@@ -35,27 +35,46 @@ def columns(tile, COLS: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def rows_and_chunk(pid, tiles):
-    """Returns the samples of the pid-th program over these tiles, and which chunk of each it walks."""
-    return pid // tiles.chunks * tiles.ROWS + tl.arange(0, tiles.ROWS), pid % tiles.chunks
+def size(call):
+    """Returns the number of samples."""
+    return whole(call.batch.size)
 
 
 @triton.jit
-def values_at(span, tiles, rows, cols, inside, batch):
-    """Reads a tile of a `structs.Span`, in the compute type."""
-    start = row_offsets(rows, from_units(span.stride, tiles.VEC, batch.WIDE), batch.WIDE)
+def rows_and_chunk(pid, tiles):
+    """Returns the samples of the pid-th program over these tiles, and which chunk of each it walks."""
+    chunks = whole(tiles.chunks)
+    return pid // chunks * tiles.ROWS + tl.arange(0, tiles.ROWS), pid % chunks
+
+
+@triton.jit
+def tiles_of(chunk, tiles):
+    """Returns the first tile of a chunk, and the one past its last."""
+    per_chunk = (tiles.per_chunk + 1) >> 1
+    return chunk * per_chunk, (chunk + 1) * per_chunk
+
+
+@triton.jit
+def values_at(base, stride, tiles, rows, cols, inside, batch):
+    """Reads a tile of a tensor whose samples are `stride` units apart, in the compute type."""
+    start = row_offsets(rows, from_units(stride, tiles.VEC, batch.WIDE), batch.WIDE)
     if tiles.BY_CHUNK:  # each row has columns of its own: offsets are added first, which take half of a pointer's bits
-        at = span.base + (start + cols)
+        at = base + (start + cols)
     else:
-        at = span.base + start + cols
+        at = base + start + cols
     return tl.load(at, inside, 0.0).to(batch.ACC)
 
 
 @triton.jit
-def difference(data, rows, cols, inside, batch):
+def data_at(base, stride, call, rows, cols, inside):
+    return values_at(base, stride, call.data.tiles, rows, cols, inside, call.batch)
+
+
+@triton.jit
+def difference(call, rows, cols, inside):
     """Reads x̂ − x."""
-    recon = values_at(data.recon, data.tiles, rows, cols, inside, batch)
-    return recon - values_at(data.target, data.tiles, rows, cols, inside, batch)
+    recon = data_at(call.tensors.recon, call.data.recon, call, rows, cols, inside)
+    return recon - data_at(call.tensors.target, call.data.target, call, rows, cols, inside)
 
 
 @triton.jit
@@ -64,27 +83,37 @@ def log_sigma_offsets(log_sigma, rows, cols, VEC: tl.constexpr, WIDE: tl.constex
     if log_sigma.inner is None:
         return row_offsets(rows, from_units(log_sigma.stride, VEC, WIDE), WIDE) + cols
     else:
-        inside = cols // log_sigma.inner.divisor % log_sigma.inner.size * log_sigma.inner.stride
+        inside = run_offsets(log_sigma.inner, cols)
         if log_sigma.outer is not None:
-            inside += cols // log_sigma.outer.divisor % log_sigma.outer.size * log_sigma.outer.stride
-        return row_offsets(rows, log_sigma.stride, WIDE) + inside
+            inside += run_offsets(log_sigma.outer, cols)
+        return row_offsets(rows, whole(log_sigma.stride), WIDE) + inside
 
 
 @triton.jit
-def log_sigma_at(data, rows, cols, inside, batch):
-    offsets = log_sigma_offsets(data.log_sigma, rows, cols, data.tiles.VEC, batch.WIDE)
-    return tl.load(data.log_sigma.base + offsets, inside, 0.0).to(batch.ACC)
+def run_offsets(run, cols):
+    return cols // whole(run.divisor) % whole(run.size) * whole(run.stride)
 
 
 @triton.jit
-def latents_at(latents, rows, cols, inside, batch):
+def log_sigma_at(call, rows, cols, inside):
+    offsets = log_sigma_offsets(call.data.log_sigma, rows, cols, call.data.tiles.VEC, call.batch.WIDE)
+    return tl.load(call.tensors.log_sigma + offsets, inside, 0.0).to(call.batch.ACC)
+
+
+@triton.jit
+def latent_at(base, stride, call, rows, cols, inside):
+    return values_at(base, stride, call.latents.tiles, rows, cols, inside, call.batch)
+
+
+@triton.jit
+def latents_at(call, rows, cols, inside):
     """Reads (μ − μ_p, l − l_p, 1/σ_p²), which are μ, l and 1 against N(0, I)."""
-    d = values_at(latents.mu, latents.tiles, rows, cols, inside, batch)
-    t = values_at(latents.logvar, latents.tiles, rows, cols, inside, batch)
-    inverse_prior_variance = tl.full((latents.tiles.ROWS, latents.tiles.COLS), 1.0, batch.ACC)
-    if latents.prior_mu.base is not None:
-        p = values_at(latents.prior_logvar, latents.tiles, rows, cols, inside, batch)
-        d = d - values_at(latents.prior_mu, latents.tiles, rows, cols, inside, batch)
+    d = latent_at(call.tensors.mu, call.latents.mu, call, rows, cols, inside)
+    t = latent_at(call.tensors.logvar, call.latents.logvar, call, rows, cols, inside)
+    inverse_prior_variance = tl.full((call.latents.tiles.ROWS, call.latents.tiles.COLS), 1.0, call.batch.ACC)
+    if call.latents.prior_mu is not None:
+        p = latent_at(call.tensors.prior_logvar, call.latents.prior_logvar, call, rows, cols, inside)
+        d = d - latent_at(call.tensors.prior_mu, call.latents.prior_mu, call, rows, cols, inside)
         t = t - p
         inverse_prior_variance = exp(-p)
     return d, t, inverse_prior_variance

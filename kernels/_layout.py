@@ -19,7 +19,7 @@ from torch import Tensor
 from fused_elbo.call import Options, Tensors, compute_dtype, element_sigma, first
 
 from . import structs
-from .structs import PRESENT, Broadcast, Data, Latents, Run, Span, constant, whole
+from .structs import PRESENT, Broadcast, Data, Latents, Run, constant, whole
 
 TILE = 4096  # elements of a tile: with 8 warps 16 a thread, so four 128-bit loads of fp32 in flight for each tensor
 WARPS = 8
@@ -176,7 +176,6 @@ class Tiles:
 
 
 NOTHING = Tiles(length=0, vec=1, rows=1, cols=16, chunks=1, per_chunk=1)
-ABSENT = Span(None, None)
 
 
 class Inputs:
@@ -221,25 +220,27 @@ class Inputs:
 
     def data(self, tiles: Tiles | None) -> Data:
         """Returns what a kernel is told of the data, for it to walk in these tiles."""
-        log_sigma = Broadcast(None, None, None, None)
+        log_sigma = Broadcast(None, None, None)
         if tiles is None or self.recon is None or self.target is None:
-            return Data(ABSENT, ABSENT, log_sigma, NOTHING.struct(self.batch))
+            return Data(None, None, log_sigma, NOTHING.struct(self.batch))
         if self.log_sigma is not None:
             stride = batch_stride(self.log_sigma) // (1 if self.runs else tiles.vec)
             runs = [Run(*map(whole, run)) for run in self.runs]
-            log_sigma = Broadcast(None, whole(stride), *(*runs, None, None)[:2])
-        return Data(span(self.recon, tiles), span(self.target, tiles), log_sigma, tiles.struct(self.batch))
+            log_sigma = Broadcast(whole(stride), *(*runs, None, None)[:2])
+        return Data(stride_of(self.recon, tiles), stride_of(self.target, tiles), log_sigma, tiles.struct(self.batch))
 
     def latents(self, tiles: Tiles | None) -> Latents:
         if tiles is None or self.mu is None or self.logvar is None:
-            return Latents(ABSENT, ABSENT, ABSENT, ABSENT, None, NOTHING.struct(self.batch))
-        priors = (ABSENT if t is None else span(t, tiles) for t in (self.prior_mu, self.prior_logvar))
+            return Latents(None, None, None, None, None, NOTHING.struct(self.batch))
+        priors = (None if t is None else stride_of(t, tiles) for t in (self.prior_mu, self.prior_logvar))
         free_bits = PRESENT if self.free_bits else None
-        return Latents(span(self.mu, tiles), span(self.logvar, tiles), *priors, free_bits, tiles.struct(self.batch))
+        return Latents(
+            stride_of(self.mu, tiles), stride_of(self.logvar, tiles), *priors, free_bits, tiles.struct(self.batch)
+        )
 
 
-def span(t: Tensor, tiles: Tiles) -> Span:
-    return Span(None, whole(batch_stride(t) // tiles.vec))
+def stride_of(t: Tensor, tiles: Tiles) -> int:
+    return whole(batch_stride(t) // tiles.vec)
 
 
 FORCE_WIDE = False  # tests set it: no test has memory for a tensor that needs 64-bit offsets

@@ -22,6 +22,12 @@ def number(value, dtype: tl.constexpr):
 
 
 @triton.jit
+def whole(n):
+    """Returns what `structs.whole` was given."""
+    return (n - 3) >> 1
+
+
+@triton.jit
 def exp_reduced(x):
     """tl.exp of fp32 is exp2(x · log2 e), whose error grows with |x|; here the argument is reduced first: 2ⁿ exp(r)."""
     n = tl.floor(x * 1.44269504 + 0.5)

@@ -20,6 +20,7 @@ from torch import Tensor
 from fused_elbo.call import Options, Tensors
 
 from . import _layout
+from .structs import Call, Layout, Numbers
 
 MOST = 1024  # plans of an operator that are kept, the latest used: some trainers have batches of ever new shapes
 ALIGNED = 16  # bytes: what Triton compiles a pointer's accesses for, or else for single elements
@@ -71,23 +72,25 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Cal
 
 
 class Launch:
-    """A kernel with its grid and with the arguments that stay the same, which are its last ones. `options`: those that
-    Triton compiles by; a compiled kernel takes the arguments alone, in order."""
+    """A kernel with its grid and with what stays the same: the layout of the `structs.Call` that is its first argument,
+    and its last arguments. `options`: those that Triton compiles by."""
 
-    def __init__(self, kernel: Any, programs: int, *fixed: Any, **options: Any) -> None:
-        self._kernel, self._grid, self._fixed, self._options = kernel, (programs, 1, 1), fixed, options
+    def __init__(self, kernel: Any, programs: int, layout: Layout, *fixed: Any, **options: Any) -> None:
+        self._kernel, self._grid, self._options = kernel, (programs, 1, 1), options
+        self._layout, self._fixed = layout, fixed
         self._run: Callable[..., None] | None = None  # without looking for the compiled kernel
         self._globals: list[tuple[dict[str, Any], str, Any]] = []  # that it was compiled with
 
-    def __call__(self, *changing: Any) -> None:
+    def __call__(self, tensors: Tensors, numbers: Numbers, *changing: Any) -> None:
+        call = Call(tensors, numbers, *self._layout)
         if self._run is not None and self._is_as_compiled():
-            self._run(*changing, *self._fixed)
+            self._run(call, *changing, *self._fixed)
         else:
-            self._by_triton(*changing)
+            self._by_triton(call, *changing, *self._fixed)
 
-    def _by_triton(self, *changing: Any) -> None:
+    def _by_triton(self, *arguments: Any) -> None:
         """Compiles the kernel, or finds it, and launches it."""
-        compiled = self._kernel[self._grid](*changing, *self._fixed, **self._options)
+        compiled = self._kernel[self._grid](*arguments, **self._options)
         if compiled is not None:  # Triton's interpreter compiles nothing
             used = {(name, id(values)): values for (name, _), (_, values) in self._kernel.used_global_vals.items()}
             self._globals = [(values, name, values[name]) for (name, _), values in used.items()]

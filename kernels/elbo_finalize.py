@@ -10,11 +10,11 @@ import triton.language as tl
 from fused_elbo.call import Outputs
 from fused_elbo.sigma import Kind
 
-from ._factors import ELEMENT, IMAGE, capacity_gap, one_sigma, shared_sigma, sigma_of, value_of, values_of
+from ._elements import size
+from ._factors import ELEMENT, IMAGE, betas, capacity_gap, one_sigma, shared_sigma, sigma_of, value_of, values_of
 from ._layout import Inputs, Tiles, power_of_2
-from ._math import distortion, distortion_of_scaled, distortion_slope, exp, number, sigma_term
+from ._math import distortion, distortion_of_scaled, distortion_slope, exp, number, sigma_term, whole
 from ._plan import Launch, empty
-from ._unpack import batch_of, grad_outputs_of, options_of
 from .structs import Blocks, Layout, Options, constant
 
 BLOCK = 2048  # partial sums taken at a time: of more, a thread's would need registers that the passes want
@@ -32,133 +32,144 @@ def row_sums(partials, rows, batch, chunks, ROWS: tl.constexpr, COLS: tl.constex
 
 
 @triton.jit
-def sums_of(rows, partials, data, latents, batch, blocks):
+def sums_of(rows, call, partials, blocks):
     """Returns S, KL and clamped KL of a block of samples."""
-    s, kl, clamped = zeros(blocks, batch), zeros(blocks, batch), zeros(blocks, batch)
+    s, kl, clamped = zeros(call, blocks), zeros(call, blocks), zeros(call, blocks)
     if partials.s is not None:
-        s = row_sums(partials.s, rows, batch.size, data.chunks, blocks.ROWS, blocks.DATA, batch.ACC)
+        s = row_sums(
+            partials.s, rows, size(call), whole(call.data.tiles.chunks), blocks.ROWS, blocks.DATA, call.batch.ACC
+        )
     if partials.kl is not None:
-        kl = row_sums(partials.kl, rows, batch.size, latents.chunks, blocks.ROWS, blocks.LATENT, batch.ACC)
+        kl = row_sums(
+            partials.kl, rows, size(call), whole(call.latents.tiles.chunks), blocks.ROWS, blocks.LATENT, call.batch.ACC
+        )
         clamped = kl
         if partials.clamped is not None:
             clamped = row_sums(
-                partials.clamped, rows, batch.size, latents.chunks, blocks.ROWS, blocks.LATENT, batch.ACC
+                partials.clamped,
+                rows,
+                size(call),
+                whole(call.latents.tiles.chunks),
+                blocks.ROWS,
+                blocks.LATENT,
+                call.batch.ACC,
             )
     return s, kl, clamped
 
 
 @triton.jit
-def zeros(blocks, batch):
-    return tl.zeros((blocks.ROWS,), batch.ACC)
+def zeros(call, blocks):
+    return tl.zeros((blocks.ROWS,), call.batch.ACC)
 
 
 @triton.jit
-def finalize(partials, data, latents, opts, outputs, batch, blocks):
-    """Writes all outputs. `data`, `latents`: the tiles that the partial sums are of."""
-    s_sum, kl_sum, clamped_sum = zeros(blocks, batch), zeros(blocks, batch), zeros(blocks, batch)
-    for first in range(0, batch.size, blocks.ROWS):
+def finalize(call, partials, outputs, blocks):
+    """Writes all outputs."""
+    s_sum, kl_sum, clamped_sum = zeros(call, blocks), zeros(call, blocks), zeros(call, blocks)
+    for first in range(0, size(call), blocks.ROWS):
         rows = first + tl.arange(0, blocks.ROWS)
-        s, kl, clamped = sums_of(rows, partials, data, latents, batch, blocks)
-        tl.store(outputs.stats + rows, s, rows < batch.size)
-        tl.store(outputs.stats + (batch.size + 1) + rows, kl, rows < batch.size)
-        tl.store(outputs.stats + 2 * (batch.size + 1) + rows, clamped, rows < batch.size)
+        s, kl, clamped = sums_of(rows, call, partials, blocks)
+        tl.store(outputs.stats + rows, s, rows < size(call))
+        tl.store(outputs.stats + (size(call) + 1) + rows, kl, rows < size(call))
+        tl.store(outputs.stats + 2 * (size(call) + 1) + rows, clamped, rows < size(call))
         s_sum += s
         kl_sum += kl
         clamped_sum += clamped
     total, kl_total, clamped_total = tl.sum(s_sum, 0), tl.sum(kl_sum, 0), tl.sum(clamped_sum, 0)
-    tl.store(outputs.stats + batch.size, total)
-    tl.store(outputs.stats + (batch.size + 1) + batch.size, kl_total)
-    tl.store(outputs.stats + 2 * (batch.size + 1) + batch.size, clamped_total)
+    tl.store(outputs.stats + size(call), total)
+    tl.store(outputs.stats + (size(call) + 1) + size(call), kl_total)
+    tl.store(outputs.stats + 2 * (size(call) + 1) + size(call), clamped_total)
 
-    if blocks.PER_SAMPLE or opts.MODE == IMAGE or opts.log_sigma.stride is not None or opts.beta.stride is not None:
-        d_sum, penalty_sum = zeros(blocks, batch), zeros(blocks, batch)
+    if (
+        blocks.PER_SAMPLE
+        or call.options.MODE == IMAGE
+        or call.options.log_sigma.stride is not None
+        or call.options.beta.stride is not None
+    ):
+        d_sum, penalty_sum = zeros(call, blocks), zeros(call, blocks)
         # The sums again, rather than the stats: no thread then reads what another one wrote.
-        for first2 in range(0, batch.size, blocks.ROWS):
+        for first2 in range(0, size(call), blocks.ROWS):
             rows2 = first2 + tl.arange(0, blocks.ROWS)
-            s2, kl2, clamped2 = sums_of(rows2, partials, data, latents, batch, blocks)
-            d2, penalty2 = sample_terms(rows2, s2, clamped2, total, partials, opts, outputs, batch)
+            s2, kl2, clamped2 = sums_of(rows2, call, partials, blocks)
+            d2, penalty2 = sample_terms(rows2, s2, clamped2, total, call, partials, outputs)
             if blocks.PER_SAMPLE:
-                tl.store(outputs.loss + rows2, d2 + penalty2, rows2 < batch.size)
-                tl.store(outputs.distortion + rows2, d2, rows2 < batch.size)
-                tl.store(outputs.rate + rows2, kl2, rows2 < batch.size)
-            d_sum += tl.where(rows2 < batch.size, d2, 0.0)
-            penalty_sum += tl.where(rows2 < batch.size, penalty2, 0.0)
+                tl.store(outputs.loss + rows2, d2 + penalty2, rows2 < size(call))
+                tl.store(outputs.distortion + rows2, d2, rows2 < size(call))
+                tl.store(outputs.rate + rows2, kl2, rows2 < size(call))
+            d_sum += tl.where(rows2 < size(call), d2, 0.0)
+            penalty_sum += tl.where(rows2 < size(call), penalty2, 0.0)
         distortion_total, penalty = tl.sum(d_sum, 0), tl.sum(penalty_sum, 0)
     else:  # both are linear in what is summed already
-        distortion_total, penalty = batch_terms(total, clamped_total, partials, opts, outputs, batch)
+        distortion_total, penalty = batch_terms(total, clamped_total, call, partials, outputs)
 
     if not blocks.PER_SAMPLE:
-        r = number(batch.scale, batch.ACC)
-        if opts.capacity.value is not None:
-            gap = capacity_gap(clamped_total, opts, batch)
-            penalty = number(batch.n, batch.ACC) * value_of(opts.beta, batch.ACC) * tl.abs(gap)
+        r = number(call.batch.scale, call.batch.ACC)
+        if call.options.capacity.PRESENT is not None:
+            gap = capacity_gap(clamped_total, call)
+            penalty = (
+                number(call.batch.n, call.batch.ACC)
+                * value_of(call.tensors.beta, call.numbers.beta, call.batch.ACC)
+                * tl.abs(gap)
+            )
         tl.store(outputs.loss, r * distortion_total + r * penalty)
         tl.store(outputs.distortion, r * distortion_total)
         tl.store(outputs.rate, r * kl_total)
 
 
 @triton.jit
-def sample_terms(rows, s, clamped, total, partials, opts, outputs, batch):
+def sample_terms(rows, s, clamped, total, call, partials, outputs):
     """Returns the distortion of each sample of a block, and β times its KL. Writes its σ."""
     nats = s * 0.0
-    if opts.MODE == ELEMENT:
+    if call.options.MODE == ELEMENT:
         if partials.s is not None:
-            nats = distortion_of_scaled(s, number(batch.dims, batch.ACC))
+            nats = distortion_of_scaled(s, number(call.batch.dims, call.batch.ACC))
     else:
-        ls, inverse, _ = sigma_of(rows, s, total, opts, batch)
+        ls, inverse, _ = sigma_of(rows, s, total, call)
         if partials.s is not None:
-            nats = distortion(s, number(batch.dims, batch.ACC), ls, inverse)
-        if opts.MODE == IMAGE or opts.log_sigma.stride is not None:
-            tl.store(outputs.sigma + rows, exp(ls), rows < batch.size)
+            nats = distortion(s, number(call.batch.dims, call.batch.ACC), ls, inverse)
+        if call.options.MODE == IMAGE or call.options.log_sigma.stride is not None:
+            tl.store(outputs.sigma + rows, exp(ls), rows < size(call))
         else:
             tl.store(outputs.sigma + rows, exp(ls), rows < 1)
-    return nats, values_of(opts.beta, rows, batch) * clamped
+    return nats, betas(rows, call) * clamped
 
 
 @triton.jit
-def batch_terms(total, clamped_total, partials, opts, outputs, batch):
+def batch_terms(total, clamped_total, call, partials, outputs):
     """Returns their sums over the batch, where all samples have one σ and one β, or σ varies inside a sample. Writes
     the σ."""
-    n, nats = number(batch.n, batch.ACC) * number(batch.dims, batch.ACC), total * 0.0
-    if opts.MODE == ELEMENT:
+    n, nats = number(call.batch.n, call.batch.ACC) * number(call.batch.dims, call.batch.ACC), total * 0.0
+    if call.options.MODE == ELEMENT:
         if partials.s is not None:
             nats = distortion_of_scaled(total, n)
     else:
-        ls, inverse = one_sigma(total, opts, batch)
+        ls, inverse = one_sigma(total, call)
         if partials.s is not None:
             nats = distortion(total, n, ls, inverse)
         tl.store(outputs.sigma, exp(ls))
-    return nats, value_of(opts.beta, batch.ACC) * clamped_total
-
-
-@triton.jit
-def write_shared_sigma_term(grad_outputs, stats, opts, shared_sigma_term, batch, ROWS: tl.constexpr):
-    """slope · Σ_j w_j (D − S_j/σ²) / ΣS for a σ shared by the batch and unequal w_j."""
-    d, r = number(batch.dims, batch.ACC), number(batch.scale, batch.ACC)
-    total = tl.load(stats + batch.size)
-    _, inverse, slope = shared_sigma(total, opts, batch)
-    flows = tl.zeros((ROWS,), batch.ACC)
-    for first in range(0, batch.size, ROWS):
-        rows = first + tl.arange(0, ROWS)
-        w = values_of(grad_outputs.loss, rows, batch)
-        w += values_of(grad_outputs.distortion, rows, batch)
-        flows += r * w * distortion_slope(tl.load(stats + rows, rows < batch.size, 0.0), d, inverse)
-    tl.store(shared_sigma_term, sigma_term(slope, tl.sum(flows, 0), total))
+    return nats, value_of(call.tensors.beta, call.numbers.beta, call.batch.ACC) * clamped_total
 
 
 @triton.jit
 def elbo_shared_sigma_term_kernel(
-    # inputs
-    tensors, numbers, stats, given,
+    # inputs, and shapes
+    call, stats, given,
     # output: one number
     shared_sigma_term,
-    # shapes, and a tunable
-    layout, ROWS: tl.constexpr,
+    # a tunable
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    write_shared_sigma_term(
-        grad_outputs_of(given, None, numbers, layout), stats, options_of(tensors, numbers, layout), shared_sigma_term,
-        batch_of(layout), ROWS,
-    )  # fmt: skip
+    """slope · Σ_j w_j (D − S_j/σ²) / ΣS for a σ shared by the batch and unequal w_j."""
+    d, r = number(call.batch.dims, call.batch.ACC), number(call.batch.scale, call.batch.ACC)
+    total = tl.load(stats + size(call))
+    _, inverse, slope = shared_sigma(total, call)
+    flows = tl.zeros((ROWS,), call.batch.ACC)
+    for first in range(0, size(call), ROWS):
+        rows = first + tl.arange(0, ROWS)
+        w = values_of(given.loss, call.numbers.grad_scale, call.grad_outputs.loss, rows, call)
+        w += values_of(given.distortion, call.numbers.grad_scale, call.grad_outputs.distortion, rows, call)
+        flows += r * w * distortion_slope(tl.load(stats + rows, rows < size(call), 0.0), d, inverse)
+    tl.store(shared_sigma_term, sigma_term(slope, tl.sum(flows, 0), total))
 
 
 class EmptyOutputs:
@@ -186,8 +197,8 @@ def blocks(batch: int, data: Tiles | None, latents: Tiles | None, per_sample: bo
 
 
 def elbo_shared_sigma_term(inputs: Inputs, layout: Layout) -> Launch:
-    """A launch of (tensors, numbers, stats, grad_outputs, shared_sigma_term), which is needed only where σ is shared by
-    the batch and the weights of its samples differ."""
+    """A launch of (call, stats, grad_outputs, shared_sigma_term), which is needed only where σ is shared by the batch
+    and the weights of its samples differ."""
     return Launch(
         elbo_shared_sigma_term_kernel, 1, layout, min(BLOCK, power_of_2(inputs.batch)),
         num_warps=4, enable_fp_fusion=False,

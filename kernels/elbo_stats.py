@@ -10,85 +10,78 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._elements import columns, difference, from_units, latents_at, log_sigma_at, rows_and_chunk
+from ._elements import columns, difference, from_units, latents_at, log_sigma_at, rows_and_chunk, size, tiles_of
 from ._grid import arrive
 from ._layout import Inputs, Tiles
-from ._math import at_least, kl, number, scaled_error
+from ._math import at_least, kl, number, scaled_error, whole
 from ._plan import Launch, empty
-from ._unpack import batch_of, data_of, latents_of, options_of
 from .elbo_finalize import blocks, finalize
 from .structs import Layout, Partials
 
 
 @triton.jit
-def latent_sums(lpid, latents, partials, batch):
+def latent_sums(lpid, call, partials):
     """Writes the KL of the lpid-th chunk of the latents. Returns the sum of all, each at least free_bits."""
-    lrows, lchunk = rows_and_chunk(lpid, latents.tiles)
-    llength = from_units(latents.tiles.length, latents.tiles.VEC, batch.WIDE)
-    rate = tl.zeros((latents.tiles.ROWS, latents.tiles.COLS), batch.ACC)
-    clamped = tl.zeros((latents.tiles.ROWS, latents.tiles.COLS), batch.ACC)
-    for ltile in range(lchunk * latents.tiles.per_chunk, (lchunk + 1) * latents.tiles.per_chunk):
-        lcols = columns(ltile, latents.tiles.COLS, batch.WIDE)
-        linside = (lrows < batch.size)[:, None] & (lcols < llength)
-        d, t, inverse_prior_variance = latents_at(latents, lrows, lcols, linside, batch)
+    lrows, lchunk = rows_and_chunk(lpid, call.latents.tiles)
+    llength = from_units(call.latents.tiles.length, call.latents.tiles.VEC, call.batch.WIDE)
+    rate = tl.zeros((call.latents.tiles.ROWS, call.latents.tiles.COLS), call.batch.ACC)
+    clamped = tl.zeros((call.latents.tiles.ROWS, call.latents.tiles.COLS), call.batch.ACC)
+    lfirst, lend = tiles_of(lchunk, call.latents.tiles)
+    for ltile in range(lfirst, lend):
+        lcols = columns(ltile, call.latents.tiles.COLS, call.batch.WIDE)
+        linside = (lrows < size(call))[:, None] & (lcols < llength)
+        d, t, inverse_prior_variance = latents_at(call, lrows, lcols, linside)
         nats = kl(d, t, inverse_prior_variance)
         rate += nats
-        if latents.free_bits is not None:
-            clamped += tl.where(linside, at_least(nats, number(latents.free_bits, batch.ACC)), 0.0)
-    own = lrows * latents.tiles.chunks + lchunk
+        if call.latents.FREE_BITS is not None:
+            clamped += tl.where(linside, at_least(nats, number(call.numbers.free_bits, call.batch.ACC)), 0.0)
+    own = lrows * whole(call.latents.tiles.chunks) + lchunk
     kl_sums = tl.sum(rate, 1)
     clamped_sums = kl_sums
-    tl.store(partials.kl + own, kl_sums, lrows < batch.size)
-    if latents.free_bits is not None:
+    tl.store(partials.kl + own, kl_sums, lrows < size(call))
+    if call.latents.FREE_BITS is not None:
         clamped_sums = tl.sum(clamped, 1)
-        tl.store(partials.clamped + own, clamped_sums, lrows < batch.size)
+        tl.store(partials.clamped + own, clamped_sums, lrows < size(call))
     return tl.sum(clamped_sums, 0)
 
 
 @triton.jit
-def data_sums(pid, data, partials, batch):
+def data_sums(pid, call, partials):
     """Writes the S of the pid-th chunk of the data."""
-    rows, chunk = rows_and_chunk(pid, data.tiles)
-    length = from_units(data.tiles.length, data.tiles.VEC, batch.WIDE)
-    total = tl.zeros((data.tiles.ROWS, data.tiles.COLS), batch.ACC)
-    for tile in range(chunk * data.tiles.per_chunk, (chunk + 1) * data.tiles.per_chunk):
-        cols = columns(tile, data.tiles.COLS, batch.WIDE)
-        inside = (rows < batch.size)[:, None] & (cols < length)
-        e = difference(data, rows, cols, inside, batch)
-        if data.log_sigma.stride is not None:
-            total += scaled_error(e, log_sigma_at(data, rows, cols, inside, batch))
+    rows, chunk = rows_and_chunk(pid, call.data.tiles)
+    length = from_units(call.data.tiles.length, call.data.tiles.VEC, call.batch.WIDE)
+    total = tl.zeros((call.data.tiles.ROWS, call.data.tiles.COLS), call.batch.ACC)
+    first, end = tiles_of(chunk, call.data.tiles)
+    for tile in range(first, end):
+        cols = columns(tile, call.data.tiles.COLS, call.batch.WIDE)
+        inside = (rows < size(call))[:, None] & (cols < length)
+        e = difference(call, rows, cols, inside)
+        if call.data.log_sigma.stride is not None:
+            total += scaled_error(e, log_sigma_at(call, rows, cols, inside))
         else:
             total += e * e
-    tl.store(partials.s + rows * data.tiles.chunks + chunk, tl.sum(total, 1), rows < batch.size)
-
-
-@triton.jit
-def all_sums(data, latents, opts, outputs, partials, counter, batch, blocks):
-    pid = tl.program_id(0)
-    # What is absent is None, and its branch must not be compiled: `and` stops at a constant that is false.
-    if data.recon.stride is not None and pid < data.tiles.programs:
-        data_sums(pid, data, partials, batch)
-    elif latents.mu.stride is not None:
-        latent_sums(pid - data.tiles.programs, latents, partials, batch)
-    if arrive(counter, tl.num_programs(0)):
-        finalize(partials, data.tiles, latents.tiles, opts, outputs, batch, blocks)
+    tl.store(partials.s + rows * whole(call.data.tiles.chunks) + chunk, tl.sum(total, 1), rows < size(call))
 
 
 @triton.jit
 def elbo_stats_kernel(
-    # inputs
-    tensors, numbers,
+    # inputs, and shapes
+    call,
     # outputs
     outputs,
     # workspace
     partials, counter,
-    # shapes, and tunables
-    layout, blocks,
+    # a tunable
+    blocks,
 ):  # fmt: skip
-    all_sums(
-        data_of(tensors, layout), latents_of(tensors, numbers, layout), options_of(tensors, numbers, layout),
-        outputs, partials, counter, batch_of(layout), blocks,
-    )  # fmt: skip
+    pid, data_programs = tl.program_id(0), whole(call.data.tiles.programs)
+    # What is absent is None, and its branch must not be compiled: `and` stops at a constant that is false.
+    if call.data.recon is not None and pid < data_programs:
+        data_sums(pid, call, partials)
+    elif call.latents.mu is not None:
+        latent_sums(pid - data_programs, call, partials)
+    if arrive(counter, tl.num_programs(0)):
+        finalize(call, partials, outputs, blocks)
 
 
 class EmptyPartials:
@@ -110,7 +103,7 @@ def nothing() -> None:
 
 
 def elbo_stats(inputs: Inputs, layout: Layout, per_sample: bool) -> Launch:
-    """A launch of (tensors, numbers, outputs, partials, counter)."""
+    """A launch of (call, outputs, partials, counter)."""
     tiles = inputs.data_tiles, inputs.latent_tiles
     programs = sum(t.programs(inputs.batch) for t in tiles if t is not None)
     return Launch(

@@ -20,12 +20,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ._elements import difference, from_units, row_offsets, rows_and_chunk
+from ._elements import difference, from_units, row_offsets, rows_and_chunk, size
 from ._factors import BATCH, ELEMENT, IMAGE, factors
 from ._grid import arrive, grid_barrier, sum_of
 from ._layout import Inputs, Tiles, cdiv, power_of_2
+from ._math import whole
 from ._plan import Launch
-from ._unpack import batch_of, data_of, grad_outputs_of, latents_of, options_of
 from .elbo_finalize import BLOCK, blocks, finalize, row_sums
 from .elbo_grads import latent_gradients, scalar_gradients
 from .elbo_stats import latent_sums
@@ -37,38 +37,46 @@ SMALLEST = 2048  # elements of a tile; smaller ones have no work for the threads
 
 
 @triton.jit
-def tile_of(pid, data, batch):
+def tile_of(pid, call):
     """(chunks, samples, columns, mask): a row of a tile is a chunk of a sample. Past the data all is masked."""
-    chunks = pid * data.tiles.ROWS + tl.arange(0, data.tiles.ROWS)
-    rows = chunks // data.tiles.chunks
-    cols = row_offsets(chunks % data.tiles.chunks, data.tiles.COLS, batch.WIDE) + tl.arange(0, data.tiles.COLS)[None, :]
-    length = from_units(data.tiles.length, data.tiles.VEC, batch.WIDE)
-    return chunks, rows, cols, (rows < batch.size)[:, None] & (cols < length)
+    chunks = pid * call.data.tiles.ROWS + tl.arange(0, call.data.tiles.ROWS)
+    rows = chunks // whole(call.data.tiles.chunks)
+    cols = (
+        row_offsets(chunks % whole(call.data.tiles.chunks), call.data.tiles.COLS, call.batch.WIDE)
+        + tl.arange(0, call.data.tiles.COLS)[None, :]
+    )
+    length = from_units(call.data.tiles.length, call.data.tiles.VEC, call.batch.WIDE)
+    return chunks, rows, cols, (rows < size(call))[:, None] & (cols < length)
 
 
 @triton.jit
-def differences(pid, data, partials, batch):
+def differences(pid, call, partials):
     """(e, Σe² of each row)."""
-    chunks, rows, cols, inside = tile_of(pid, data, batch)
-    e = difference(data, rows, cols, inside, batch)
+    chunks, rows, cols, inside = tile_of(pid, call)
+    e = difference(call, rows, cols, inside)
     s = tl.sum(e * e, 1)
-    tl.store(partials.s + chunks, s, rows < batch.size)
+    tl.store(partials.s + chunks, s, rows < size(call))
     return e, s
 
 
 @triton.jit
-def sums_of_samples(pid, data, partials, batch, BLOCK: tl.constexpr):
+def sums_of_samples(pid, call, partials, BLOCK: tl.constexpr):
     """S of each row's sample, from what all programs have written of it."""
-    _, rows, _, _ = tile_of(pid, data, batch)
-    return row_sums(partials.s, rows, batch.size, data.tiles.chunks, data.tiles.ROWS, BLOCK, batch.ACC)
+    _, rows, _, _ = tile_of(pid, call)
+    return row_sums(
+        partials.s, rows, size(call), whole(call.data.tiles.chunks), call.data.tiles.ROWS, BLOCK, call.batch.ACC
+    )
 
 
 @triton.jit
-def held_gradients(pid, e, sums, data, opts, grad_outputs, gradients, batch):
-    _, rows, cols, inside = tile_of(pid, data, batch)
-    own = factors(rows, sums, opts, grad_outputs, batch)
+def held_gradients(pid, e, sums, call, given, gradients):
+    _, rows, cols, inside = tile_of(pid, call)
+    own = factors(rows, sums, given, call)
     g = own.recon_scale[:, None] * e
-    g_at = row_offsets(rows, from_units(data.tiles.length, data.tiles.VEC, batch.WIDE), batch.WIDE) + cols
+    g_at = (
+        row_offsets(rows, from_units(call.data.tiles.length, call.data.tiles.VEC, call.batch.WIDE), call.batch.WIDE)
+        + cols
+    )
     if gradients.recon is not None:
         tl.store(gradients.recon + g_at, g.to(gradients.recon.dtype.element_ty), inside)
     if gradients.target is not None:
@@ -85,67 +93,59 @@ class How(NamedTuple):
 
 
 @triton.jit
-def all_stages(data, latents, opts, grad_outputs, written, workspace, batch, how):
+def elbo_step_kernel(
+    # inputs, and shapes; only the loss has a grad_output
+    call, given,
+    # outputs; gradients that are not wanted are None
+    written,
+    workspace,
+    # tunables
+    how,
+):  # fmt: skip
     pid, programs = tl.program_id(0), tl.num_programs(0)
     # The latents from the last program on: those past the data have nothing else to do.
-    clamped_total, total = tl.zeros((), batch.ACC), tl.zeros((), batch.ACC)
-    for lpid in range(programs - 1 - pid, latents.tiles.programs, programs):
-        clamped_total += latent_sums(lpid, latents, workspace.partials, batch)
+    clamped_total, total = tl.zeros((), call.batch.ACC), tl.zeros((), call.batch.ACC)
+    for lpid in range(programs - 1 - pid, whole(call.latents.tiles.programs), programs):
+        clamped_total += latent_sums(lpid, call, workspace.partials)
 
     # Programs that wait hold two tiles. (One of twice the size is loaded with so much in flight that registers spill.)
     TILES: tl.constexpr = 2 if how.WAITS else 1
-    e, s = differences(pid * TILES, data, workspace.partials, batch)
+    e, s = differences(pid * TILES, call, workspace.partials)
     if how.WAITS:
-        e1, s1 = differences(pid * TILES + 1, data, workspace.partials, batch)
-        if opts.MODE == BATCH:
+        e1, s1 = differences(pid * TILES + 1, call, workspace.partials)
+        if call.options.MODE == BATCH:
             tl.store(workspace.totals + pid, tl.sum(s, 0) + tl.sum(s1, 0))
-        if opts.capacity.value is not None:
+        if call.options.capacity.PRESENT is not None:
             tl.store(workspace.totals + programs + pid, clamped_total)
         pid += grid_barrier(workspace.barrier, programs)
-        if opts.MODE == BATCH:
+        if call.options.MODE == BATCH:
             total = sum_of(workspace.totals, programs, how.PROGRAMS)
-        if opts.capacity.value is not None:
+        if call.options.capacity.PRESENT is not None:
             clamped_total = sum_of(workspace.totals + programs, programs, how.PROGRAMS)
-        if opts.MODE == IMAGE:
-            s1 = sums_of_samples(pid * TILES + 1, data, workspace.partials, batch, how.blocks.DATA)
+        if call.options.MODE == IMAGE:
+            s1 = sums_of_samples(pid * TILES + 1, call, workspace.partials, how.blocks.DATA)
         sums1 = Sums(s1, total, s1 * 0.0, clamped_total)
-        held_gradients(pid * TILES + 1, e1, sums1, data, opts, grad_outputs, written.gradients, batch)
-        if opts.MODE == IMAGE:
-            s = sums_of_samples(pid * TILES, data, workspace.partials, batch, how.blocks.DATA)
+        held_gradients(pid * TILES + 1, e1, sums1, call, given, written.gradients)
+        if call.options.MODE == IMAGE:
+            s = sums_of_samples(pid * TILES, call, workspace.partials, how.blocks.DATA)
     sums = Sums(s, total, s * 0.0, clamped_total)
-    held_gradients(pid * TILES, e, sums, data, opts, grad_outputs, written.gradients, batch)
+    held_gradients(pid * TILES, e, sums, call, given, written.gradients)
 
-    for lpid in range(programs - 1 - pid, latents.tiles.programs, programs):
-        lrows, _ = rows_and_chunk(lpid, latents.tiles)
-        nothing = tl.zeros((latents.tiles.ROWS,), batch.ACC)
-        lown = factors(lrows, Sums(nothing, total, nothing, clamped_total), opts, grad_outputs, batch)
-        latent_gradients(lpid, lown.grad_kl_clamped, lown.grad_kl, latents, written.gradients, batch)
+    for lpid in range(programs - 1 - pid, whole(call.latents.tiles.programs), programs):
+        lrows, _ = rows_and_chunk(lpid, call.latents.tiles)
+        nothing = tl.zeros((call.latents.tiles.ROWS,), call.batch.ACC)
+        lown = factors(lrows, Sums(nothing, total, nothing, clamped_total), given, call)
+        latent_gradients(lpid, lown.grad_kl_clamped, lown.grad_kl, call, written.gradients)
 
     if how.WAITS:
         finishes = pid == programs - 1
     else:
         finishes = arrive(workspace.barrier, programs)
     if finishes:
-        finalize(workspace.partials, data.tiles, latents.tiles, opts, written.outputs, batch, how.blocks)
+        finalize(call, workspace.partials, written.outputs, how.blocks)
         if written.gradients.log_sigma is not None or written.gradients.beta is not None:
             tl.debug_barrier()  # other threads read stats than have written them
-            scalar_gradients(written.outputs.stats, opts, grad_outputs, written.gradients, batch, how.SAMPLES)
-
-
-@triton.jit
-def elbo_step_kernel(
-    # inputs; only the loss has a grad_output
-    tensors, numbers, given,
-    # outputs; gradients that are not wanted are None
-    written,
-    workspace,
-    # shapes, and tunables
-    layout, how,
-):  # fmt: skip
-    all_stages(
-        data_of(tensors, layout), latents_of(tensors, numbers, layout), options_of(tensors, numbers, layout),
-        grad_outputs_of(given, None, numbers, layout), written, workspace, batch_of(layout), how,
-    )  # fmt: skip
+            scalar_gradients(written.outputs.stats, call, given, written.gradients, how.SAMPLES)
 
 
 class Cut(NamedTuple):
@@ -164,7 +164,7 @@ class Cut(NamedTuple):
         Where programs wait for one another, their tiles are the smallest with which `resident` programs hold the batch,
         so that it spreads over the whole GPU; the largest are of THREADS · HELD elements, two in a program.
         """
-        mode, limited = options.MODE.value, options.capacity.value is not None
+        mode, limited = options.MODE.value, options.capacity.PRESENT is not None
         if mode == ELEMENT.value or inputs.dtype == torch.float64 or not inputs.dims or not inputs.latent_dims:
             return None
         batch, largest, per_image = inputs.batch, THREADS * HELD, mode == IMAGE.value
@@ -195,7 +195,7 @@ def launch_options(cut: Cut) -> dict[str, Any]:
 
 
 def elbo_step(inputs: Inputs, layout: Layout, cut: Cut) -> Launch:
-    """A launch of (tensors, numbers, grad_outputs, written, workspace)."""
+    """A launch of (call, grad_outputs, written, workspace)."""
     samples = min(BLOCK, power_of_2(inputs.batch))
     programs = max(cut.threads, power_of_2(cut.programs))  # so that each value is read by one thread
     how = How(*map(constant, (cut.waits, samples, programs)), blocks(inputs.batch, cut.data, cut.latents, False))

@@ -24,8 +24,7 @@ from .elbo_finalize import EmptyOutputs, elbo_shared_sigma_term
 from .elbo_grads import elbo_grads
 from .elbo_stats import EmptyPartials, elbo_stats
 from .elbo_step import Cut, elbo_step
-from .structs import ABSENT, Batch, Layout, Numbers, Options, Scalar, Workspace
-from .structs import GradOutputs as GradOutputsLayout
+from .structs import ABSENT, Batch, GradOutputsLayout, Layout, Numbers, Options, Scalar, Workspace
 
 
 class Plan:
@@ -53,7 +52,7 @@ class Forward(Plan):
     def __init__(self, key: Key) -> None:
         super().__init__(key)
         inputs = self.inputs
-        layout = self.layout(inputs.data_tiles, inputs.latent_tiles, GradOutputsLayout(ABSENT, ABSENT, ABSENT, None))
+        layout = self.layout(inputs.data_tiles, inputs.latent_tiles, GradOutputsLayout(ABSENT, ABSENT, ABSENT))
         self.partials = EmptyPartials(inputs, inputs.data_tiles, inputs.latent_tiles, self.device)
         self.outputs = EmptyOutputs(inputs, self.options, self.per_sample, self.device)
         self.launch = elbo_stats(inputs, layout, self.per_sample)
@@ -109,7 +108,7 @@ class Grads(Plan):
     def __init__(self, key: Key) -> None:
         super().__init__(key)
         inputs, (loss, distortion, rate) = self.inputs, map(on_meta, key.more[1:])
-        given = GradOutputsLayout(*(Scalar.of(g, False) for g in (loss, distortion, rate)), None)
+        given = GradOutputsLayout(*(Scalar.of(g, False) for g in (loss, distortion, rate)))
         self.written = Written(self, key.mask)
         recon, target, mu, logvar, log_sigma, prior_mu, prior_logvar, beta = self.written.asked
         element = inputs.log_sigma is not None
@@ -127,11 +126,12 @@ class Grads(Plan):
         tensors, numbers = self.ordered(tensors), Numbers.of(options, self.dtype)
         if self.launch is not None:
             with device_guard(self.device):
-                term = None
+                given = structs.GradOutputs(*grad_outputs)
                 if self.shared_sigma_term is not None:
                     term = stats.new_empty(())
-                    self.shared_sigma_term(tensors, numbers, stats, grad_outputs, term)
-                self.launch(tensors, numbers, stats, grad_outputs, term, written)
+                    self.shared_sigma_term(tensors, numbers, stats, given, term)
+                    given = given._replace(shared_sigma_term=term)
+                self.launch(tensors, numbers, stats, given, written)
         return self.written.finish(results, written)
 
 
@@ -168,7 +168,7 @@ class Step(Plan):
         self.launch, self.waits = None, cut is not None and cut.waits
         if cut is not None:
             (grad_scale,) = map(on_meta, key.more)
-            given = GradOutputsLayout(Scalar.of(grad_scale, True), ABSENT, ABSENT, None)
+            given = GradOutputsLayout(Scalar.of(grad_scale, True), ABSENT, ABSENT)
             self.written = Written(self, key.mask)
             self.partials = EmptyPartials(self.inputs, cut.data, cut.latents, self.device)
             self.outputs = EmptyOutputs(self.inputs, self.options, False, self.device)
@@ -185,7 +185,9 @@ class Step(Plan):
         with device_guard(self.device):
             workspace = Workspace(self.partials(), self.totals(), barrier_of(self.device))
             try:
-                self.launch(tensors, numbers, GradOutputs(grad_scale), structs.Written(outputs, written), workspace)
+                self.launch(
+                    tensors, numbers, structs.GradOutputs(grad_scale), structs.Written(outputs, written), workspace
+                )
             except Exception as error:
                 if self.waits:
                     raise Refused from error

@@ -3,11 +3,9 @@
 A NamedTuple of arguments is a structure to Triton. A field that is None is known to be so when a kernel is compiled,
 and so is the value of a tl.constexpr; pointers and integers are specialised as a kernel's own arguments are.
 
-A kernel is passed in groups what it needs: the pointers (`call.Tensors`, `call.GradOutputs`, `call.Outputs`,
-`call.Gradients`, `Partials`), the `Numbers`, and a `Layout` with all that shapes, strides, dtypes and kinds of options
-decide, which a plan keeps from call to call (`_plan.py`). `_unpack.py` puts them together again, so that a kernel reads
-`data.recon`, base and stride, or `opts.beta`. All stages share them, so an option that is arithmetic of O(batch) is
-named here and where `_factors.py` uses it, and in no kernel between.
+A kernel is passed a `Call`: the pointers (`call.Tensors`), the `Numbers`, and a `Layout` with all that shapes, strides,
+dtypes and kinds of options decide, which a plan keeps from call to call (`_plan.py`). All stages share them, so an
+option that is arithmetic of O(batch) is named here and where `_factors.py` uses it, and in no kernel between.
 
 Ask of a pointer or a number whether it is None, never of a structure: Triton 3.6 fails where that one holds a None. So
 what is absent is a structure of Nones.
@@ -17,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import struct
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -51,17 +49,10 @@ def number(value: float, dtype: torch.dtype) -> Number:
     return Bits(float(bits >> 40), float(bits >> 16 & 0xFFFFFF), float(bits & 0xFFFF))
 
 
-def whole(n: int | None) -> int | None:
-    """Makes the field that `_whole` reads. Triton compiles a kernel anew for an integer that is 1, and for one that 16
-    divides; an odd number from 3 on is neither, so that one kernel serves batches of all sizes."""
-    return None if n is None else 2 * n + 3
-
-
-class Span(NamedTuple):
-    """The samples of a tensor, each of them dense, `stride` units of VEC elements apart."""
-
-    base: Tensor | None
-    stride: int | None
+def whole(n: int) -> int:
+    """Makes the field that `_math.whole` reads. Triton compiles a kernel anew for an integer that is 1, and for one
+    that 16 divides; an odd number from 3 on is neither, so that one kernel serves batches of all sizes."""
+    return 2 * n + 3
 
 
 class Run(NamedTuple):
@@ -76,7 +67,6 @@ class Broadcast(NamedTuple):
     """log σ where it varies inside a sample, over one run of dimensions or two; samples are `stride` elements apart.
     Without runs it lies as the data do, and `stride` counts in units."""
 
-    base: Tensor | None
     stride: int | None  # None where σ does not vary inside a sample
     inner: Run | None
     outer: Run | None
@@ -96,22 +86,23 @@ class Tiles(NamedTuple):
 
 
 class Data(NamedTuple):
-    """recon and target; their strides are None where there are no data."""
+    """recon and target: how far apart their samples lie, in units of VEC elements; None where there are no data. A
+    sample is dense."""
 
-    recon: Span
-    target: Span
+    recon: int | None
+    target: int | None
     log_sigma: Broadcast
     tiles: Tiles
 
 
 class Latents(NamedTuple):
-    """The posterior and, if there is one, the prior."""
+    """The posterior and, if there is one, the prior, as `Data` has them."""
 
-    mu: Span
-    logvar: Span
-    prior_mu: Span
-    prior_logvar: Span
-    free_bits: Number | None
+    mu: int | None
+    logvar: int | None
+    prior_mu: int | None
+    prior_logvar: int | None
+    FREE_BITS: tl.constexpr | None  # None without
     tiles: Tiles
 
 
@@ -132,54 +123,59 @@ class Batch(NamedTuple):
         scale = (1 / batch, 1.0, 1 / (batch * dims), 1.0)[reduction]
         numbers = (number(float(value), inputs.dtype) for value in (batch, inputs.dims, scale))
         acc = tl.float64 if inputs.dtype == torch.float64 else tl.float32
-        return cls(cast(int, whole(batch)), *numbers, constant(acc), constant(inputs.wide))
+        return cls(whole(batch), *numbers, constant(acc), constant(inputs.wide))
 
 
 class Scalar(NamedTuple):
     """One value for all samples, or one for each: a tensor's, or where there is none a number."""
 
-    tensor: Tensor | None
+    PRESENT: tl.constexpr | None  # None where there is neither
     stride: int | None  # between samples; None where one value is for all
-    value: Number | None  # None where there is neither
 
     @classmethod
     def of(cls, tensor: Tensor | None, is_number: bool) -> Scalar:
-        """For a layout. `is_number`: where there is no tensor, there is a number."""
+        """`is_number`: where there is no tensor, there is a number."""
         if tensor is not None:
-            return cls(None, whole(tensor.stride(0)) if tensor.dim() else None, PRESENT)
-        return cls(None, None, PRESENT if is_number else None)
+            return cls(PRESENT, whole(tensor.stride(0)) if tensor.dim() else None)
+        return cls(PRESENT if is_number else None, None)
 
 
-ABSENT = Scalar(None, None, None)
+ABSENT = Scalar(None, None)
 
 
 class Options(NamedTuple):
-    """`call.Options` and the tensors that go with them, as `_factors.py` uses them."""
+    """The kinds of `call.Options`."""
 
     MODE: tl.constexpr  # of σ
     SOFTCLIP: tl.constexpr
     log_sigma: Scalar  # where it does not vary inside a sample
-    min_log_sigma: Number | None
     beta: Scalar
     capacity: Scalar  # absent where the rate is not limited
 
     @classmethod
     def of(cls, tensors: call.Tensors, options: call.Options) -> Options:
-        """For a layout."""
         given = None if options.sigma_mode == Kind.ELEMENT else tensors.log_sigma
         return cls(
-            constant(int(options.sigma_mode)), constant(options.softclip), Scalar.of(given, True), None,
+            constant(int(options.sigma_mode)), constant(options.softclip), Scalar.of(given, True),
             Scalar.of(tensors.beta, True), Scalar.of(tensors.capacity, options.capacity_value is not None),
         )  # fmt: skip
 
 
-class GradOutputs(NamedTuple):
-    """The gradients that come in; a `Scalar` is absent where an output was not used."""
+class GradOutputsLayout(NamedTuple):
+    """Of the gradients that come in; one is absent where an output was not used."""
 
     loss: Scalar
     distortion: Scalar
     rate: Scalar
-    shared_sigma_term: Tensor | None  # of every error, where σ is of the batch and the samples' weights differ
+
+
+class GradOutputs(NamedTuple):
+    """`call.GradOutputs`, and what reaches every error through a σ of the batch where the samples' weights differ."""
+
+    loss: Tensor | None = None
+    distortion: Tensor | None = None
+    rate: Tensor | None = None
+    shared_sigma_term: Tensor | None = None
 
 
 class Numbers(NamedTuple):
@@ -202,14 +198,25 @@ class Numbers(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What a plan keeps: the structures above, without their pointers and the numbers of one call. A number that there
-    will be is PRESENT, and integers are as `whole` makes them."""
+    """What a plan keeps. Integers are as `whole` makes them."""
 
     data: Data
     latents: Latents
     batch: Batch
     options: Options
-    grad_outputs: GradOutputs
+    grad_outputs: GradOutputsLayout
+
+
+class Call(NamedTuple):
+    """What a kernel is told of a call: its tensors and numbers, and then a `Layout`."""
+
+    tensors: call.Tensors
+    numbers: Numbers
+    data: Data
+    latents: Latents
+    batch: Batch
+    options: Options
+    grad_outputs: GradOutputsLayout
 
 
 class Partials(NamedTuple):

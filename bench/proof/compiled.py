@@ -46,7 +46,7 @@ from triton.runtime.jit import MockTensor
 
 from fused_elbo import backend, decoupled_elbo, decoupled_elbo_backward
 from fused_elbo.kernels import _plan, elbo_finalize, elbo_grads, elbo_stats, elbo_step
-from fused_elbo.kernels.structs import Data, Latents, Layout
+from fused_elbo.kernels.structs import Call, Data, Latents
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -135,15 +135,19 @@ class Launch:
     kwargs: dict[str, Any]
     tensors: list[Tensor] = field(repr=False)  # on the meta device
 
+    @property
+    def how(self) -> elbo_step.How | None:
+        return next((a for a in self.args if isinstance(a, elbo_step.How)), None)
+
     def tile_elements(self, *kinds: type) -> int:
         """`kinds`: Data, Latents, or both."""
-        layout = next(a for a in self.args if isinstance(a, Layout))
-        walked = [a for a in (layout.data, layout.latents) if isinstance(a, kinds)]
+        call = next(a for a in self.args if isinstance(a, Call))
+        walked = [a for a in (call.data, call.latents) if isinstance(a, kinds)]
         return sum(a.tiles.ROWS.value * a.tiles.COLS.value * self.tiles(type(a)) for a in walked)
 
     def tiles(self, kind: type) -> int:
         """Of one pass through the code: programs of elbo_step that wait hold two of the data."""
-        return 2 if kind is Data and self.kwargs.get("WAITS") else 1
+        return 2 if kind is Data and self.how is not None and self.how.WAITS.value else 1
 
     def bytes_per_thread(self, elements: dict[int, type], warp_size: int) -> int:
         """Of the big tensors in one tile of data and one of latents, with {elements of a tensor: kind of its tile}."""
@@ -152,7 +156,7 @@ class Launch:
             expanded = 0 in t.stride()  # as large by its shape alone
             if not expanded and (kind := elements.get(t.numel())):
                 total += self.tile_elements(kind) * t.element_size()
-                if kind is Latents and "WAITS" in self.kwargs:  # elbo_step reads latents twice, and writes them once
+                if kind is Latents and self.how is not None:  # elbo_step reads latents twice, and writes them once
                     total += self.tile_elements(kind) * t.element_size() // 2
         return total // (self.kwargs["num_warps"] * warp_size)
 

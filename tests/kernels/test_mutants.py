@@ -34,9 +34,12 @@ LAYOUT, ELEMENTS, MATH, FACTORS, GRID = (f"_{name}.py" for name in ("layout", "e
 STRUCTS, OPERATORS = "structs.py", "operators.py"
 
 MASK = "$ROWS & ($C < $N)"
-DIFFERENCE = "difference($D, $R, $C, $M, $B)"
+DIFFERENCE = "difference($CALL, $R, $C, $M)"
 # What that is, and the target twice more: recon + target.
-TARGET = "tl.load($D.target.base + $R[:, None] * ($D.target.stride * $D.tiles.VEC) + $C, $M, 0.0).to($B.ACC)"
+TARGET = (
+    "tl.load($CALL.tensors.target + $R[:, None] * from_units($CALL.data.target, $CALL.data.tiles.VEC, False) + $C, "
+    "$M, 0.0).to($CALL.batch.ACC)"
+)
 SUM = f"{DIFFERENCE} + 2.0 * {TARGET}"
 
 MUTANTS = {
@@ -60,7 +63,7 @@ MUTANTS = {
         "learned-image, none", place=(1, 3), beside=MASK,
     ),
     "grads_reads_a_column_too_few": Mutant(
-        GRADS, "data_gradients", DIFFERENCE, "difference($D, $R, $C, $M & ($C < $N - 1), $B)",
+        GRADS, "data_gradients", DIFFERENCE, "difference($CALL, $R, $C, $M & ($C < $N - 1))",
         "learned-image, none", beside=MASK,
     ),
     "grads_writes_a_latent_too_many": Mutant(
@@ -104,17 +107,18 @@ MUTANTS = {
     ),
     # factors
     "no_scale_by_grad_loss": Mutant(
-        FACTORS, "factors", "$R * values_of($$$X)", "$R + 0.0 * values_of($$$X)", "far apart", place=(0, 4),
+        FACTORS, "factors", "$R * values_of($$$X)", "$R + 0.0 * values_of($$$X)", "far apart", place=(0, 3),
     ),
     "no_scale_by_grad_distortion": Mutant(FACTORS, "factors", "$G + $R * $X", "$G", "learned-image, none"),
     "no_scale_by_grad_rate": Mutant(
-        FACTORS, "factors", "$R * values_of($$$X)", "0.0 * values_of($$$X)", "far apart", place=(2, 4),
+        FACTORS, "factors", "$R * values_of($$$X)", "0.0 * values_of($$$X)", "far apart", place=(2, 3),
     ),
     "one_grad_loss_for_all": Mutant(
-        FACTORS, "factors", "values_of($P, $ROWS, $B)", "values_of($P, $ROWS * 0, $B)", "far apart", place=(0, 4),
+        FACTORS, "factors", "values_of($P, $V, $S, $ROWS, $C)", "values_of($P, $V, $S, $ROWS * 0, $C)",
+        "far apart", place=(0, 3),
     ),
     "no_scale_by_beta": Mutant(
-        FACTORS, "factors", "$LOSS = $G * values_of($$$X)", "$LOSS = $G", "beta-sample, none", place=(2, 3),
+        FACTORS, "factors", "$G * betas($$$X)", "$G", "beta-sample, none",
     ),
     "the_mean_is_a_batchmean": Mutant(STRUCTS, "of", "1 / ($B * $D)", "1 / $B", "mean"),
     "g_logvar_without_its_half": Mutant(MATH, "kl_grad", "$B * 0.5 * $X", "$B * $X", "far apart"),
@@ -129,25 +133,25 @@ MUTANTS = {
     # the step
     "the_steps_last_column_is_left_out": Mutant(STEP, "tile_of", MASK, "$ROWS & ($C < $N - 1)", "step, one log sigma"),
     "the_step_is_not_scaled": Mutant(
-        OPERATORS, "__call__", "GradOutputs($S)", "GradOutputs(None)", "step, one log sigma",
+        OPERATORS, "__call__", "structs.GradOutputs(grad_scale)", "structs.GradOutputs(None)", "step, one log sigma",
     ),
     "the_sums_are_finished_before_the_last_program": Mutant(
-        STATS, "all_sums", "arrive($C, $N)", "arrive($C, $N - 1)", "mean",
+        STATS, "elbo_stats_kernel", "arrive($C, $N)", "arrive($C, $N - 1)", "mean",
     ),
     "a_batchs_distortion_of_one_sample": Mutant(
-        FINALIZE, "batch_terms", "$N * number(batch.dims, $ACC)", "number(batch.dims, $ACC)", "mean",
+        FINALIZE, "batch_terms", "$N * number(call.batch.dims, $ACC)", "number(call.batch.dims, $ACC)", "mean",
     ),
     "the_step_finishes_before_the_last_program": Mutant(
-        STEP, "all_stages", "arrive($B, $N)", "arrive($B, $N - 1)", "step, one sigma",
+        STEP, "elbo_step_kernel", "arrive($B, $N)", "arrive($B, $N - 1)", "step, one sigma",
     ),
     "the_steps_counter_is_not_reset": Mutant(
         GRID, "arrive", "tl.atomic_xchg($B, 0, $$$X)", "tl.atomic_xchg($B, 1, $$$X)", "step, per image",
     ),
     "the_sum_of_the_latents_of_one_tile": Mutant(
-        STEP, "all_stages", "$SUM += latent_sums($$$X)", "$SUM = latent_sums($$$X)", "step, waits",
+        STEP, "elbo_step_kernel", "$SUM += latent_sums($$$X)", "$SUM = latent_sums($$$X)", "step, waits",
     ),
     "a_sigma_for_the_wrong_image": Mutant(
-        STEP, "all_stages", "held_gradients($P * $T, $E, $S, $$$X)",
+        STEP, "elbo_step_kernel", "held_gradients($P * $T, $E, $S, $$$X)",
         "held_gradients($P * $T, $E, Sums($S.s + $S.s, $S.total, $S.clamped, $S.clamped_total), $$$X)",
         "step, per image",
     ),
@@ -160,10 +164,10 @@ MUTANTS = {
     # σ inside a sample
     "one_run_of_log_sigma_only": Mutant(ELEMENTS, "log_sigma_offsets", "$X.outer is not None", "False", "learned-rows"),
     "log_sigma_does_not_wrap": Mutant(
-        ELEMENTS, "log_sigma_offsets", "$C // $D % $N * $S", "$C // $D * $S", "learned-rows", place=(0, 2),
+        ELEMENTS, "run_offsets", "$C // $D % $N * $S", "$C // $D * $S", "learned-rows",
     ),
     "one_log_sigma_for_a_run": Mutant(
-        ELEMENTS, "log_sigma_offsets", "$C // $D % $N * $S", "$C * 0 % $N * $S", "learned-channel", place=(0, 2),
+        ELEMENTS, "run_offsets", "$C // $D % $N * $S", "$C * 0 % $N * $S", "learned-channel",
     ),
     "the_samples_log_sigma_is_the_first_ones": Mutant(
         ELEMENTS, "log_sigma_offsets", "row_offsets($R, $S, $W) + $X", "row_offsets($R, 0, $W) + $X",

@@ -40,19 +40,19 @@ BARRIER_MUTANTS = {
 }
 MUTANTS = {
     "a_program_is_left_out_of_the_sum": Mutant(
-        STEP, "all_stages", "sum_of($T, $N, $M)", "sum_of($T, $N - 1, $M)", IN_ORDER, place=(0, 2),
+        STEP, "elbo_step_kernel", "sum_of($T, $N, $M)", "sum_of($T, $N - 1, $M)", IN_ORDER, place=(0, 2),
     ),
     "the_second_tile_is_left_out_of_the_sum": Mutant(
-        STEP, "all_stages", "tl.sum($A, 0) + tl.sum($B, 0)", "tl.sum($A, 0)", IN_ORDER,
+        STEP, "elbo_step_kernel", "tl.sum($A, 0) + tl.sum($B, 0)", "tl.sum($A, 0)", IN_ORDER,
     ),
     "the_tail_is_a_column_short": Mutant(STEP, "tile_of", MASK, "($R < $B)[:, None] & ($C < $N - 1)", IN_ORDER),
     "the_tail_is_a_column_long": Mutant(STEP, "tile_of", MASK, "($R < $B)[:, None] & ($C <= $N)", IN_ORDER),
     "a_row_too_many": Mutant(STEP, "tile_of", MASK, "($R <= $B)[:, None] & ($C < $N)", IN_ORDER),
     "latents_of_the_first_round_only": Mutant(
-        STEP, "all_stages", "range($I, $N, $P)", "range($I, $P, $P)", IN_ORDER, place=(0, 2),
+        STEP, "elbo_step_kernel", "range($I, $N, $P)", "range($I, $P, $P)", IN_ORDER, place=(0, 2),
     ),
     "gradients_are_not_scaled": Mutant(
-        "operators.py", "__call__", "GradOutputs($S)", "GradOutputs(None)", IN_ORDER,
+        "operators.py", "__call__", "structs.GradOutputs(grad_scale)", "structs.GradOutputs(None)", IN_ORDER,
     ),
 }  # fmt: skip
 
