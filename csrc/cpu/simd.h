@@ -71,48 +71,52 @@ ELBO_INLINE bool all_plain(V... x) {
 }
 
 // exp for float lanes to about 1 ulp; libm's scalar expf would cost some ten times as much. x = n log 2 + r with
-// |r| ≤ ½ log 2, and exp(r) = 1 + r + rest.
+// |r| ≤ ½ log 2, and exp(r) = 1 + r + r² second.
+//
+// What a loop waits for is the longest chain of instructions, since a processor sees too few vectors ahead to fill the
+// time. So the polynomial goes by pairs of its terms, where each step of Horner's scheme would wait for the one before,
+// and 2ⁿ is multiplied with what is known first.
 struct Exp {
-  FloatV r, rest;
+  FloatV r, r2, second;
   IntV n;  // plus kRound's bits, of which shifts by 23 leave nothing
 
   static constexpr float kRound = 12582912;  // 1.5 · 2²³: adding it leaves no bits for a fraction
 
-  // A polynomial of degree 5 gives (exp(r) − 1 − r)/r² to 2.4e-8. By pairs of its terms: each step of Horner's scheme
-  // waits for the one before, and a processor sees too few vectors ahead to fill that time.
+  // `second` is a polynomial of degree 5, right to 2.4e-8.
   ELBO_INLINE explicit Exp(FloatV x) {
     const FloatV shifted = x * 1.44269504f + kRound;
     const FloatV rounded = shifted - kRound;
     r = (x - rounded * 0.693359375f) - rounded * -2.12194440e-4f;  // log 2 in two parts, the first exact times n
-    const FloatV r2 = r * r;
+    r2 = r * r;
     const FloatV high = 1.9875691500e-4f * r + 1.3981999507e-3f;
     const FloatV middle = 8.3334519073e-3f * r + 4.1665795894e-2f;
     const FloatV low = 1.6666665459e-1f * r + 5.0000001201e-1f;
-    rest = ((high * r2 + middle) * r2 + low) * r2;
+    second = (high * r2 + middle) * r2 + low;
     n = bits_as<IntV>(shifted);
   }
 
-  // 2ⁿ (1 + r + rest), of a plain number
+  // exp(x), of a plain number
   ELBO_INLINE FloatV exp() const {
-    return bits_as<FloatV>(bits_as<IntV>(1.0f + (r + rest)) + (n << 23));
+    return bits_as<FloatV>(bits_as<IntV>(1.0f + (r + r2 * second)) + (n << 23));
   }
 
   // The same of a number from −104 to 89, whose exp may be subnormal or infinite: 2ⁿ in two factors.
   ELBO_INLINE FloatV exp_by_halves() const {
     const IntV half = n >> 1;
-    return (1.0f + (r + rest)) * power_of_two(half) * power_of_two(n - half);
+    return (1.0f + (r + r2 * second)) * power_of_two(half) * power_of_two(n - half);
   }
 
-  // exp(x) − 1, of a plain number. Where n = 0, r is x, and what is added to `rest` is exact: nothing cancels near 0.
+  // exp(x) − 1, of a plain number. Where n = 0, r is x, and what r² second is added to is exact: nothing cancels
+  // near 0.
   ELBO_INLINE FloatV expm1() const {
     const FloatV power = power_of_two(n);
-    return power * rest + (power * r + (power - 1.0f));
+    return power * r2 * second + (power * r + (power - 1.0f));
   }
 
   // exp(x) − 1 − x, of a plain number x
   ELBO_INLINE FloatV expm1mx(FloatV x) const {
     const FloatV power = power_of_two(n);
-    return power * rest + (power * r + ((power - 1.0f) - x));
+    return power * r2 * second + (power * r + ((power - 1.0f) - x));
   }
 
  private:
