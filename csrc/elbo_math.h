@@ -77,6 +77,22 @@ ELBO_INLINE V expm1(V t) {
   return is_small(t) ? near : far;
 }
 
+// exp(a) beside expm1(b) or expm1mx(b)
+template <class V>
+struct ExpAnd {
+  V exp, other;
+};
+
+template <class V>
+ELBO_INLINE ExpAnd<V> exp_and_expm1(V a, V b) {
+  return {Lanes<V>::exp(a), expm1(b)};
+}
+
+template <class V>
+ELBO_INLINE ExpAnd<V> exp_and_expm1mx(V a, V b) {
+  return {Lanes<V>::exp(a), expm1mx(b)};
+}
+
 // KL(N(μ, exp l) ‖ N(0, 1)) of one element
 template <class V>
 ELBO_INLINE V kl(V mu, V logvar) {
@@ -87,7 +103,8 @@ ELBO_INLINE V kl(V mu, V logvar) {
 template <class V>
 ELBO_INLINE V kl(V mu, V logvar, V prior_mu, V prior_logvar) {
   const V d = mu - prior_mu;
-  return Scalar<V>(0.5) * (d * d * Lanes<V>::exp(-prior_logvar) + expm1mx(logvar - prior_logvar));
+  const auto [precision, far] = exp_and_expm1mx<V>(-prior_logvar, logvar - prior_logvar);
+  return Scalar<V>(0.5) * (d * d * precision + far);
 }
 
 template <class V>
@@ -105,8 +122,8 @@ template <class V>
 ELBO_INLINE KlGrad<V> kl_grad(V b, V mu, V logvar, V prior_mu, V prior_logvar) {
   using A = Scalar<V>;
   const V d = mu - prior_mu;
-  const V dkl_dmu = d * Lanes<V>::exp(-prior_logvar);
-  const V expm1_dlogvar = expm1(logvar - prior_logvar);
+  const auto [precision, expm1_dlogvar] = exp_and_expm1<V>(-prior_logvar, logvar - prior_logvar);
+  const V dkl_dmu = d * precision;
   return {b * dkl_dmu, b * A(0.5) * expm1_dlogvar, -(b * dkl_dmu), A(-0.5) * b * (expm1_dlogvar + dkl_dmu * d)};
 }
 

@@ -46,98 +46,98 @@ ELBO_INLINE FloatV magnitude(FloatV x) {
   return bits_as<FloatV>(bits_as<IntV>(x) & 0x7FFFFFFF);
 }
 
-// Whether |x| is at most `bound` in all lanes, and none is NaN.
-ELBO_INLINE bool all_within(FloatV x, float bound) {
+// Whether a comparison holds in all lanes.
+ELBO_INLINE bool all_true(IntV holds) {
 #if defined(__AVX512F__)
-  return _mm512_cmp_ps_mask(bits_as<__m512>(magnitude(x)), _mm512_set1_ps(bound), _CMP_LE_OQ) == 0xFFFF;
+  return _mm512_movepi32_mask(bits_as<__m512i>(holds)) == 0xFFFF;
 #elif defined(__AVX2__)
-  return _mm256_movemask_ps(bits_as<__m256>(magnitude(x) <= bound)) == 0xFF;
+  return _mm256_movemask_ps(bits_as<__m256>(holds)) == 0xFF;
 #elif defined(__SSE2__)
-  return _mm_movemask_ps(bits_as<__m128>(magnitude(x) <= bound)) == 0xF;
+  return _mm_movemask_ps(bits_as<__m128>(holds)) == 0xF;
 #else
-  const IntV within = magnitude(x) <= bound;
   int32_t all = -1;
-  for (size_t k = 0; k < sizeof within / sizeof all; ++k) all &= within[k];
+  for (size_t k = 0; k < sizeof holds / sizeof all; ++k) all &= holds[k];
   return all != 0;
 #endif
 }
 
-// exp for float lanes to about 1 ulp; libm's scalar expf would cost some ten times as much. x = n log 2 + r,
-// exp(x) = 2ⁿ (1 + r + rest). Plain: |x| ≤ kPlain in all lanes, so 2ⁿ and the results are normal numbers; it takes two
-// thirds of the instructions.
+// Whether all numbers of all vectors are of magnitude kPlain at most, and none is NaN: 2ⁿ below is then a normal
+// number, as are the results. Others are rare, and take a third more instructions.
 constexpr float kPlain = 86;
 
-template <bool Plain>
+template <class... V>
+ELBO_INLINE bool all_plain(V... x) {
+  return all_true((... & (magnitude(x) <= kPlain)));
+}
+
+// exp for float lanes to about 1 ulp; libm's scalar expf would cost some ten times as much. x = n log 2 + r with
+// |r| ≤ ½ log 2, and exp(r) = 1 + r + r² second.
+//
+// What a loop waits for is the longest chain of instructions, since a processor sees too few vectors ahead to fill the
+// time. So the polynomial goes by pairs of its terms, where each step of Horner's scheme would wait for the one before,
+// and 2ⁿ is multiplied with what is known first.
 struct Exp {
-  FloatV r, rest;
+  FloatV r, r2, second;
   IntV n;  // plus kRound's bits, of which shifts by 23 leave nothing
 
   static constexpr float kRound = 12582912;  // 1.5 · 2²³: adding it leaves no bits for a fraction
 
-  // n = 0 and r = x where `near`, for |x| < ½; else |r| ≤ ½ log 2. A polynomial of degree 5 gives (exp(r) − 1 − r)/r²
-  // to 2.4e-8 over both ranges.
-  ELBO_INLINE Exp(FloatV x, IntV near) {
-    if constexpr (!Plain) {
-      x = x > 89.0f ? FloatV{} + 89.0f : x;  // overflows to inf later; NaN fails both tests
-      x = x < -104.0f ? FloatV{} - 104.0f : x;
-    }
-    const FloatV shifted = bits_as<FloatV>(bits_as<IntV>(x * 1.44269504f) & ~near) + kRound;
+  // `second` is a polynomial of degree 5, right to 2.4e-8.
+  ELBO_INLINE explicit Exp(FloatV x) {
+    const FloatV shifted = x * 1.44269504f + kRound;
     const FloatV rounded = shifted - kRound;
     r = (x - rounded * 0.693359375f) - rounded * -2.12194440e-4f;  // log 2 in two parts, the first exact times n
-    FloatV p = FloatV{} + 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    rest = p * r * r;
+    r2 = r * r;
+    const FloatV high = 1.9875691500e-4f * r + 1.3981999507e-3f;
+    const FloatV middle = 8.3334519073e-3f * r + 4.1665795894e-2f;
+    const FloatV low = 1.6666665459e-1f * r + 5.0000001201e-1f;
+    second = (high * r2 + middle) * r2 + low;
     n = bits_as<IntV>(shifted);
   }
 
+  // exp(x), of a plain number
   ELBO_INLINE FloatV exp() const {
-    const FloatV x = 1.0f + (r + rest);
-    if constexpr (Plain) return bits_as<FloatV>(bits_as<IntV>(x) + (n << 23));
-    const IntV half = n >> 1;  // 2ⁿ in two factors: n reaches 128, and −150 for subnormal results
-    return x * power_of_two(half) * power_of_two(n - half);
+    return bits_as<FloatV>(bits_as<IntV>(1.0f + (r + r2 * second)) + (n << 23));
+  }
+
+  // The same of a number from −104 to 89, whose exp may be subnormal or infinite: 2ⁿ in two factors.
+  ELBO_INLINE FloatV exp_by_halves() const {
+    const IntV half = n >> 1;
+    return (1.0f + (r + r2 * second)) * power_of_two(half) * power_of_two(n - half);
+  }
+
+  // exp(x) − 1, of a plain number. Where n = 0, r is x, and what r² second is added to is exact: nothing cancels
+  // near 0.
+  ELBO_INLINE FloatV expm1() const {
+    const FloatV power = power_of_two(n);
+    return power * r2 * second + (power * r + (power - 1.0f));
+  }
+
+  // exp(x) − 1 − x, of a plain number x
+  ELBO_INLINE FloatV expm1mx(FloatV x) const {
+    const FloatV power = power_of_two(n);
+    return power * r2 * second + (power * r + ((power - 1.0f) - x));
   }
 
  private:
   static ELBO_INLINE FloatV power_of_two(IntV n) {
-    return bits_as<FloatV>((n + 127) << 23);
+    return bits_as<FloatV>((n << 23) + bits_as<IntV>(FloatV{} + 1.0f));
   }
 };
 
-// As the formulas in elbo_math.h, with one polynomial for the series and for exp.
-template <bool Plain>
-ELBO_INLINE FloatV exp_of(FloatV x) {
-  return Exp<Plain>(x, IntV{}).exp();
-}
-
-template <bool Plain>
-ELBO_INLINE FloatV expm1mx_of(FloatV t) {
-  const IntV near = magnitude(t) < 0.5f;
-  const Exp<Plain> e(t, near);
-  return near ? e.rest : e.exp() - 1.0f - t;
-}
-
-template <bool Plain>
-ELBO_INLINE FloatV expm1_of(FloatV t) {
-  const IntV near = magnitude(t) < 0.5f;
-  const Exp<Plain> e(t, near);
-  return near ? e.r + e.rest : e.exp() - 1.0f;
-}
-
-// The rare ones, kept out of the loops.
+// Of any numbers, plain ones among them: those have the same bits here. Kept out of the loops.
 ELBO_APART FloatV exp_of_any(FloatV x) {
-  return exp_of<false>(x);
+  FloatV bounded = x > 89.0f ? FloatV{} + 89.0f : x;  // NaN fails both tests
+  bounded = x < -104.0f ? FloatV{} - 104.0f : bounded;
+  return Exp(bounded).exp_by_halves();
 }
 
-ELBO_APART FloatV expm1mx_of_any(FloatV t) {
-  return expm1mx_of<false>(t);
+ELBO_APART FloatV expm1_of_any(FloatV x) {
+  return magnitude(x) <= kPlain ? Exp(x).expm1() : exp_of_any(x) - 1.0f;
 }
 
-ELBO_APART FloatV expm1_of_any(FloatV t) {
-  return expm1_of<false>(t);
+ELBO_APART FloatV expm1mx_of_any(FloatV x) {
+  return magnitude(x) <= kPlain ? Exp(x).expm1mx(x) : exp_of_any(x) - 1.0f - x;
 }
 
 template <>
@@ -146,18 +146,31 @@ struct Lanes<FloatV> {
   static constexpr int64_t count = kVectorBytes / 4;
 
   static ELBO_INLINE FloatV exp(FloatV x) {
-    return all_within(x, kPlain) ? exp_of<true>(x) : exp_of_any(x);
+    return all_plain(x) ? Exp(x).exp() : exp_of_any(x);
   }
 };
 
 template <>
-ELBO_INLINE FloatV expm1mx(FloatV t) {
-  return all_within(t, kPlain) ? expm1mx_of<true>(t) : expm1mx_of_any(t);
+ELBO_INLINE FloatV expm1(FloatV x) {
+  return all_plain(x) ? Exp(x).expm1() : expm1_of_any(x);
 }
 
 template <>
-ELBO_INLINE FloatV expm1(FloatV t) {
-  return all_within(t, kPlain) ? expm1_of<true>(t) : expm1_of_any(t);
+ELBO_INLINE FloatV expm1mx(FloatV x) {
+  return all_plain(x) ? Exp(x).expm1mx(x) : expm1mx_of_any(x);
+}
+
+// The two at once: without a branch between them their instructions overlap.
+template <>
+ELBO_INLINE ExpAnd<FloatV> exp_and_expm1(FloatV a, FloatV b) {
+  if (!all_plain(a, b)) return {exp_of_any(a), expm1_of_any(b)};
+  return {Exp(a).exp(), Exp(b).expm1()};
+}
+
+template <>
+ELBO_INLINE ExpAnd<FloatV> exp_and_expm1mx(FloatV a, FloatV b) {
+  if (!all_plain(a, b)) return {exp_of_any(a), expm1mx_of_any(b)};
+  return {Exp(a).exp(), Exp(b).expm1mx(b)};
 }
 
 // fp64 is for gradient checks, where libm's accuracy counts and its speed does not.

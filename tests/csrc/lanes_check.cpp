@@ -116,6 +116,28 @@ void check_exp() {
   }
 }
 
+// The same bits, whatever the numbers in the other lanes are, and whether two functions are computed at once or one.
+void check_company() {
+  using V = Vector<float>;
+  for (float x = -86; x <= 86; x += 0.0137f) {
+    const V a = V{} + x, plain = V{} + 0.7f;
+    V with_large = a;
+    with_large[0] = 500;
+    const auto expect = [x](const char* what, V got, V expected) {
+      if (!same(lane(got), lane(expected))) differs(what, x, lane(got), lane(expected));
+    };
+    expect("exp", Lanes<V>::exp(with_large), Lanes<V>::exp(a));
+    expect("expm1", expm1(with_large), expm1(a));
+    expect("expm1mx", expm1mx(with_large), expm1mx(a));
+    for (const V& other : {plain, with_large}) {
+      expect("exp beside expm1", exp_and_expm1(a, other).exp, Lanes<V>::exp(a));
+      expect("exp beside expm1mx", exp_and_expm1mx(a, other).exp, Lanes<V>::exp(a));
+      expect("expm1 beside exp", exp_and_expm1(other, a).other, expm1(a));
+      expect("expm1mx beside exp", exp_and_expm1mx(other, a).other, expm1mx(a));
+    }
+  }
+}
+
 // --------------------------------------------------------------------------------------------------------- the loops
 
 struct Hash {
@@ -233,6 +255,7 @@ int main() {
   check_order<BFloat16>("bf16's order");
   check_order<Half>("fp16's order");
   check_exp();
+  check_company();
   run<float>("fp32");
   run<BFloat16>("bf16");
   run<Half>("fp16");
