@@ -142,7 +142,7 @@ def write_json(report: Record, path: Path) -> None:
 def read_json(path: Path) -> Record:
     report = json.loads(path.read_text(encoding="utf-8"))
     if report.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {report.get('format')}, and this reads {FORMAT}: run bench/run.py anew")
+        raise ValueError(f"{path} has format {report.get('format')}, and this reads {FORMAT}: measure anew")
     return report
 
 

@@ -54,7 +54,7 @@ def run_tests(part: Part, files: Sequence[str], device: str, *more: str) -> str:
         finally:
             last = last_of(shown(log))
     counts = part.found["counts"]
-    told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+    told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
     if counts.get("failed") or not counts or (ended.in_time and ended.status):
         first = next(iter(part.found["failures"]), last)
         raise Failed(f"{told or 'no test was run'}; the first: {first}")

@@ -165,8 +165,9 @@ def of_levels(backend: str, dtype: torch.dtype, device: str) -> Record:
 
 def compared(what: str, loss: Tensor, expected: Tensor, got: Any, gradients: Any) -> Record:
     """name -> error as a multiple of what is tolerated."""
-    far = (loss.detach().cpu().double() - expected.detach()).abs().max()
-    found = {f"{what}, loss": float(far / (TOLERANCES[loss.dtype] * expected.abs().max().clamp_min(1.0)))}
+    exact = expected.detach()
+    far = (loss.detach().cpu().double() - exact).abs().max()
+    found = {f"{what}, loss": float(far / (TOLERANCES[loss.dtype] * exact.abs().max().clamp_min(1.0)))}
     for i, (own, true) in enumerate(zip(got, gradients, strict=True)):
         far = (own.cpu().double() - true).abs().max()
         found[f"{what}, gradient {i}"] = float(far / (TOLERANCES[own.dtype] * true.abs().max().clamp_min(1e-6)))

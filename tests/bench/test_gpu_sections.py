@@ -11,7 +11,6 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,15 +98,12 @@ def made(out: Path) -> Report:
 
 
 def test_a_command_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
-    child = (
-        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('here', flush=True); time.sleep(600)"
-    )
-    code = f"import subprocess, sys, time; print(subprocess.Popen([sys.executable, '-c', {child!r}]).pid, flush=True); time.sleep(600)"
+    child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    parent = f"import subprocess as s, sys, time; print(s.Popen([sys.executable, '-c', {child!r}]).pid, flush=True)"
+    command = [sys.executable, "-S", "-c", f"{parent}; time.sleep(600)"]
     looks: list[float] = []
     log = tmp_path / "log"
-    ended = gpu_section.limited(
-        [sys.executable, "-c", code], 2.0, log, watch=lambda: looks.append(time.monotonic()), grace=0.2
-    )
+    ended = gpu_section.limited(command, 2.0, log, watch=lambda: looks.append(time.monotonic()), grace=0.2)
     assert not ended.in_time
     assert ended.seconds < 10
     assert ended.trouble is not None
@@ -212,11 +208,10 @@ def test_the_exit_code(sections: dict[str, Section], tmp_path: Path, monkeypatch
 
 
 @pytest.fixture
-def workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program(WORKERS_PROGRAM, tmp_path, monkeypatch)
     monkeypatch.setattr(gpu_pool, "STALL", 1.5)
     monkeypatch.setattr(gpu_pool, "POLL", 0.02)
-    yield
 
 
 def test_a_crash_a_hang_and_a_poisoned_context_cost_one_item_each(workers: None, tmp_path: Path) -> None:
