@@ -57,11 +57,11 @@ class Section:
 
 SECTIONS = [
     Section("values", "First launches, and values and gradients of every mode against fp64", 100, gpu_values.run),
-    Section("benchmark", "Benchmark: microseconds, GB/s against a measured copy, launches", 170, gpu_timing.run),
-    Section("suite", "The tests, on the GPU", 95, gpu_suite.suite),
-    Section("synchronisation", "Steps that never wait, on streams, in CUDA graphs", 40, gpu_suite.synchronisation),
-    Section("sanitizer", "compute-sanitizer: memcheck and racecheck", 40, gpu_tools.sanitizer),
-    Section("traffic", "Bytes of DRAM that ncu counts, beside 5N + 6L", 35, gpu_tools.traffic),
+    Section("benchmark", "Benchmark: microseconds, GB/s against a measured copy, launches", 160, gpu_timing.run),
+    Section("suite", "The tests, on the GPU", 90, gpu_suite.suite),
+    Section("synchronisation", "Steps that never wait, on streams, in CUDA graphs", 30, gpu_suite.synchronisation),
+    Section("sanitizer", "compute-sanitizer: memcheck and racecheck", 60, gpu_tools.sanitizer),
+    Section("traffic", "Bytes of DRAM that ncu counts, beside 5N + 6L", 40, gpu_tools.traffic),
 ]
 WORKERS: dict[str, tuple[Callable[[str], Record], Callable[[list[str]], None]]] = {  # one item; before the first
     "values": (gpu_values.one, gpu_values.prepare),
@@ -178,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gpu_section.end_at_sigterm()
     if options.worker:
         one, prepare = WORKERS[options.worker]
-        return gpu_pool.work(options.items, options.answers, one, prepare)
+        return gpu_pool.work(options.items, options.answers, one, prepare, options.end)
     if options.section:
         section = next(section for section in SECTIONS if section.name == options.section)
         Part(options.part, options.end).run(section.run)

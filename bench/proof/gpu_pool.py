@@ -21,8 +21,14 @@ STALL = 60.0  # seconds for one item; a hang is one that takes longer
 POISONED = 3  # exit code of a worker whose CUDA context an error has made useless
 
 
-def work(items: list[str], answers: Path, one: Callable[[str], Record], prepare: Callable[[list[str]], None]) -> int:
-    """What a worker does: its items, in turn. What takes as long as it takes, such as a build, is for `prepare`."""
+def work(
+    items: list[str],
+    answers: Path,
+    one: Callable[[str], Record],
+    prepare: Callable[[list[str]], None],
+    end: float | None = None,
+) -> int:
+    """What a worker does: its items, in turn, until its end. What takes as long as it takes is for `prepare`."""
     prepare(items)
     with answers.open("a", encoding="utf-8") as file:
 
@@ -31,6 +37,8 @@ def work(items: list[str], answers: Path, one: Callable[[str], Record], prepare:
             file.flush()
 
         for item in items:
+            if end is not None and time.monotonic() > end:
+                break
             tell(item=item, begun=True)
             try:
                 tell(item=item, found=one(item))

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import record
 from record import Record
@@ -21,6 +22,7 @@ from record import Record
 REPO = Path(__file__).resolve().parents[2]
 PROGRAM = (sys.executable, str(REPO / "bench" / "proof" / "gpu_check.py"))  # is all of our processes
 POLL = 0.25  # seconds between two looks at what runs
+OWN_GROUP: Any = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
 LOG = 1 << 20  # characters of a log that are kept
 GRACE = 1.0  # seconds between SIGTERM and SIGKILL
 
@@ -99,7 +101,7 @@ def limited(
     with log.open("ab") as output:
         process = subprocess.Popen(
             command, cwd=REPO, env=environ, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            preexec_fn=os.setpgrp,
+            **OWN_GROUP,
         )  # fmt: skip
     in_time = True
     try:
@@ -149,4 +151,6 @@ def environment(**more: str) -> dict[str, str]:
     """That of a section's processes: they find the checkout, the tests and the benchmark without an installation."""
     folders = (REPO, REPO / "tests", REPO / "bench" / "proof", os.environ.get("PYTHONPATH"))
     path = os.pathsep.join(str(folder) for folder in folders if folder)
-    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **more}
+    # torch.compile would have as many compilers as there are cores, in each of many processes.
+    own = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    return {**os.environ, **own, **more}

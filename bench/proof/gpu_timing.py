@@ -8,9 +8,9 @@ case take turns:
 - step_us: the same step as eager code launches it, to the end of its last kernel: short steps wait for Python there;
 - host_us: until the calls have returned.
 
-What torch.compile makes of the baselines comes after everything else, and launches are counted at the end, since the
-profiler slows what runs after it. `bytes` are those that the loss has to move in two passes (`workloads.step_bytes`),
-whatever a provider does move, so that all compare; decoupled_elbo_backward moves fewer where it reads the data once.
+What torch.compile makes of the baselines comes after everything else. `bytes` are those that the loss has to move in two
+passes (`workloads.step_bytes`), whatever a provider does move, so that all compare; decoupled_elbo_backward moves fewer
+where it reads the data once.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import torch
 import workloads
 from gpu_section import Failed, Part, Record, said
 from measure import launched_kernels
+from torch import Tensor
 from workloads import Case
 
 ROUNDS = 20
@@ -37,6 +38,7 @@ LARGE = Case((256, 3, 256, 256), (16, 32, 32))
 SHORT = Case((4, 1, 8, 8), (8,))
 COPY = "copy"
 MOST_LAUNCHES = 3  # of our kernels in a step, whoever computes it, where the batch has one σ
+OURS = {provider.name for provider in providers.ALL if provider.kind == "ours"}
 WARMING = 0.4  # of the section's time, at most
 CASE_SECONDS = 5.0  # what a case needs at least
 Run = Callable[[], object]
@@ -62,48 +64,60 @@ def serving(case: Case, compiled: bool) -> list[providers.Provider]:
 
 
 def run(part: Part) -> str:
-    part.found |= {"rows": [], "faults": []}
+    part.found |= {"rows": [], "faults": [], "launches": {}}
     ways = [(case, compiled) for compiled in (False, True) for case in cases().values()]
     warm_up(part, [f"{case.name}|{compiled:d}" for case, compiled in ways])
     verdict = "ok"
-    for step in (measure, count_launches):
-        for done, (case, compiled) in enumerate(ways):
-            if part.left() < CASE_SECONDS:
-                verdict = f"ok: {step.__name__} did {done} of {len(ways)} sets of providers, then time was up"
-                break
-            step(part, case, compiled)
-            torch.cuda.empty_cache()
-            part.save()
+    for done, (case, compiled) in enumerate(ways):
+        if part.left() < CASE_SECONDS:
+            verdict = f"ok: {done} of {len(ways)} sets of providers, then time was up"
+            break
+        measure(part, case, compiled)
+        torch.cuda.empty_cache()
+        part.save()
     if part.found["faults"]:
         raise Failed("; ".join(part.found["faults"]))
     return verdict
 
 
 def warm_up(part: Part, items: list[str]) -> None:
-    """Fills the compilers' caches, in many processes. What fails there fails again where it is timed, and is told."""
+    """Fills the compilers' caches and counts launches, in many processes, whose profilers slow nobody's timing. What
+    fails there fails again where it is timed, and is told."""
+
+    def take(item: str, found: Record) -> None:
+        case = cases()[item.partition("|")[0]]
+        for name, kernels in found.get("kernels", {}).items():
+            own = sum("elbo_" in kernel for kernel in kernels)
+            part.found["launches"][f"{case.name}|{name}"] = {"launches": len(kernels), "own_launches": own}
+            if name in OURS and case.sigma == "batch" and not 1 <= own <= MOST_LAUNCHES:
+                part.found["faults"].append(f"{name} at {case.name}: a step launches {own} kernels of ours: {kernels}")
+        part.save()
+
     with tempfile.TemporaryDirectory() as folder:
         lanes, seconds = gpu_pool.dealt(items, gpu_pool.processes()), WARMING * part.left()
-        gpu_pool.spread("warm", lanes, Path(folder), seconds, lambda item, found: None)
+        gpu_pool.spread("warm", lanes, Path(folder), seconds, take)
 
 
 def warm(item: str) -> Record:
+    """The kernels that a step of each provider launches, by name."""
     name, _, compiled = item.partition("|")
-    case = cases()[name]
+    case, kernels = cases()[name], {}
     tensors = case.tensors()
     for provider in serving(case, bool(int(compiled))):
-        providers.Step(provider, case, tensors)()
-    torch.cuda.synchronize()
+        step = providers.Step(provider, case, tensors)
+        step()
+        kernels[provider.name] = launched_kernels(step)
     torch.cuda.empty_cache()
-    return {}
+    return {"kernels": kernels}
 
 
 # ------------------------------------------------------------------------------------------------------------ one case
 
 
-def steps_of(part: Part, case: Case, compiled: bool) -> dict[str, Run]:
+def steps_of(part: Part, case: Case, compiled: bool, tensors: list[Tensor]) -> dict[str, Run]:
     """Who computes the loss; a fault for who does not. An error of CUDA itself leaves nothing to go on with."""
     torch._dynamo.reset()  # else the cases before count towards the limit of recompilations
-    tensors, found = case.tensors(), {}
+    found: dict[str, Run] = {}
     for provider in serving(case, compiled):
         step = providers.Step(provider, case, tensors)
         try:
@@ -118,34 +132,16 @@ def steps_of(part: Part, case: Case, compiled: bool) -> dict[str, Run]:
 
 
 def measure(part: Part, case: Case, compiled: bool) -> None:
-    runs = steps_of(part, case, compiled)
-    if not runs:
-        return
-    count = workloads.step_bytes(case.tensors())
+    tensors = case.tensors()
+    runs, count = steps_of(part, case, compiled, tensors), workloads.step_bytes(tensors)
     if not compiled:
         runs[COPY] = copy_of(count)
     graphs = {name: captured(step) for name, step in runs.items()}
     for name, times in timed(runs, graphs).items():
-        part.found["rows"].append(
-            {"case": case.name, "dtype": case.dtype, "sigma": case.sigma, "provider": name, "bytes": count, **times}
-        )
+        about = {"case": case.name, "dtype": case.dtype, "sigma": case.sigma, "provider": name, "bytes": count}
+        part.found["rows"].append(about | times | part.found["launches"].get(f"{case.name}|{name}", {}))
         if graphs[name] is None and name in OURS:
             part.found["faults"].append(f"{name} at {case.name}: no CUDA graph of it can be made")
-
-
-OURS = {provider.name for provider in providers.ALL if provider.kind == "ours"}
-
-
-def count_launches(part: Part, case: Case, compiled: bool) -> None:
-    rows = {row["provider"]: row for row in part.found["rows"] if row["case"] == case.name}
-    for name, step in steps_of(part, case, compiled).items():
-        if name not in rows:
-            continue
-        kernels = launched_kernels(step)
-        own = sum("elbo_" in kernel for kernel in kernels)
-        rows[name] |= {"launches": len(kernels), "own_launches": own}
-        if name in OURS and case.sigma == "batch" and not 1 <= own <= MOST_LAUNCHES:
-            part.found["faults"].append(f"{name} at {case.name}: a step launches {own} kernels of ours: {kernels}")
 
 
 def captured(run: Run) -> Run | None:

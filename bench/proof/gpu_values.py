@@ -5,11 +5,9 @@ Each case is a first launch: its kernels are compiled, which is what takes the t
 
 from __future__ import annotations
 
-import contextlib
-import io
 import tempfile
 import time
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +44,7 @@ def cases(backend: str) -> list[str]:
 
 
 def run(part: Part) -> str:
-    part.found |= {"backends": {}, "wrong": [], "doctor": ""}
+    part.found |= {"backends": {}, "wrong": []}
     cores = gpu_pool.processes()
     share = {"triton": max(1, cores * 2 // 3), "cuda": max(1, cores // 3)}  # Triton compiles more
     lanes = [[DOCTOR], *(lane for name in BACKENDS for lane in gpu_pool.dealt(cases(name), share[name]))]
@@ -72,7 +70,6 @@ def tally(part: Part, item: str) -> Record:
 def take(part: Part, item: str, found: Record) -> None:
     """Adds a case's result. `worst` is the largest error, as a multiple of what is tolerated."""
     if item == DOCTOR:
-        part.found["doctor"] = found.get("doctor") or found["error"]
         return
     own, dtype = tally(part, item), item.split("|")[-1]
     if "unavailable" in found:
@@ -87,17 +84,10 @@ def take(part: Part, item: str, found: Record) -> None:
     part.save()
 
 
-@cache
-def doctors_words() -> str:
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        doctor.main()
-    return said.getvalue()
-
-
 def prepare(items: list[str]) -> None:
     """Builds what is not built yet: the doctor does, and who needs nvcc's library waits for it."""
     if DOCTOR in items:
-        doctors_words()
+        doctor.main()  # its words are in the log
     elif items[0].startswith("cuda"):
         backends.cuda.status(build=True)
 
@@ -108,7 +98,7 @@ def prepare(items: list[str]) -> None:
 def one(item: str, device: str = "cuda") -> Record:
     """A case's largest error, as a multiple of what is tolerated, and what is wrong, in words."""
     if item == DOCTOR:
-        return {"doctor": doctors_words()}
+        return {}
     backend, mode, number, dtype = item.split("|")
     started = time.monotonic()
     try:

@@ -204,19 +204,55 @@ def test_rows_of_the_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setattr(gpu_timing, "step_times", lambda run: (run(), (3.0, 5.0))[1])
     monkeypatch.setattr(gpu_timing, "OURS", {"cpp"})
     part = Part(tmp_path / "part.json", time.monotonic() + 60)
-    part.found |= {"rows": [], "faults": []}
-    gpu_timing.measure(part, case, False)
+    launches = {"launches": 3, "own_launches": 3}
+    part.found |= {"rows": [], "faults": [], "launches": {f"{case.name}|cpp": launches}}
+    gpu_timing.measure(part, case, compiled=False)
     rows = {row["provider"]: row for row in part.found["rows"]}
     assert set(rows) == {"cpp", "stock", gpu_timing.COPY}
     assert rows["cpp"] | {"bytes": 0} == {
         "case": case.name, "dtype": "fp32", "sigma": "batch", "provider": "cpp", "bytes": 0,
-        "gpu_us": None, "host_us": 3.0, "step_us": 5.0,
+        "gpu_us": None, "host_us": 3.0, "step_us": 5.0, **launches,
     }  # fmt: skip
     told = "; ".join(part.found["faults"])
     assert "broken at 4x3x8x8: RuntimeError: no kernel image" in told
     assert "wrong at 4x3x8x8: the loss differs" in told
     assert "cpp at 4x3x8x8: no CUDA graph of it can be made" in told
-    monkeypatch.setattr(gpu_timing, "launched_kernels", lambda step: ["elbo_stats"] * 4)
-    gpu_timing.count_launches(part, case, False)
-    assert rows["cpp"]["launches"] == rows["cpp"]["own_launches"] == 4
-    assert "a step launches 4 kernels of ours" in part.found["faults"][-1]
+
+
+def test_launches_are_counted_where_nothing_is_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def spread(kind: str, lanes: Any, folder: Path, seconds: float, take: Any) -> bool:
+        assert sorted(item for lane in lanes for item in lane) == ["128x3x64x64|0", "128x3x64x64|1"]
+        take("128x3x64x64|0", {"kernels": {"triton": ["elbo_stats"] * 4 + ["fill"], "cuda": ["elbo::elbo_step<3>"]}})
+        take("128x3x64x64|1", {"error": "its process ended with -9"})
+        return False
+
+    monkeypatch.setattr(gpu_pool, "spread", spread)
+    part = Part(tmp_path / "part.json", time.monotonic() + 60)
+    part.found |= {"faults": [], "launches": {}}
+    gpu_timing.warm_up(part, ["128x3x64x64|0", "128x3x64x64|1"])
+    assert part.found["launches"]["128x3x64x64|triton"] == {"launches": 5, "own_launches": 4}
+    assert part.found["launches"]["128x3x64x64|cuda"] == {"launches": 1, "own_launches": 1}
+    (fault,) = part.found["faults"]
+    assert fault.startswith("triton at 128x3x64x64: a step launches 4 kernels of ours")
+
+
+@pytest.mark.parametrize(
+    ("least", "faults", "verdict"),
+    [
+        (0.0, [], "ok"),
+        (1e9, [], "ok: 0 of 2 sets of providers, then time was up"),
+        (1e9, ["triton at 1x1: wrong"], "FAILED: triton at 1x1: wrong"),
+    ],
+)
+def test_the_benchmark_s_verdict(
+    least: float, faults: list[str], verdict: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    measured: list[bool] = []
+    monkeypatch.setattr(gpu_timing, "CASE_SECONDS", least)
+    monkeypatch.setattr(gpu_timing, "cases", lambda: {"1x1": workloads.TINY})
+    monkeypatch.setattr(gpu_timing, "warm_up", lambda part, items: part.found["faults"].extend(faults))
+    monkeypatch.setattr(gpu_timing, "measure", lambda part, case, compiled: measured.append(compiled))
+    part = Part(tmp_path / "part.json", time.monotonic() + 60)
+    part.run(gpu_timing.run)
+    assert part.verdict == verdict
+    assert measured == ([False, True] if verdict == "ok" else [])
