@@ -66,6 +66,7 @@ SECTIONS = [
 WORKERS: dict[str, tuple[Callable[[str], Record], Callable[[list[str]], None]]] = {  # one item; before the first
     "values": (gpu_values.one, gpu_values.prepare),
     "warm": (gpu_timing.warm, lambda items: None),
+    "timing": (gpu_timing.measure, lambda items: None),
     "steps": (gpu_tools.one_step, lambda items: None),
     "traffic": (gpu_tools.one_measured, lambda items: None),
 }

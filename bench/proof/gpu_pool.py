@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import gpu_section
-from gpu_section import POLL, REPO, Record, environment, last_of, said, shown
+from gpu_section import POLL, REPO, Record, environment, last_of, poisoned, said, shown
 
 STALL = 60.0  # seconds for one item; a hang is one that takes longer
 POISONED = 3  # exit code of a worker whose CUDA context an error has made useless
@@ -46,7 +46,7 @@ def work(
                 print(f"{item}:", flush=True)
                 traceback.print_exc()
                 tell(item=item, found={"error": said(error)})
-                if "CUDA error" in str(error):
+                if poisoned(error):
                     return POISONED
     return 0
 

@@ -68,6 +68,11 @@ def said(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
 
 
+def poisoned(error: BaseException) -> bool:
+    """Whether it may have made this process's CUDA context useless: PyTorch's words, and Triton's."""
+    return "CUDA error" in str(error) or "[CUDA]" in str(error)
+
+
 @dataclass(frozen=True)
 class Ended:
     status: int

@@ -8,9 +8,11 @@ case take turns:
 - step_us: the same step as eager code launches it, to the end of its last kernel: short steps wait for Python there;
 - host_us: until the calls have returned.
 
-What torch.compile makes of the baselines comes after everything else. `bytes` are those that the loss has to move in two
-passes (`workloads.step_bytes`), whatever a provider does move, so that all compare; decoupled_elbo_backward moves fewer
-where it reads the data once.
+What torch.compile makes of the baselines comes after everything else. A case that crashes, hangs or leaves CUDA with an
+error costs itself: the next goes on in a new process, and its own providers are tried one by one at the end.
+
+`bytes` are those that the loss has to move in two passes (`workloads.step_bytes`), whatever a provider does move, so
+that all compare; decoupled_elbo_backward moves fewer where it reads the data once.
 """
 
 from __future__ import annotations
@@ -27,9 +29,8 @@ import gpu_pool
 import providers
 import torch
 import workloads
-from gpu_section import Failed, Part, Record, said
+from gpu_section import Failed, Part, Record, poisoned, said
 from measure import launched_kernels
-from torch import Tensor
 from workloads import Case
 
 ROUNDS = 20
@@ -40,7 +41,7 @@ COPY = "copy"
 MOST_LAUNCHES = 3  # of our kernels in a step, whoever computes it, where the batch has one σ
 OURS = {provider.name for provider in providers.ALL if provider.kind == "ours"}
 WARMING = 0.4  # of the section's time, at most
-CASE_SECONDS = 5.0  # what a case needs at least
+MARGIN = 3.0  # seconds to say what was found
 Run = Callable[[], object]
 
 
@@ -58,34 +59,51 @@ def cases() -> dict[str, Case]:
     return {case.name: replace(case, device="cuda") for case in found}
 
 
-def serving(case: Case, compiled: bool) -> list[providers.Provider]:
-    found = providers.chosen(None, case)
-    return [p for p in found if p.kind in ("ours", "baseline") and p.compiled == compiled]
-
-
 def run(part: Part) -> str:
     part.found |= {"rows": [], "faults": [], "launches": {}}
-    ways = [(case, compiled) for compiled in (False, True) for case in cases().values()]
-    warm_up(part, [f"{case.name}|{compiled:d}" for case, compiled in ways])
-    verdict = "ok"
-    for done, (case, compiled) in enumerate(ways):
-        if part.left() < CASE_SECONDS:
-            verdict = f"ok: {done} of {len(ways)} sets of providers, then time was up"
-            break
-        measure(part, case, compiled)
-        torch.cuda.empty_cache()
+    ways = [f"{name}|{compiled:d}|" for compiled in (False, True) for name in cases()]
+    failed: list[str] = []
+
+    def take(item: str, found: Record) -> None:
+        if "error" in found:
+            failed.append(item)
+            part.found["faults"].append(f"{item}: {found['error']}")
+        else:
+            part.found["faults"] += found["faults"]
+            part.found["rows"] += [row | launches_of(part, row) for row in found["rows"]]
         part.save()
+
+    with tempfile.TemporaryDirectory() as folder:
+        warm_up(part, ways, Path(folder) / "warm")
+        done = gpu_pool.spread("timing", [ways], Path(folder) / "all", part.left() - MARGIN, take)
+        each = [f"{item}{provider.name}" for item in failed for provider in serving(*named(item))]
+        gpu_pool.spread("timing", [each], Path(folder) / "each", part.left() - MARGIN, take)
     if part.found["faults"]:
         raise Failed("; ".join(part.found["faults"]))
-    return verdict
+    return "ok" if done else f"ok: {len(part.found['rows'])} rows, then time was up"
 
 
-def warm_up(part: Part, items: list[str]) -> None:
+def launches_of(part: Part, row: Record) -> Record:
+    return part.found["launches"].get(f"{row['case']}|{row['provider']}", {})
+
+
+def named(item: str) -> tuple[Case, bool, str]:
+    """An item's case, whether it is about compiled baselines, and the one provider that it is about, or ""."""
+    name, compiled, only = item.split("|")
+    return cases()[name], bool(int(compiled)), only
+
+
+def serving(case: Case, compiled: bool, only: str = "") -> list[providers.Provider]:
+    found = [p for p in providers.chosen(None, case) if p.kind in ("ours", "baseline") and p.compiled == compiled]
+    return [p for p in found if only in ("", p.name)]
+
+
+def warm_up(part: Part, items: list[str], folder: Path) -> None:
     """Fills the compilers' caches and counts launches, in many processes, whose profilers slow nobody's timing. What
     fails there fails again where it is timed, and is told."""
 
     def take(item: str, found: Record) -> None:
-        case = cases()[item.partition("|")[0]]
+        case, _, _ = named(item)
         for name, kernels in found.get("kernels", {}).items():
             own = sum("elbo_" in kernel for kernel in kernels)
             part.found["launches"][f"{case.name}|{name}"] = {"launches": len(kernels), "own_launches": own}
@@ -93,17 +111,14 @@ def warm_up(part: Part, items: list[str]) -> None:
                 part.found["faults"].append(f"{name} at {case.name}: a step launches {own} kernels of ours: {kernels}")
         part.save()
 
-    with tempfile.TemporaryDirectory() as folder:
-        lanes, seconds = gpu_pool.dealt(items, gpu_pool.processes()), WARMING * part.left()
-        gpu_pool.spread("warm", lanes, Path(folder), seconds, take)
+    gpu_pool.spread("warm", gpu_pool.dealt(items, gpu_pool.processes()), folder, WARMING * part.left(), take)
 
 
 def warm(item: str) -> Record:
     """The kernels that a step of each provider launches, by name."""
-    name, _, compiled = item.partition("|")
-    case, kernels = cases()[name], {}
-    tensors = case.tensors()
-    for provider in serving(case, bool(int(compiled))):
+    case, *which = named(item)
+    tensors, kernels = case.tensors(), {}
+    for provider in serving(case, *which):
         step = providers.Step(provider, case, tensors)
         step()
         kernels[provider.name] = launched_kernels(step)
@@ -114,34 +129,31 @@ def warm(item: str) -> Record:
 # ------------------------------------------------------------------------------------------------------------ one case
 
 
-def steps_of(part: Part, case: Case, compiled: bool, tensors: list[Tensor]) -> dict[str, Run]:
-    """Who computes the loss; a fault for who does not. An error of CUDA itself leaves nothing to go on with."""
+def measure(item: str) -> Record:
+    """A row for each provider, and what is wrong."""
+    case, *which = named(item)
+    torch.cuda.empty_cache()
     torch._dynamo.reset()  # else the cases before count towards the limit of recompilations
-    found: dict[str, Run] = {}
-    for provider in serving(case, compiled):
+    tensors, faults = case.tensors(), []
+    runs: dict[str, Run] = {}
+    for provider in serving(case, *which):
         step = providers.Step(provider, case, tensors)
         try:
             providers.check(step, case)
-            found[provider.name] = step
+            runs[provider.name] = step
         except Exception as error:
-            text = str(error) if isinstance(error, providers.Disagrees) else said(error)
-            part.found["faults"].append(f"{provider.name} at {case.name}: {text}")
-            if "CUDA error" in text:
+            if poisoned(error):  # there is nothing to go on with
                 raise
-    return found
-
-
-def measure(part: Part, case: Case, compiled: bool) -> None:
-    tensors = case.tensors()
-    runs, count = steps_of(part, case, compiled, tensors), workloads.step_bytes(tensors)
-    if not compiled:
+            text = str(error) if isinstance(error, providers.Disagrees) else said(error)
+            faults.append(f"{provider.name} at {case.name}: {text}")
+    count = workloads.step_bytes(tensors)
+    if which == [False, ""]:
         runs[COPY] = copy_of(count)
     graphs = {name: captured(step) for name, step in runs.items()}
-    for name, times in timed(runs, graphs).items():
-        about = {"case": case.name, "dtype": case.dtype, "sigma": case.sigma, "provider": name, "bytes": count}
-        part.found["rows"].append(about | times | part.found["launches"].get(f"{case.name}|{name}", {}))
-        if graphs[name] is None and name in OURS:
-            part.found["faults"].append(f"{name} at {case.name}: no CUDA graph of it can be made")
+    about = {"case": case.name, "dtype": case.dtype, "sigma": case.sigma, "bytes": count}
+    rows = [about | {"provider": name} | times for name, times in timed(runs, graphs).items()]
+    faults += [f"{n} at {case.name}: no CUDA graph of it can be made" for n in runs if n in OURS and graphs[n] is None]
+    return {"rows": rows, "faults": faults}
 
 
 def captured(run: Run) -> Run | None:

@@ -187,7 +187,7 @@ def test_the_benchmark_has_all_shapes_and_providers() -> None:
     assert "latent_diffusion" in learned
 
 
-def test_rows_of_the_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_rows_of_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU, where no clock of a GPU and no graph is: who is timed, who is refused, and what a row has."""
     case = workloads.Case((4, 3, 8, 8), (5,))
 
@@ -197,62 +197,77 @@ def test_rows_of_the_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     known = {p.name: p for p in providers.ALL}
     chosen = [known["cpp"], known["stock"], replace(known["one_liner"], name="broken", loss=broken)]
     chosen.append(replace(known["one_liner"], name="wrong", left_out=lambda case: 0.0))
-    monkeypatch.setattr(gpu_timing, "serving", lambda case, compiled: chosen)
+    monkeypatch.setattr(providers, "ALL", chosen)
+    monkeypatch.setattr(gpu_timing, "cases", lambda: {case.name: case})
     monkeypatch.setattr(gpu_timing, "captured", lambda step: None)
     monkeypatch.setattr(gpu_timing, "copy_of", lambda count: lambda: None)
     monkeypatch.setattr(gpu_timing, "Flush", lambda: None)
     monkeypatch.setattr(gpu_timing, "step_times", lambda run: (run(), (3.0, 5.0))[1])
     monkeypatch.setattr(gpu_timing, "OURS", {"cpp"})
-    part = Part(tmp_path / "part.json", time.monotonic() + 60)
-    launches = {"launches": 3, "own_launches": 3}
-    part.found |= {"rows": [], "faults": [], "launches": {f"{case.name}|cpp": launches}}
-    gpu_timing.measure(part, case, compiled=False)
-    rows = {row["provider"]: row for row in part.found["rows"]}
+    found = gpu_timing.measure(f"{case.name}|0|")
+    rows = {row["provider"]: row for row in found["rows"]}
     assert set(rows) == {"cpp", "stock", gpu_timing.COPY}
     assert rows["cpp"] | {"bytes": 0} == {
         "case": case.name, "dtype": "fp32", "sigma": "batch", "provider": "cpp", "bytes": 0,
-        "gpu_us": None, "host_us": 3.0, "step_us": 5.0, **launches,
+        "gpu_us": None, "host_us": 3.0, "step_us": 5.0,
     }  # fmt: skip
-    told = "; ".join(part.found["faults"])
+    told = "; ".join(found["faults"])
     assert "broken at 4x3x8x8: RuntimeError: no kernel image" in told
     assert "wrong at 4x3x8x8: the loss differs" in told
     assert "cpp at 4x3x8x8: no CUDA graph of it can be made" in told
+    assert {row["provider"] for row in gpu_timing.measure(f"{case.name}|0|stock")["rows"]} == {"stock"}
 
 
-def test_launches_are_counted_where_nothing_is_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def spread(kind: str, lanes: Any, folder: Path, seconds: float, take: Any) -> bool:
-        assert sorted(item for lane in lanes for item in lane) == ["128x3x64x64|0", "128x3x64x64|1"]
-        take("128x3x64x64|0", {"kernels": {"triton": ["elbo_stats"] * 4 + ["fill"], "cuda": ["elbo::elbo_step<3>"]}})
-        take("128x3x64x64|1", {"error": "its process ended with -9"})
-        return False
+def answering(found: dict[str, Any], asked: list[str], done: bool) -> Any:
+    """Stands in the place of gpu_pool.spread."""
 
-    monkeypatch.setattr(gpu_pool, "spread", spread)
-    part = Part(tmp_path / "part.json", time.monotonic() + 60)
-    part.found |= {"faults": [], "launches": {}}
-    gpu_timing.warm_up(part, ["128x3x64x64|0", "128x3x64x64|1"])
-    assert part.found["launches"]["128x3x64x64|triton"] == {"launches": 5, "own_launches": 4}
-    assert part.found["launches"]["128x3x64x64|cuda"] == {"launches": 1, "own_launches": 1}
-    (fault,) = part.found["faults"]
-    assert fault.startswith("triton at 128x3x64x64: a step launches 4 kernels of ours")
+    def spread(kind: str, lanes: list[list[str]], folder: Path, seconds: float, take: Any) -> bool:
+        for item in (item for lane in lanes for item in lane):
+            asked.append(f"{kind} {item}")
+            if answer := found.get(asked[-1]):
+                take(item, answer)
+        return done
+
+    return spread
 
 
-@pytest.mark.parametrize(
-    ("least", "faults", "verdict"),
-    [
-        (0.0, [], "ok"),
-        (1e9, [], "ok: 0 of 2 sets of providers, then time was up"),
-        (1e9, ["triton at 1x1: wrong"], "FAILED: triton at 1x1: wrong"),
-    ],
-)
-def test_the_benchmark_s_verdict(
-    least: float, faults: list[str], verdict: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    measured: list[bool] = []
-    monkeypatch.setattr(gpu_timing, "CASE_SECONDS", least)
+def benchmark(
+    found: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch, done: bool
+) -> tuple[Part, list[str]]:
+    """The section with these answers of workers, and what they were asked."""
+    asked: list[str] = []
     monkeypatch.setattr(gpu_timing, "cases", lambda: {"1x1": workloads.TINY})
-    monkeypatch.setattr(gpu_timing, "warm_up", lambda part, items: part.found["faults"].extend(faults))
-    monkeypatch.setattr(gpu_timing, "measure", lambda part, case, compiled: measured.append(compiled))
-    part = Part(tmp_path / "part.json", time.monotonic() + 60)
+    monkeypatch.setattr(gpu_pool, "spread", answering(found, asked, done))
+    part = Part(folder / "part.json", time.monotonic() + 60)
     part.run(gpu_timing.run)
-    assert part.verdict == verdict
-    assert measured == ([False, True] if verdict == "ok" else [])
+    return part, asked
+
+
+def row(provider: str) -> dict[str, Any]:
+    return {"case": "1x1", "provider": provider}
+
+
+def test_the_benchmark_adds_launches_to_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {
+        "warm 1x1|0|": {"kernels": {"triton": ["elbo_stats", "elbo_grads", "fill"]}},
+        "timing 1x1|0|": {"rows": [row("triton"), row("copy")], "faults": []},
+    }
+    part, asked = benchmark(found, tmp_path, monkeypatch, done=False)
+    assert asked == ["warm 1x1|0|", "warm 1x1|1|", "timing 1x1|0|", "timing 1x1|1|"]
+    assert part.found["rows"] == [row("triton") | {"launches": 3, "own_launches": 2}, row("copy")]
+    assert part.verdict == "ok: 2 rows, then time was up"
+    assert benchmark(found, tmp_path, monkeypatch, done=True)[0].verdict == "ok"
+
+
+def test_of_a_case_that_crashes_each_provider_is_tried_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {
+        "warm 1x1|0|": {"kernels": {"triton": ["elbo_stats"] * 4}},
+        "timing 1x1|0|": {"error": "its process ended with -9"},
+        "timing 1x1|0|stock": {"rows": [row("stock")], "faults": []},
+    }
+    part, asked = benchmark(found, tmp_path, monkeypatch, done=True)
+    assert asked[4:] == [f"timing 1x1|0|{p.name}" for p in gpu_timing.serving(workloads.TINY, False)]
+    assert part.found["rows"] == [row("stock")]
+    assert part.verdict is not None
+    assert part.verdict.startswith("FAILED: triton at 1x1: a step launches 4 kernels of ours: ")
+    assert part.verdict.endswith("; 1x1|0|: its process ended with -9")
