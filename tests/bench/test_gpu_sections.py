@@ -1,12 +1,13 @@
 """The GPU check's sections: their time limits, what is left of one that is killed, and the file, whole at every moment.
 
-Programs that only speak the protocol stand in for the sections' own processes, which import PyTorch for seconds.
+A program that only speaks the protocol stands in for the sections' own processes, which import PyTorch for seconds.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import textwrap
 import threading
@@ -28,7 +29,7 @@ import record  # noqa: E402
 from gpu_check import Report, Section  # noqa: E402
 from gpu_section import Failed, NotRun, Part  # noqa: E402
 
-SECTIONS_PROGRAM = """
+PROGRAM = """
     import json, os, signal, sys, time
     options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
     name, part = options["--section"], options["--part"]
@@ -52,36 +53,12 @@ SECTIONS_PROGRAM = """
             save(None, steps=i)
             time.sleep(0.01)
 """
-WORKERS_PROGRAM = """
-    import json, os, signal, sys, time
-    at = sys.argv.index("--items")
-    answers, items = sys.argv[at - 1], sys.argv[at + 1 :]
-    if "unable" in items:
-        print("no such module", flush=True)
-        sys.exit(1)
-    with open(answers, "a") as file:
-        for item in items:
-            print(json.dumps({"item": item, "begun": True}), file=file, flush=True)
-            if item == "crash":
-                os.kill(os.getpid(), signal.SIGKILL)
-            if item == "hang":
-                time.sleep(600)
-            error = {"error": "CUDA error: of a kind"} if item == "poison" else {"pid": os.getpid()}
-            print(json.dumps({"item": item, "found": error}), file=file, flush=True)
-            if item == "poison":
-                sys.exit(3)
-"""
-
-
-def program(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = folder / "program.py"
-    path.write_text(textwrap.dedent(text))
-    monkeypatch.setattr(gpu_section, "PROGRAM", (sys.executable, "-S", str(path)))
 
 
 @pytest.fixture
 def sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Section]:
-    program(SECTIONS_PROGRAM, tmp_path, monkeypatch)
+    (tmp_path / "program.py").write_text(textwrap.dedent(PROGRAM))
+    monkeypatch.setattr(gpu_section, "PROGRAM", (sys.executable, "-S", str(tmp_path / "program.py")))
     monkeypatch.setattr(gpu_check, "LEAST", 0.0)
     monkeypatch.setattr(gpu_check, "GRACE", 0.2)
     names = ("failing", "crashing", "silent", "endless", "well")
@@ -114,6 +91,24 @@ def test_a_command_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
     while running(pid):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_who_is_ended_ends_what_it_started(tmp_path: Path) -> None:
+    """By SIGTERM, which the driver sends to a section, and whoever limits the driver's time sends to that."""
+    log, before = tmp_path / "log", signal.getsignal(signal.SIGTERM)
+    command = [sys.executable, "-S", "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(600)"]
+
+    def end_us() -> None:
+        if log.read_text().endswith("\n"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    gpu_section.end_at_sigterm()
+    try:
+        with pytest.raises(SystemExit):
+            gpu_section.limited(command, 60.0, log, watch=end_us)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not running(int(log.read_text()))
 
 
 def running(pid: int) -> bool:
@@ -202,61 +197,6 @@ def test_the_exit_code(sections: dict[str, Section], tmp_path: Path, monkeypatch
     kept = record.read_json(tmp_path / "gpu-pretended-80gb.json")
     assert kept["settings"]["budget"] == 20
     assert kept["sections"]["well"]["verdict"] == "ok: all of it"
-
-
-# ------------------------------------------------------------------------------------------------------------- workers
-
-
-@pytest.fixture
-def workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program(WORKERS_PROGRAM, tmp_path, monkeypatch)
-    monkeypatch.setattr(gpu_pool, "STALL", 1.5)
-    monkeypatch.setattr(gpu_pool, "POLL", 0.02)
-
-
-def test_a_crash_a_hang_and_a_poisoned_context_cost_one_item_each(workers: None, tmp_path: Path) -> None:
-    found: dict[str, Any] = {}
-    lanes = [["a", "crash", "b", "hang", "c", "poison", "d", "e"], ["f", "g"], ["unable", "h"]]
-    assert gpu_pool.spread("odd", lanes, tmp_path / "pool", 60.0, found.__setitem__)
-    assert set(found) == {item for lane in lanes for item in lane}
-    assert found["crash"] == {"error": "its process ended with -9"}
-    assert found["hang"]["error"].startswith("no answer in")
-    assert found["poison"] == {"error": "CUDA error: of a kind"}
-    assert found["h"] == {"error": "a worker ended with 1 before it began: no such module"}
-    assert len({found[item]["pid"] for item in "abcd"}) == 4  # a new process after each
-    assert found["d"]["pid"] == found["e"]["pid"]
-
-
-def test_workers_end_when_their_time_is_over(workers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_pool, "STALL", 600.0)
-    found: dict[str, Any] = {}
-    assert not gpu_pool.spread("odd", [["a", "hang", "b"]], tmp_path / "pool", 2.0, found.__setitem__)
-    assert set(found) == {"a"}
-
-
-def test_what_a_worker_answers(tmp_path: Path) -> None:
-    def one(item: str) -> dict[str, Any]:
-        if item != "fine":
-            raise RuntimeError(f"{item}\nand more")
-        return {"value": 1}
-
-    prepared: list[list[str]] = []
-    items = ["fine", "broken", "CUDA error: an illegal access", "never reached"]
-    assert gpu_pool.work(items, tmp_path / "answers", one, prepared.append) == gpu_pool.POISONED
-    assert prepared == [items]
-    told = [json.loads(line) for line in (tmp_path / "answers").read_text().splitlines()]
-    assert [answer["item"] for answer in told if "begun" in answer] == items[:3]
-    assert {answer["item"]: answer["found"] for answer in told if "found" in answer} == {
-        "fine": {"value": 1},
-        "broken": {"error": "RuntimeError: broken"},
-        items[2]: {"error": f"RuntimeError: {items[2]}"},
-    }
-
-
-def test_cards_are_dealt_in_turn() -> None:
-    assert gpu_pool.dealt(list("abcde"), 2) == [["a", "c", "e"], ["b", "d"]]
-    assert gpu_pool.dealt(["a"], 8) == [["a"]]
-    assert 1 <= gpu_pool.processes() <= (os.cpu_count() or 1)
 
 
 # --------------------------------------------------------------------------------------------------------------- suite
