@@ -50,7 +50,7 @@ def titled(text: str, shown: str) -> str:
 def where(run: Record) -> str:
     machine, versions = run["machine"], run["versions"]
     words = [
-        f"{machine['multiprocessors']} SMs, {machine['memory_gib']} GiB",
+        f"{machine['multiprocessors']} SMs, {machine['gpu_memory_gib']} GiB",
         f"driver {machine['driver']}" if machine["driver"] else "",
         f"torch {versions['torch']}",
         f"Triton {versions['triton']}" if versions["triton"] else "",

@@ -77,7 +77,7 @@ def conditions() -> Record:
     about = {
         "gpu": gpu.name,
         "multiprocessors": gpu.multi_processor_count,
-        "memory_gib": round(gpu.total_memory / 2**30),
+        "gpu_memory_gib": round(gpu.total_memory / 2**30),
         "compute_capability": f"{gpu.major}.{gpu.minor}",
         "driver": driver(),
         "cuda": torch.version.cuda,

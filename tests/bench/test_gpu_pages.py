@@ -31,7 +31,7 @@ KERNELS = [
 ]
 RUN = {
     "format": record.FORMAT,
-    "machine": {"gpu": "NVIDIA Pretended 80GB", "multiprocessors": 132, "memory_gib": 79, "driver": "580.1"},
+    "machine": {"gpu": "NVIDIA Pretended 80GB", "multiprocessors": 132, "gpu_memory_gib": 79, "driver": "580.1"},
     "versions": {"torch": "2.11.0", "triton": "3.6.0", "commit": "abc1234"},
     "settings": {"budget": 480.0},
     "sections": {

@@ -66,7 +66,7 @@ def sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Secti
 
 
 def made(out: Path) -> Report:
-    machine = {"gpu": "NVIDIA Pretended 80GB", "multiprocessors": 132, "memory_gib": 80, "driver": None}
+    machine = {"gpu": "NVIDIA Pretended 80GB", "multiprocessors": 132, "gpu_memory_gib": 80, "driver": None}
     versions = {"torch": "2", "triton": "3", "commit": None}
     return Report(out, {"format": record.FORMAT, "machine": machine, "versions": versions, "sections": {}})
 
