@@ -127,7 +127,7 @@ def end_at_sigterm() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
-def end_group(process: subprocess.Popen[bytes], grace: float) -> None:
+def end_group(process: subprocess.Popen[Any], grace: float) -> None:
     """Ends a group's leader and whoever is left of the group."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:

@@ -116,9 +116,9 @@ def warm_up(part: Part, items: list[str], folder: Path) -> None:
 
 def warm(item: str) -> Record:
     """The kernels that a step of each provider launches, by name."""
-    case, *which = named(item)
+    case, compiled, only = named(item)
     tensors, kernels = case.tensors(), {}
-    for provider in serving(case, *which):
+    for provider in serving(case, compiled, only):
         step = providers.Step(provider, case, tensors)
         step()
         kernels[provider.name] = launched_kernels(step)
@@ -131,12 +131,12 @@ def warm(item: str) -> Record:
 
 def measure(item: str) -> Record:
     """A row for each provider, and what is wrong."""
-    case, *which = named(item)
+    case, compiled, only = named(item)
     torch.cuda.empty_cache()
     torch._dynamo.reset()  # else the cases before count towards the limit of recompilations
     tensors, faults = case.tensors(), []
     runs: dict[str, Run] = {}
-    for provider in serving(case, *which):
+    for provider in serving(case, compiled, only):
         step = providers.Step(provider, case, tensors)
         try:
             providers.check(step, case)
@@ -147,7 +147,7 @@ def measure(item: str) -> Record:
             text = str(error) if isinstance(error, providers.Disagrees) else said(error)
             faults.append(f"{provider.name} at {case.name}: {text}")
     count = workloads.step_bytes(tensors)
-    if which == [False, ""]:
+    if not compiled and not only:
         runs[COPY] = copy_of(count)
     graphs = {name: captured(step) for name, step in runs.items()}
     about = {"case": case.name, "dtype": case.dtype, "sigma": case.sigma, "bytes": count}

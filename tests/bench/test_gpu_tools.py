@@ -41,6 +41,10 @@ def test_what_compute_sanitizer_says() -> None:
     found = gpu_tools.sanitized({"a": {}, "b": {"error": "RuntimeError: no"}}, ["a", "b", "c"], SANITIZER)
     assert found == {"steps": 2, "of": 3, "errors": 3, "first": "Invalid __global__ read of size 4 bytes"}
     clean = [line for line in SANITIZER if "SUMMARY" in line or "COMPUTE" in line]
+    clean += [
+        "========= Error: process didn't terminate successfully",
+        "========= Target application returned an error",
+    ]
     assert gpu_tools.sanitized({"a": {}}, ["a"], clean)["first"] is None
 
 
@@ -85,4 +89,18 @@ def test_a_section_under_a_tool(works: bool, tmp_path: Path, monkeypatch: pytest
         assert part.verdict.startswith("ok: memcheck of 7 of ")
         assert part.found["racecheck"]["in_time"] is False
     else:
-        assert part.verdict == "not run: memcheck came to no step: ========= Error: Device not supported"
+        assert part.verdict == "not run: no step was watched: ========= Error: Device not supported"
+
+
+def test_an_error_is_told_whatever_comes_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker does not survive it, and the other tool comes to nothing."""
+
+    def run(command: Any, seconds: float, log: Path, environ: Any) -> Ended:
+        log.write_text("\n".join(SANITIZER[:4]) if "memcheck" in command else "")
+        return Ended(-9, True, 1.0)
+
+    monkeypatch.setattr(gpu_tools, "tool", lambda name: name)
+    monkeypatch.setattr(gpu_tools, "limited", run)
+    part = Part(tmp_path / "part.json", time.monotonic() + 60)
+    part.run(gpu_tools.sanitizer)
+    assert part.verdict == "FAILED: memcheck: Invalid __global__ read of size 4 bytes"
