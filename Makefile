@@ -50,7 +50,7 @@ check-release: $(VENV)/.dev ## what only a release needs: every GPU target's mac
 	@$(PYTEST) --tier=release $(ARGS)
 	@PYTHONPATH="tests:$$PYTHONPATH" $(PYTEST) -p cuda_plugin --tier=release $(ARGS)
 
-gpu-check: $(VENV)/.dev ## on a machine with a GPU: tests, CUDA graphs, benchmark, one report; ARGS go to bench/proof/gpu_check.py
+gpu-check: $(VENV)/.dev ## on a machine with a GPU: values, benchmark, tests, in a given time; ARGS="--budget 480", in seconds
 	@echo "== Checking on the GPU: bench/proof/gpu_check.py $(ARGS)"
 	@$(PY) bench/proof/gpu_check.py $(ARGS)
 
@@ -58,7 +58,7 @@ bench: $(VENV)/.dev ## time the loss beside what it replaces; ARGS go to bench/r
 	@echo "== Benchmark: bench/run.py $(ARGS)"
 	@$(PY) bench/run.py $(ARGS)
 
-bench-docs: $(VENV)/.dev ## render the results pages; ARGS=--from=runs/bench takes a new run's results
+bench-docs: $(VENV)/.dev ## render the results pages; ARGS=--from=runs/bench takes a new run's results, --from=runs/gpu a GPU's
 	@$(PY) bench/report.py $(ARGS)
 
 wheel: $(VENV)/.dev ## a wheel with the compiled libraries inside, in dist/; ARGS go to .ci/make_wheel.py

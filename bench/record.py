@@ -133,13 +133,16 @@ def described(case: Case) -> Record:
 
 
 def write_json(report: Record, path: Path) -> None:
-    path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    """The file is whole at every moment, whoever reads it and whenever its writer is killed."""
+    part = path.with_name(f"{path.name}.{os.getpid()}")
+    part.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(part, path)
 
 
 def read_json(path: Path) -> Record:
     report = json.loads(path.read_text(encoding="utf-8"))
     if report.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {report.get('format')}, and this reads {FORMAT}: run bench/run.py anew")
+        raise ValueError(f"{path} has format {report.get('format')}, and this reads {FORMAT}: measure anew")
     return report
 
 
@@ -208,6 +211,14 @@ def ratio(value: Record | None, form: Callable[[float], str] = "{:.2f}".format) 
     if value is None:
         return ""
     return HIDDEN if value["hidden"] else form(value["median"])
+
+
+def table(columns: Columns, rows: Iterable[Any], left: int = 1) -> str:
+    """Markdown, or nothing without rows; the first columns stand to the left, the others to the right."""
+    texts = [[cell(row) for _, cell in columns] for row in rows]
+    rule = ["---"] * left + ["--:"] * (len(columns) - left)
+    lines = [[head for head, _ in columns], rule, *texts]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) if texts else ""
 
 
 # -------------------------------------------------------------------------------------------------------------- console

@@ -3,10 +3,12 @@
     python bench/report.py                                 # pages of the results that are kept, in bench/results
     python bench/report.py --from runs/bench               # keep a new run's first, and draw its plots
     python bench/report.py --from runs/bench runs/avx2     # and that of a narrower instruction set
+    python bench/report.py --from runs/gpu                 # keep what bench/proof/gpu_check.py found on a GPU
 
 The first run is results.json, which all of the pages but one section are made of. The others are of narrower
 instruction sets (another machine's, or this one's under ATEN_CPU_CAPABILITY), and named after them; a kept one that is
-not given stays. `make bench-docs` is the same. What RESULTS.md says beside its tables is in RESULTS.template.md.
+not given stays. A run on a GPU, gpu-NAME.json, has its part of the section about GPUs. `make bench-docs` is the same.
+What RESULTS.md says beside its tables is in RESULTS.template.md.
 
 tests/bench/test_results.py checks that the pages are what this makes of the kept results; it does not ask how old
 those are.
@@ -18,13 +20,13 @@ import argparse
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
+import gpu_pages
 import plots
 import record
 import workloads
 from providers import title
-from record import HIDDEN, Columns, Record, count, median, number, quartiles, rate, ratio, seconds
+from record import HIDDEN, Columns, Record, count, median, number, quartiles, rate, ratio, seconds, table
 
 BENCH = Path(__file__).resolve().parent
 KEPT, PAGE, README = BENCH / "results", BENCH / "RESULTS.md", BENCH.parent / "README.md"
@@ -66,14 +68,6 @@ class Case:
 def cases(run: Record, names: Iterable[str]) -> list[Case]:
     """Those of these names that ours are measured in."""
     return [case for case in (Case(run, name) for name in names) if case.ours]
-
-
-def table(columns: Columns, rows: Iterable[Any], left: int = 1) -> str:
-    """Markdown, or nothing without rows; the first columns stand to the left, the others to the right."""
-    texts = [[cell(row) for _, cell in columns] for row in rows]
-    rule = ["---"] * left + ["--:"] * (len(columns) - left)
-    lines = [[head for head, _ in columns], rule, *texts]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) if texts else ""
 
 
 OURS: Columns = [
@@ -175,7 +169,12 @@ def conditions(run: Record) -> str:
 # ---------------------------------------------------------------------------------------------------------------- pages
 
 
-def results_page(run: Record, images: list[str], narrower: Iterable[Record] = ()) -> str:
+UNTIMED = "No kernel has been timed on a GPU. "  # stands before what is known without one
+
+
+def results_page(
+    run: Record, images: list[str], narrower: Iterable[Record] = (), on_gpus: Iterable[Record] = ()
+) -> str:
     compiled = next((c for c in (Case(run, s.name) for s in workloads.SHAPES) if "stock_compiled" in c.records), None)
     halved = [name for name, about in run["cases"].items() if about["dtype"] != "fp32"]
     peaks = [r for name in workloads.PEAKS for r in Case(run, name).records.values() if r["kind"] != "limit"]
@@ -191,7 +190,9 @@ def results_page(run: Record, images: list[str], narrower: Iterable[Record] = ()
         "compiled_case": compiled.name if compiled else "",
         "first_calls": table(FIRST_CALLS, compiled.records.values()) if compiled else "",
         "shares": table(SHARES, [(of, loss) for of in run.get("train_step") or () for loss in of["losses"]], left=3),
+        "gpus": "\n\n".join(map(gpu_pages.results, on_gpus)),
     }
+    values["untimed"] = "" if values["gpus"] else UNTIMED
     return filled(TEMPLATE.read_text(encoding="utf-8"), values)
 
 
@@ -239,16 +240,25 @@ def rendered() -> dict[Path, str]:
     """The pages as they ought to be."""
     images = [image.name for image in sorted(KEPT.glob("*.png"))]
     run = record.read_json(KEPT / "results.json")
-    narrower = [record.read_json(path) for path in sorted(KEPT.glob("*.json")) if path.stem != "results"]
+    of_gpus = gpu_pages.kept(KEPT)
+    narrower = [path for path in sorted(KEPT.glob("*.json")) if path.stem != "results" and path not in of_gpus]
     return {
-        PAGE: results_page(run, images, narrower),
+        PAGE: results_page(run, images, *(map(record.read_json, paths) for paths in (narrower, of_gpus))),
         README: between(README.read_text(encoding="utf-8"), readme_table(run)),
     }
 
 
-def keep(folder: Path, *narrower: Path) -> None:
-    run = record.read_json(folder / "results.json")
+def keep(*folders: Path) -> None:
+    """Runs of bench/run.py, the widest first, and of bench/proof/gpu_check.py, which a folder is told by."""
     KEPT.mkdir(exist_ok=True)
+    for path in (path for folder in folders for path in gpu_pages.kept(folder)):
+        record.write_json(record.read_json(path), KEPT / path.name)
+    if on_cpus := [folder for folder in folders if not gpu_pages.kept(folder)]:
+        keep_on_cpus(*on_cpus)
+
+
+def keep_on_cpus(folder: Path, *narrower: Path) -> None:
+    run = record.read_json(folder / "results.json")
     for image in KEPT.glob("*.png"):
         image.unlink()
     plots.draw(run, KEPT)

@@ -24,7 +24,9 @@ CHECK = {
         "calibrated_decoders", "example_data", "examples", "frechet", "learned_vs_fixed_sigma", "likelihoods", "linear",
         "mmd", "objective_slices", "rd_curve", "rd_curve_runs", "sparse_representation", "sweep",
     ),
-    "the benchmark and the GPU check": ("bench", "gpu_check", "results"),
+    "the benchmark and the GPU check": (
+        "bench", "gpu_check", "gpu_pages", "gpu_pool", "gpu_sections", "gpu_tools", "results",
+    ),
     "the machine code of Triton's kernels": ("compiled",),
     "the library forgotten and imported again": ("reimport",),
     "packages: sdist, wheel": ("packaging", "packaged_library", "wheel"),

@@ -1,205 +1,173 @@
-"""Everything that needs a GPU, in one command: `make gpu-check`, or
+"""Everything that needs a GPU, in one command and a given time: `make gpu-check`, or in a checkout as it lies
 
-    python bench/proof/gpu_check.py [--out runs/gpu] [--rounds 50] [--only suite,graphs]
+    PYTHONPATH=. python3 bench/proof/gpu_check.py [--budget 480] [--out runs/gpu] [--only suite,traffic]
 
-writes DIR/gpu_report.md: the machine, the tests on the GPU, steps without synchronisation, CUDA graphs,
-compute-sanitizer, and the benchmark. Each section ends in "ok", "not run" or "FAILED" with the reason.
+The sections come in the order of what they are worth. Each runs in a process of its own and may take its share of the
+time that is left, so that one that fails, crashes, hangs or runs out of time takes no other with it. DIR gets three
+files: gpu-NAME.json, which is whole at every moment and has what each section has found so far, also the running one;
+gpu-NAME.md, the same as pages show it; and gpu-NAME.log, all that was printed. `make bench-docs ARGS=--from=DIR` takes
+the result into the pages.
 
-Exit code: 0 if nothing failed, 1 if a section did, 2 if there is no GPU (and then no report).
+Nothing is installed. It needs torch, and uses what else there is: Triton; nvcc, g++ and ninja for the CUDA backend;
+pytest, pytest-xdist, pytest-timeout and hypothesis; compute-sanitizer; ncu. It says what is missing, and goes on.
+
+Exit code: 0 if every section ended well or was not run for what is missing; 1 if one failed or ran out of time; 2 if
+there is no GPU (and then no file is written).
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import gpu_pages
+import gpu_pool
+import gpu_section
+import gpu_suite
 import gpu_timing
+import gpu_tools
+import gpu_values
+import record
 import torch
-from torch import Tensor
+from gpu_section import REPO, Part, Record, environment, limited
 
-from fused_elbo import backends, decoupled_elbo, decoupled_elbo_backward
-
-REPO = Path(__file__).resolve().parents[2]
-NUMERICAL = {  # rooms of tests/, and their files
-    "loss": (
-        "elbo", "step", "step_graph", "layout", "levels", "properties", "facts", "corners", "modules", "memory",
-        "module_state",
-    ),
-    "operators": ("autograd", "ops", "compile"),
-}  # fmt: skip
 NO_GPU = 2
+BUDGET = 1800.0
+LEAST = 5.0  # seconds without which no section is begun
+GRACE = 3.0  # of a section's seconds, those that it has to end what it started when its time is over
 
 
-class Failed(Exception):
-    """A section's reason."""
-
-
-class NotRun(Exception):
-    """What is missing."""
-
-
-@dataclass
+@dataclass(frozen=True)
 class Section:
     name: str
     title: str  # says what is shown, also where it cannot be run
-    run: Callable[[argparse.Namespace], list[str]]  # lines of Markdown; raises Failed or NotRun
-    lines: list[str] = field(default_factory=list)
-    verdict: str = ""
-
-    def __call__(self, options: argparse.Namespace) -> bool:
-        try:
-            self.lines, self.verdict = self.run(options), "ok"
-        except NotRun as missing:
-            self.verdict = f"not run: {missing}"
-        except Exception as error:  # the sections after it are still worth having
-            self.verdict = (
-                f"FAILED: {error}" if isinstance(error, Failed) else f"FAILED: {type(error).__name__}: {error}"
-            )
-        return not self.verdict.startswith("FAILED")
-
-    def markdown(self) -> str:
-        return "\n".join([f"## {self.title}", "", *self.lines, "", f"**{self.verdict}**", ""])
-
-
-def installed(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def driver() -> str:
-    if not shutil.which("nvidia-smi"):
-        return "unknown (no nvidia-smi)"
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip().replace("\n", ", ") or "unknown"
-
-
-def environment(options: argparse.Namespace) -> list[str]:
-    gpu = torch.cuda.get_device_properties(0)
-    rows = {
-        "GPU": f"{gpu.name}, {gpu.multi_processor_count} SMs, {gpu.total_memory / 2**30:.0f} GiB",
-        "compute capability": f"{gpu.major}.{gpu.minor}",
-        "driver": driver(),
-        "torch": f"{torch.__version__} (CUDA {torch.version.cuda}, HIP {torch.version.hip})",
-        "triton": installed("triton"),
-        "CUDA C++ backend": backends.cuda.status(build=True).detail,
-        "Python": f"{platform.python_version()} on {platform.platform()}",
-    }
-    lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
-    status = backends.triton.status()
-    if not status.ready:
-        raise Failed(f"the Triton backend cannot serve: {status.detail} {status.remedy}")
-    return lines
-
-
-def pytest(*arguments: str, device: str) -> list[str]:
-    """The last line that pytest prints; raises Failed with the failures."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "device_plugin", "--device", device, *arguments]
-    path = os.pathsep.join(filter(None, [str(REPO / "tests"), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(command, cwd=REPO, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
-    lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["pytest printed nothing"]
-    if done.returncode:
-        failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-        raise Failed("\n\n" + "\n".join(["```text", *failures[:40], lines[-1], "```", f"Command: {' '.join(command)}"]))
-    return [lines[-1]]
-
-
-def suite(options: argparse.Namespace) -> list[str]:
-    files = [f"tests/{room}/test_{name}.py" for room, names in NUMERICAL.items() for name in names]
-    return pytest(*files, device="cuda")
-
-
-def synchronisation(options: argparse.Namespace) -> list[str]:
-    return pytest("tests/kernels/test_gpu.py", "-k", "never_waits or stream or current_one or every_sm", device="cuda")
-
-
-def graphs(options: argparse.Namespace) -> list[str]:
-    return pytest("tests/kernels/test_gpu.py", "-k", "replay", device="cuda")
-
-
-def sanitizer(options: argparse.Namespace) -> list[str]:
-    program = shutil.which("compute-sanitizer")
-    if program is None:
-        raise NotRun("compute-sanitizer is not on PATH; it comes with the CUDA toolkit")
-    lines = []
-    for tool in ("memcheck", "racecheck"):
-        command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, __file__, "--steps"]
-        # Without the caching allocator every tensor has bounds of its own.
-        environ = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        done = subprocess.run(command, cwd=REPO, env=environ, capture_output=True, text=True)
-        last = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("=========")][-40:]
-        if done.returncode:
-            raise Failed("\n\n" + "\n".join([f"{tool}:", "```text", *(last or [done.stderr[-2000:]]), "```"]))
-        lines.append(f"- {tool}: {last[-1].strip('= ') if last else 'no output'}")
-    return lines
-
-
-def modes(leaf: Callable[..., Tensor], shape: tuple[int, ...], latents: int) -> list[dict[str, Any]]:
-    """Those that differ in code. A leaf wants a gradient."""
-    batch, channels = shape[:2]
-    return [
-        {},
-        {"sigma": "optimal-per-image", "free_bits": 0.2},
-        {"log_sigma": leaf((1, 1, 1)), "beta": leaf(())},
-        {"log_sigma": leaf((batch,)), "beta": leaf((batch,))},
-        {"log_sigma": leaf((channels, 1, 1), dtype=torch.float32)},
-        {"log_sigma": leaf(shape)},
-        {"prior": (leaf((batch, latents)), leaf((batch, latents))), "beta": leaf(())},
-        {"sigma": 0.3, "capacity": 5.0, "beta": leaf(())},
-    ]
-
-
-def steps(device: str) -> None:
-    """What runs under compute-sanitizer: sizes beside every boundary of a tile, in every mode."""
-    for shape, latents in (((1, 1, 1, 1), 1), ((3, 3, 9, 11), 5), ((5, 1, 64, 64), 16), ((2, 3, 75, 150), 4097)):
-        for dtype in (torch.float32, torch.bfloat16):
-            leaf = partial(torch.rand, device=device, dtype=dtype, requires_grad=True)
-            for kw in modes(leaf, shape, latents):
-                for reduction in ("batchmean",) if "capacity" in kw else ("batchmean", "none"):
-                    tensors = [leaf(size) for size in (shape, shape, (shape[0], latents), (shape[0], latents))]
-                    given = [t for v in kw.values() for t in (v if isinstance(v, tuple) else (v,))]
-                    leaves = [*tensors, *(t for t in given if isinstance(t, Tensor))]
-                    loss = decoupled_elbo(*tensors, **kw, reduction=reduction).loss
-                    torch.autograd.grad(loss, leaves, torch.rand(loss.shape, device=device))
-                    if reduction != "none":
-                        decoupled_elbo_backward(*tensors, **kw, reduction=reduction)
-
-
-def benchmark(options: argparse.Namespace) -> list[str]:
-    lines, faults = gpu_timing.table(options.rounds)
-    if faults:
-        raise Failed("; ".join(faults) + "\n\n" + "\n".join(lines))
-    return lines
+    share: float  # of the time, in seconds of eight minutes
+    run: Callable[[Part], str]  # gives its verdict; raises Failed or NotRun
 
 
 SECTIONS = [
-    Section("environment", "The machine", environment),
-    Section("suite", "The tests, on the GPU", suite),
-    Section("synchronisation", "Steps under set_sync_debug_mode('error'), on streams and devices", synchronisation),
-    Section("graphs", "CUDA graphs: capture, and replay after inputs and β have changed", graphs),
-    Section("sanitizer", "compute-sanitizer: memcheck and racecheck", sanitizer),
-    Section("benchmark", "Benchmark: microseconds, GB/s against a measured copy, launches", benchmark),
+    Section("values", "First launches, and values and gradients of every mode against fp64", 100, gpu_values.run),
+    Section("benchmark", "Benchmark: microseconds, GB/s against a measured copy, launches", 160, gpu_timing.run),
+    Section("suite", "The tests, on the GPU", 90, gpu_suite.suite),
+    Section("synchronisation", "Steps that never wait, on streams, in CUDA graphs", 30, gpu_suite.synchronisation),
+    Section("sanitizer", "compute-sanitizer: memcheck and racecheck", 60, gpu_tools.sanitizer),
+    Section("traffic", "Bytes of DRAM that ncu counts, beside 5N + 6L", 40, gpu_tools.traffic),
 ]
+WORKERS: dict[str, tuple[Callable[[str], Record], Callable[[list[str]], None]]] = {  # one item; before the first
+    "values": (gpu_values.one, gpu_values.prepare),
+    "warm": (gpu_timing.warm, lambda items: None),
+    "timing": (gpu_timing.measure, lambda items: None),
+    "steps": (gpu_tools.one_step, lambda items: None),
+    "traffic": (gpu_tools.one_measured, lambda items: None),
+}
+
+
+def conditions() -> Record:
+    gpu = torch.cuda.get_device_properties(0)
+    about = {
+        "gpu": gpu.name,
+        "multiprocessors": gpu.multi_processor_count,
+        "gpu_memory_gib": round(gpu.total_memory / 2**30),
+        "compute_capability": f"{gpu.major}.{gpu.minor}",
+        "driver": driver(),
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+    }
+    return {"machine": record.machine("cuda") | about, "versions": record.versions()}
+
+
+def driver() -> str | None:
+    if not shutil.which("nvidia-smi"):
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip().replace("\n", ", ") or None
+
+
+def slug(gpu: str) -> str:
+    """h100-80gb-hbm3 of "NVIDIA H100 80GB HBM3"."""
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower().removeprefix("nvidia ")).strip("-")
+
+
+class Report:
+    """What is known so far, on disk."""
+
+    def __init__(self, out: Path, result: Record) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        stem = f"gpu-{slug(result['machine']['gpu'])}"
+        self.result, self.json, self.page, self.log = result, *(out / f"{stem}.{end}" for end in ("json", "md", "log"))
+        self.log.write_bytes(b"")
+        self.save()
+
+    def save(self) -> None:
+        record.write_json(self.result, self.json)
+
+    def add(self, section: Section, seconds: float, limit: float, part: Record, trouble: str | None) -> None:
+        """What a section has found, or has found so far."""
+        verdict = part.get("verdict")
+        if verdict is None:
+            verdict = f"FAILED: {trouble}" if trouble else "running"
+        own = {"title": section.title, "verdict": verdict, "seconds": round(seconds, 1), "limit": round(limit, 1)}
+        self.result["sections"][section.name] = own | {"found": part.get("found", {})}
+        self.save()
+
+    def verdict(self, section: Section) -> str:
+        return self.result["sections"][section.name]["verdict"]
+
+
+def run_section(section: Section, limit: float, folder: Path, report: Report) -> None:
+    """Runs it in a process of its own, and keeps what it finds as it comes."""
+    path, started, seen = folder / f"{section.name}.json", time.monotonic(), 0
+    seconds = max(limit - GRACE, limit / 2)
+
+    def watch(trouble: str | None = None, ended: bool = False) -> None:
+        nonlocal seen
+        changed = path.stat().st_mtime_ns if path.exists() else 0
+        if ended or changed != seen:
+            seen = changed
+            part = record.read_json(path) if changed else {}
+            report.add(section, time.monotonic() - started, limit, part, trouble)
+
+    own = ["--section", section.name, "--part", str(path), "--end", repr(started + seconds)]
+    ended = limited([*gpu_section.PROGRAM, *own], seconds, report.log, environment(), watch, GRACE)
+    watch(ended.trouble or "it gave no verdict", ended=True)
+
+
+def check(chosen: list[Section], budget: float, report: Report) -> bool:
+    """Runs the sections, each within its share of the time that is left. Tells whether all ended well."""
+    end = time.monotonic() + budget
+    with tempfile.TemporaryDirectory(prefix="fused_elbo_gpu_") as folder:
+        for i, section in enumerate(chosen):
+            left = end - time.monotonic()
+            limit = left * section.share / sum(other.share for other in chosen[i:])
+            print(f"== {section.title} ({limit:.0f} s)", flush=True)
+            if limit < LEAST:
+                report.add(section, 0.0, limit, {}, "no time was left for it")
+            else:
+                run_section(section, limit, Path(folder), report)
+            print(f"   {report.verdict(section)}", flush=True)
+            report.page.write_text(gpu_pages.report(report.result), encoding="utf-8")
+    return not any(report.verdict(section).startswith("FAILED") for section in chosen)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [section.name for section in SECTIONS]
-    parser.add_argument("--out", type=Path, default=REPO / "runs" / "gpu", help="folder of the report (runs/gpu)")
-    parser.add_argument("--rounds", type=int, default=50, help="timed rounds of the benchmark (default 50)")
-    parser.add_argument("--only", type=lambda text: text.split(","), default=names, help=f"of {','.join(names)}")
-    parser.add_argument("--steps", action="store_true", help="only the steps that compute-sanitizer watches")
+    names, add = [section.name for section in SECTIONS], parser.add_argument
+    add("--budget", type=float, default=BUDGET, metavar="SECONDS", help=f"for all sections together ({BUDGET:.0f})")
+    add("--out", type=Path, default=REPO / "runs" / "gpu", metavar="DIR", help="folder of the results (runs/gpu)")
+    add("--only", type=lambda text: text.split(","), default=names, help=f"of {','.join(names)}")
+    for name, kind in (("section", str), ("part", Path), ("end", float), ("worker", str), ("answers", Path)):
+        add(f"--{name}", type=kind, help=argparse.SUPPRESS)  # of the processes that it starts
+    add("--items", nargs="*", default=[], help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if unknown := set(options.only) - set(names):
         parser.error(f"--only: {', '.join(sorted(unknown))}: unknown; the sections are {', '.join(names)}")
@@ -208,25 +176,23 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
+    gpu_section.end_at_sigterm()
+    if options.worker:
+        one, prepare = WORKERS[options.worker]
+        return gpu_pool.work(options.items, options.answers, one, prepare, options.end)
+    if options.section:
+        section = next(section for section in SECTIONS if section.name == options.section)
+        Part(options.part, options.end).run(section.run)
+        return 0
     chosen = [section for section in SECTIONS if section.name in options.only]
     if not torch.cuda.is_available():
         print(f"No GPU was found: torch {torch.__version__} sees none. No report is written. On a GPU this would run:")
         print("\n".join(f"  {section.name:16} {section.title}" for section in chosen))
         return NO_GPU
-    if options.steps:
-        steps("cuda")
-        torch.cuda.synchronize()
-        return 0
-    passed = True
-    for section in chosen:
-        print(f"== {section.title}", flush=True)
-        passed &= section(options)
-        print(f"   {section.verdict}", flush=True)
-    options.out.mkdir(parents=True, exist_ok=True)
-    report = options.out / "gpu_report.md"
-    heading = f"# fused_elbo on a GPU: {'ok' if passed else 'FAILED'}\n\n"
-    report.write_text(heading + "\n".join(section.markdown() for section in chosen), encoding="utf-8")
-    print(f"Report: {report}")
+    result: Record = {"format": record.FORMAT, **conditions(), "settings": {"budget": options.budget}, "sections": {}}
+    report = Report(options.out, result)
+    passed = check(chosen, options.budget, report)
+    print(f"Results: {report.json}, {report.page.name} and {report.log.name}")
     return 0 if passed else 1
 
 

@@ -1,52 +1,159 @@
 """How long a training step of the loss takes on a GPU, beside the code it replaces and a copy of the same bytes.
 
-Cases and providers are those of bench/run.py. Two times for each provider, all in turns within a round:
+Cases and providers are those of bench/run.py. Three times for each provider, in µs, medians of rounds in which all of a
+case take turns:
 
-- GPU: a CUDA graph of the step, between two events, so without Python; caches are cold, since a buffer larger than any
-  L2 cache is overwritten before each;
-- step: the same step as eager code launches it, to the end of its last kernel: short steps wait for Python there.
+- gpu_us: a CUDA graph of the step, between two events, so without Python. Caches are cold and clean: a buffer larger
+  than any L2 cache is overwritten before each, and then another one is read, so that nothing is left to write back;
+- step_us: the same step as eager code launches it, to the end of its last kernel: short steps wait for Python there;
+- host_us: until the calls have returned.
 
-GB/s are of the bytes that the loss has to move in two passes (`workloads.step_bytes`) and not of those that a provider
-does move, so that all compare; decoupled_elbo_backward moves fewer, where it reads the data once.
+What torch.compile makes of the baselines comes after everything else. A case that crashes, hangs or leaves CUDA with an
+error costs itself: the next goes on in a new process, and its own providers are tried one by one at the end.
+
+`bytes` are those that the loss has to move in two passes (`workloads.step_bytes`), whatever a provider does move, so
+that all compare; decoupled_elbo_backward moves fewer where it reads the data once.
 """
 
 from __future__ import annotations
 
 import statistics
-import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+import gpu_pool
 import providers
+import torch
 import workloads
+from gpu_section import Failed, Part, Record, poisoned, said
 from measure import launched_kernels
 from workloads import Case
 
-FLUSH_BYTES = 512 << 20  # the largest L2 today is 126 MB
+ROUNDS = 20
+FLUSH_BYTES, CLEAN_BYTES = 512 << 20, 128 << 20  # the largest L2 today is 126 MB
 LARGE = Case((256, 3, 256, 256), (16, 32, 32))
-LAUNCHES = {  # of a step of ours with a σ of the batch, beside autograd's ones_like
-    "triton": {3},
-    "cuda": {3},
-    "single_pass": {1, 3},  # one where the batch fits on the chip
-}
+SHORT = Case((4, 1, 8, 8), (8,))
+COPY = "copy"
+MOST_LAUNCHES = 3  # of our kernels in a step, whoever computes it, where the batch has one σ
+OURS = {provider.name for provider in providers.ALL if provider.kind == "ours"}
+WARMING = 0.4  # of the section's time, at most
+MARGIN = 3.0  # seconds to say what was found
 Run = Callable[[], object]
 
 
-def cases() -> list[Case]:
-    usual = [replace(case, dtype=dtype) for dtype in ("fp32", "bf16") for case in (*workloads.SHAPES, LARGE)]
-    others = [replace(workloads.SHAPES[1], sigma=sigma) for sigma in workloads.OTHER_SIGMAS]
-    return [replace(case, device="cuda") for case in (*usual, *others)]
+def cases() -> dict[str, Case]:
+    """name -> case, in the order of what they are worth."""
+    usual = (*workloads.SHAPES, SHORT, LARGE)
+    levels = Case((8,), (), sigma="levels")
+    found = [
+        *usual,
+        levels,
+        *(replace(case, dtype="bf16") for case in (*usual, levels)),
+        *(replace(case, sigma="learned", dtype=dtype) for dtype in ("fp32", "bf16") for case in workloads.SHAPES),
+        *(replace(workloads.SHAPES[1], sigma=sigma) for sigma in ("image", "pixel")),
+    ]
+    return {case.name: replace(case, device="cuda") for case in found}
 
 
-def serving(case: Case) -> list[providers.Provider]:
-    return [provider for provider in providers.chosen(None, case) if provider.kind in ("ours", "baseline")]
+def run(part: Part) -> str:
+    part.found |= {"rows": [], "faults": [], "launches": {}}
+    ways = [f"{name}|{compiled:d}|" for compiled in (False, True) for name in cases()]
+    failed: list[str] = []
+
+    def take(item: str, found: Record) -> None:
+        if "error" in found:
+            failed.append(item)
+            part.found["faults"].append(f"{item}: {found['error']}")
+        else:
+            part.found["faults"] += found["faults"]
+            part.found["rows"] += [row | launches_of(part, row) for row in found["rows"]]
+        part.save()
+
+    with tempfile.TemporaryDirectory() as folder:
+        warm_up(part, ways, Path(folder) / "warm")
+        done = gpu_pool.spread("timing", [ways], Path(folder) / "all", part.left() - MARGIN, take)
+        each = [f"{item}{provider.name}" for item in failed for provider in serving(*named(item))]
+        gpu_pool.spread("timing", [each], Path(folder) / "each", part.left() - MARGIN, take)
+    if part.found["faults"]:
+        raise Failed("; ".join(part.found["faults"]))
+    return "ok" if done else f"ok: {len(part.found['rows'])} rows, then time was up"
+
+
+def launches_of(part: Part, row: Record) -> Record:
+    return part.found["launches"].get(f"{row['case']}|{row['provider']}", {})
+
+
+def named(item: str) -> tuple[Case, bool, str]:
+    """An item's case, whether it is about compiled baselines, and the one provider that it is about, or ""."""
+    name, compiled, only = item.split("|")
+    return cases()[name], bool(int(compiled)), only
+
+
+def serving(case: Case, compiled: bool, only: str = "") -> list[providers.Provider]:
+    found = [p for p in providers.chosen(None, case) if p.kind in ("ours", "baseline") and p.compiled == compiled]
+    return [p for p in found if only in ("", p.name)]
+
+
+def warm_up(part: Part, items: list[str], folder: Path) -> None:
+    """Fills the compilers' caches and counts launches, in many processes, whose profilers slow nobody's timing. What
+    fails there fails again where it is timed, and is told."""
+
+    def take(item: str, found: Record) -> None:
+        case, _, _ = named(item)
+        for name, kernels in found.get("kernels", {}).items():
+            own = sum("elbo_" in kernel for kernel in kernels)
+            part.found["launches"][f"{case.name}|{name}"] = {"launches": len(kernels), "own_launches": own}
+            if name in OURS and case.sigma == "batch" and not 1 <= own <= MOST_LAUNCHES:
+                part.found["faults"].append(f"{name} at {case.name}: a step launches {own} kernels of ours: {kernels}")
+        part.save()
+
+    gpu_pool.spread("warm", gpu_pool.dealt(items, gpu_pool.processes()), folder, WARMING * part.left(), take)
+
+
+def warm(item: str) -> Record:
+    """The kernels that a step of each provider launches, by name."""
+    case, compiled, only = named(item)
+    tensors, kernels = case.tensors(), {}
+    for provider in serving(case, compiled, only):
+        step = providers.Step(provider, case, tensors)
+        step()
+        kernels[provider.name] = launched_kernels(step)
+    torch.cuda.empty_cache()
+    return {"kernels": kernels}
+
+
+# ------------------------------------------------------------------------------------------------------------ one case
+
+
+def measure(item: str) -> Record:
+    """A row for each provider, and what is wrong."""
+    case, compiled, only = named(item)
+    torch.cuda.empty_cache()
+    torch._dynamo.reset()  # else the cases before count towards the limit of recompilations
+    tensors, faults = case.tensors(), []
+    runs: dict[str, Run] = {}
+    for provider in serving(case, compiled, only):
+        step = providers.Step(provider, case, tensors)
+        try:
+            providers.check(step, case)
+            runs[provider.name] = step
+        except Exception as error:
+            if poisoned(error):  # there is nothing to go on with
+                raise
+            text = str(error) if isinstance(error, providers.Disagrees) else said(error)
+            faults.append(f"{provider.name} at {case.name}: {text}")
+    count = workloads.step_bytes(tensors)
+    if not compiled and not only:
+        runs[COPY] = copy_of(count)
+    graphs = {name: captured(step) for name, step in runs.items()}
+    about = {"case": case.name, "dtype": case.dtype, "sigma": case.sigma, "bytes": count}
+    rows = [about | {"provider": name} | times for name, times in timed(runs, graphs).items()]
+    faults += [f"{n} at {case.name}: no CUDA graph of it can be made" for n in runs if n in OURS and graphs[n] is None]
+    return {"rows": rows, "faults": faults}
 
 
 def captured(run: Run) -> Run | None:
@@ -73,9 +180,21 @@ def copy_of(count: int) -> Run:
     return lambda: target.copy_(source)
 
 
-def gpu_time(run: Run, flush: Tensor) -> float:
+class Flush:
+    """Leaves caches that hold nothing of ours, and nothing that must be written back."""
+
+    def __init__(self) -> None:
+        make = partial(torch.zeros, dtype=torch.uint8, device="cuda")
+        self.dirty, self.clean = make(FLUSH_BYTES), make(CLEAN_BYTES).view(torch.int64)
+
+    def __call__(self) -> None:
+        self.dirty.zero_()
+        self.clean.sum()
+
+
+def gpu_time(run: Run, flush: Run) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    flush.zero_()
+    flush()
     start.record()
     run()
     end.record()
@@ -83,85 +202,32 @@ def gpu_time(run: Run, flush: Tensor) -> float:
     return start.elapsed_time(end) * 1e3
 
 
-def step_time(run: Run) -> float:
+def step_times(run: Run) -> tuple[float, float]:
+    """(host's, whole)"""
     torch.cuda.synchronize()
     start = time.perf_counter()
     run()
+    host = time.perf_counter()
     torch.cuda.synchronize()
-    return (time.perf_counter() - start) * 1e6
+    return (host - start) * 1e6, (time.perf_counter() - start) * 1e6
 
 
-def measure(eager: dict[str, Run], graphs: dict[str, Run | None], rounds: int) -> dict[str, tuple[float | None, float]]:
-    """name -> medians, in µs, of the GPU's time (None without a graph) and of the whole step's."""
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-    gpu: dict[str, list[float]] = {name: [] for name in graphs}
-    whole: dict[str, list[float]] = {name: [] for name in eager}
-    for _ in range(rounds):
+def timed(eager: dict[str, Run], graphs: dict[str, Run | None]) -> dict[str, Record]:
+    """name -> medians; gpu_us is None without a graph."""
+    flush = Flush()
+    gpu: dict[str, list[float]] = {name: [] for name in eager}
+    pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in eager}
+    for _ in range(ROUNDS):
         for name, run in eager.items():
             if (graph := graphs[name]) is not None:
                 gpu[name].append(gpu_time(graph, flush))
-            whole[name].append(step_time(run))
-    return {
-        name: (statistics.median(gpu[name]) if gpu[name] else None, statistics.median(whole[name])) for name in eager
-    }
+            pairs[name].append(step_times(run))
+    return {name: {"gpu_us": middle(gpu[name]), **of_pairs(pairs[name])} for name in eager}
 
 
-def rows_of(case: Case, rounds: int) -> tuple[list[str], list[str]]:
-    """Rows of the table, and what is wrong: gradients, the number of launches, or ours that cannot be captured."""
-    torch._dynamo.reset()  # else the cases before count towards the limit of recompilations
-    tensors, faults = case.tensors(), []
-    runs: dict[str, Run] = {}
-    for provider in serving(case):
-        step = providers.Step(provider, case, tensors)
-        try:
-            providers.check(step, case)
-            runs[provider.name] = step
-        except providers.Disagrees as fault:
-            faults.append(str(fault))
-    ours = [name for name in runs if name in LAUNCHES]
-    count = workloads.step_bytes(tensors)
-    runs["copy"] = copy_of(count)
-    graphs = {name: captured(run) for name, run in runs.items()}
-    faults += [f"{name} at {case.name}: no CUDA graph of it can be made" for name in ours if graphs[name] is None]
-    times = measure(runs, graphs, rounds)
-    rows = []
-    for name, (gpu, whole) in times.items():
-        kernels = launched_kernels(runs[name])
-        own = sum("elbo_" in kernel for kernel in kernels)
-        if name in ours and case.sigma == "batch" and own not in LAUNCHES[name]:
-            faults.append(f"{name} at {case.name}: a step launches {own} kernels of ours: {kernels}")
-        rows.append(row(case, name, gpu, whole, count, times["copy"][0], times[ours[0]][0] if ours else None, kernels))
-    return rows, faults
+def middle(values: list[float]) -> float | None:
+    return round(statistics.median(values), 2) if values else None
 
 
-def row(
-    case: Case,
-    name: str,
-    gpu: float | None,
-    whole: float,
-    count: int,
-    copy: float | None,
-    ours: float | None,
-    kernels: list[str],
-) -> str:
-    """What needs a graph is left blank where there is none."""
-    rate = f"{count / gpu / 1e3:.0f}" if gpu else ""
-    of_a_copy = f"{copy / gpu:.0%}" if gpu and copy else ""
-    against_ours = f"{gpu / ours:.2f}" if gpu and ours else ""
-    time_ = f"{gpu:.1f}" if gpu else ""
-    return f"| {case.name} | {name} | {time_} | {whole:.1f} | {rate} | {of_a_copy} | {against_ours} | {len(kernels)} |"
-
-
-def table(rounds: int) -> tuple[list[str], list[str]]:
-    """The benchmark as Markdown, and what is wrong."""
-    lines = [
-        "| case | provider | GPU µs | step µs | GB/s | of a copy | × fused | launches |",
-        "|---|---|--:|--:|--:|--:|--:|--:|",
-    ]
-    faults: list[str] = []
-    for case in cases():
-        rows, wrong = rows_of(case, rounds)
-        lines += rows
-        faults += wrong
-        torch.cuda.empty_cache()
-    return lines, faults
+def of_pairs(pairs: list[tuple[float, float]]) -> Record:
+    return {"host_us": middle([host for host, _ in pairs]), "step_us": middle([whole for _, whole in pairs])}
