@@ -8,7 +8,7 @@ launches do nothing. So the times are of fused_elbo's Python, PyTorch's dispatch
 launch, on the smallest of batches; the driver's own launch, about 2 µs for each kernel, comes on top. What that is
 compared with computes on the CPU, in about as much time as it takes to launch as many kernels from eager code.
 
-`make bench-docs ARGS='--host runs/host'` keeps the result, and shows it in RESULTS.md.
+`make bench-docs ARGS=--from=runs/host` keeps the result, and shows it in RESULTS.md.
 """
 
 from __future__ import annotations

@@ -4,11 +4,12 @@
     python bench/report.py --from runs/bench               # keep a new run's first, and draw its plots
     python bench/report.py --from runs/bench runs/avx2     # and that of a narrower instruction set
     python bench/report.py --from runs/gpu                 # keep what bench/proof/gpu_check.py found on a GPU
+    python bench/report.py --from runs/host                # keep what bench/host.py found of the host's side
 
 The first run is results.json, which all of the pages but one section are made of. The others are of narrower
 instruction sets (another machine's, or this one's under ATEN_CPU_CAPABILITY), and named after them; a kept one that is
-not given stays. A run on a GPU, gpu-NAME.json, has its part of the section about GPUs. `make bench-docs` is the same.
-What RESULTS.md says beside its tables is in RESULTS.template.md.
+not given stays. A run on a GPU, gpu-NAME.json, has its part of the section about GPUs, and host.json its own section.
+`make bench-docs` is the same. What RESULTS.md says beside its tables is in RESULTS.template.md.
 
 tests/bench/test_results.py checks that the pages are what this makes of the kept results; it does not ask how old
 those are.
@@ -31,6 +32,7 @@ from record import HIDDEN, Columns, Record, count, median, number, quartiles, ra
 BENCH = Path(__file__).resolve().parent
 KEPT, PAGE, README = BENCH / "results", BENCH / "RESULTS.md", BENCH.parent / "README.md"
 TEMPLATE = BENCH / "RESULTS.template.md"
+HOST_RUN = "host.json"
 START, END = "<!-- bench: written by make bench-docs -->\n", "<!-- /bench -->\n"
 
 
@@ -110,6 +112,11 @@ MEMORY: Columns = [
     ("peak of a step", lambda r: count(r.get("peak_bytes"))),
 ]
 FIRST_CALLS: Columns = [*PROVIDERS[:1], ("first call", lambda r: seconds(r["first_call_s"]))]
+HOST: Columns = [
+    *PROVIDERS[:1],
+    ("step", median),
+    ("of `N/2·log(F.mse_loss)` + KL", lambda r: with_interval(r["to_one_liner"])),
+]
 SHARES: Columns = [  # of (network, loss)
     ("network", lambda r: r[0]["network"]),
     ("parameters", lambda r: f"{r[0]['parameters'] / 1e6:.2f} M"),
@@ -173,7 +180,11 @@ UNTIMED = "No kernel has been timed on a GPU. "  # stands before what is known w
 
 
 def results_page(
-    run: Record, images: list[str], narrower: Iterable[Record] = (), on_gpus: Iterable[Record] = ()
+    run: Record,
+    images: list[str],
+    narrower: Iterable[Record] = (),
+    on_gpus: Iterable[Record] = (),
+    host: Record | None = None,
 ) -> str:
     compiled = next((c for c in (Case(run, s.name) for s in workloads.SHAPES) if "stock_compiled" in c.records), None)
     halved = [name for name, about in run["cases"].items() if about["dtype"] != "fp32"]
@@ -191,6 +202,9 @@ def results_page(
         "first_calls": table(FIRST_CALLS, compiled.records.values()) if compiled else "",
         "shares": table(SHARES, [(of, loss) for of in run.get("train_step") or () for loss in of["losses"]], left=3),
         "gpus": "\n\n".join(map(gpu_pages.results, on_gpus)),
+        "host": f"{measured_on(host)}, Triton {host['versions']['triton']}.\n\n{table(HOST, host['results'])}"
+        if host
+        else "",
     }
     values["untimed"] = "" if values["gpus"] else UNTIMED
     return filled(TEMPLATE.read_text(encoding="utf-8"), values)
@@ -241,19 +255,24 @@ def rendered() -> dict[Path, str]:
     images = [image.name for image in sorted(KEPT.glob("*.png"))]
     run = record.read_json(KEPT / "results.json")
     of_gpus = gpu_pages.kept(KEPT)
-    narrower = [path for path in sorted(KEPT.glob("*.json")) if path.stem != "results" and path not in of_gpus]
+    others = {KEPT / "results.json", KEPT / HOST_RUN, *of_gpus}
+    narrower = [path for path in sorted(KEPT.glob("*.json")) if path not in others]
+    host = record.read_json(KEPT / HOST_RUN) if (KEPT / HOST_RUN).exists() else None
     return {
-        PAGE: results_page(run, images, *(map(record.read_json, paths) for paths in (narrower, of_gpus))),
+        PAGE: results_page(run, images, *(map(record.read_json, paths) for paths in (narrower, of_gpus)), host),
         README: between(README.read_text(encoding="utf-8"), readme_table(run)),
     }
 
 
 def keep(*folders: Path) -> None:
-    """Runs of bench/run.py, the widest first, and of bench/proof/gpu_check.py, which a folder is told by."""
+    """Runs of bench/run.py, the widest first, and of bench/proof/gpu_check.py and bench/host.py, which a folder is told
+    by."""
     KEPT.mkdir(exist_ok=True)
     for path in (path for folder in folders for path in gpu_pages.kept(folder)):
         record.write_json(record.read_json(path), KEPT / path.name)
-    if on_cpus := [folder for folder in folders if not gpu_pages.kept(folder)]:
+    for path in (folder / HOST_RUN for folder in folders if (folder / HOST_RUN).exists()):
+        record.write_json(record.read_json(path), KEPT / path.name)
+    if on_cpus := [folder for folder in folders if (folder / "results.json").exists()]:
         keep_on_cpus(*on_cpus)
 
 
