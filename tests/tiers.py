@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cases import gpu_kernels_as_other_code
 
 COMMANDS = {"test": "make test", "check": "make check", "release": "make check-release"}
 # Files whose tests all wait for `make check`, and why. `make test` does not even import them.
@@ -32,10 +33,8 @@ CHECK = {
     "the finding of mutants": ("mutant_patterns",),
     "compilers and exporters of transforms, all combinations": ("traced_inputs", "transforms"),
 }  # fmt: skip
-# In these files the tests of `quick`, a fixture that trains models for all of them, wait for a release: minutes each.
-TRAINED = ("calibrated_decoders", "learned_vs_fixed_sigma", "objective_slices", "sparse_representation")
 # Fixtures of a module that take so long that no second process should make them.
-MADE_ONCE = {"quick", "library", "expected"}
+MADE_ONCE = {"quick", "library", "expected", "built"}
 _REASONS = {f"test_{stem}.py": reason for reason, stems in CHECK.items() for stem in stems}
 _LEFT_OUT = pytest.StashKey[Counter[tuple[str, str]]]()  # (tier, what)
 
@@ -60,8 +59,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 def tier_of(item: pytest.Item) -> tuple[str, str]:
     """Its tier, and why it is no earlier one."""
-    if "quick" in getattr(item, "fixturenames", ()) and item.path.stem.removeprefix("test_") in TRAINED:
-        return "release", "the claims of four examples, which train models for them"
+    if (mark := item.get_closest_marker("implied")) and gpu_kernels_as_other_code():
+        return "release", mark.args[0]
     for tier in ("release", "check"):
         if mark := item.get_closest_marker(tier):
             return tier, mark.args[0]
