@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -80,10 +80,11 @@ def modes_for_operators() -> list[str]:
     return FEW if gpu_kernels_on_cpu() else list(MODES)
 
 
-def few_often() -> list[Any]:
-    """The same, of which `make test` takes FEW."""
-    others = pytest.mark.check("operators and compiled code in every mode")
-    return [pytest.param(mode, marks=() if mode in FEW else others) for mode in modes_for_operators()]
+def few_often(*, often: Sequence[str] = tuple(MODES)) -> list[Any]:
+    """The same, of which `make test` takes FEW, and `make check` those of `often`."""
+    what = "operators and compiled code in every mode"
+    others = {mode: pytest.mark.check(what) if mode in often else pytest.mark.release(what) for mode in MODES}
+    return [pytest.param(mode, marks=() if mode in FEW else others[mode]) for mode in modes_for_operators()]
 
 
 def allowed(mode: str, reduction: str) -> bool:
