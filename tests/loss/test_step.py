@@ -62,16 +62,21 @@ def test_mixed_dtypes(mode: str) -> None:
     compare(wide_logvar)
 
 
-@pytest.mark.parametrize("mode", ["optimal", "per-image", "learned", "learned-channel"])
+SMALL_SIZES = [((1,), (1,), 1), ((17,), (3,), 3), ((1025,), (130,), 2), ((3, 5, 8, 8), (), 2)]
+LARGE_SIZES = [((3, 75, 150), (4, 9), 3), ((17000,), (3,), 9)]
+OF_SIZES = ["optimal", "per-image", "learned", "learned-channel"]
+by_two = "large samples in the two modes whose sigma is of the errors"
+
+
 @pytest.mark.parametrize(
-    ("data", "latent", "batch"),
+    ("mode", "data", "latent", "batch"),
     [
+        *(pytest.param(mode, *sizes, marks=pytest.mark.ptx) for mode in OF_SIZES for sizes in SMALL_SIZES),
         *(
-            pytest.param(*sizes, marks=pytest.mark.ptx)
-            for sizes in (((1,), (1,), 1), ((17,), (3,), 3), ((1025,), (130,), 2), ((3, 5, 8, 8), (), 2))
+            pytest.param(mode, *sizes, marks=implied(by_two, unless=mode in OF_SIZES[:2]))
+            for mode in OF_SIZES
+            for sizes in LARGE_SIZES
         ),
-        ((3, 75, 150), (4, 9), 3),
-        ((17000,), (3,), 9),
     ],
     ids=str,
 )
