@@ -39,6 +39,11 @@ _REASONS = {f"test_{stem}.py": reason for reason, stems in CHECK.items() for ste
 _LEFT_OUT = pytest.StashKey[Counter[tuple[str, str]]]()  # (tier, what)
 
 
+def together(name: str) -> pytest.MarkDecorator:
+    """The mark of tests that run in one process. A group with brackets in its name would be none for pytest-xdist."""
+    return pytest.mark.xdist_group(name.replace("[", " ").replace("]", ""))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--tier", choices=(*COMMANDS, "all"), help="which tests to run: see tests/tiers.py")
 
@@ -73,7 +78,7 @@ def select(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keeps the tests of the tier that is asked for; those of a file's MADE_ONCE in one process."""
     for item in items:
         if MADE_ONCE.intersection(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+            item.add_marker(together(item.path.stem))
     if config.option.tier == "all":
         return
     tiers = [(item, tier_of(item)) for item in items]
