@@ -63,15 +63,10 @@ def gpu_kernels_on_cpu() -> bool:
     return bool(backends.triton.runs_on_cpu()) or backends.cuda.device == "cpu"
 
 
-def gpu_kernels_as_other_code() -> bool:
-    """Whether that is not the code that a GPU runs: in Triton's interpreter, or as CPU code."""
-    return gpu_kernels_on_cpu() and backends.triton.runs_on_cpu() != "a driver for the CPU"
-
-
 def implied(by: str, unless: bool = False) -> Any:
-    """The mark of what follows from other tests where a GPU's kernels run as other code than a GPU's, if not `unless`.
-    `make check-release` runs it there, too."""
-    return () if unless else pytest.mark.implied(f"a GPU's kernels as other code: what is implied by {by}")
+    """The mark of what follows from other tests in Triton's interpreter, which is slow, if not `unless`. `make
+    check-release` runs it there, too."""
+    return () if unless else pytest.mark.implied(f"in Triton's interpreter, what is implied by {by}")
 
 
 def modes_for_operators() -> list[str]:

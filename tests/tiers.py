@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import gpu_kernels_as_other_code
+
+from fused_elbo import backends
 
 COMMANDS = {"test": "make test", "check": "make check", "release": "make check-release"}
 # Files whose tests all wait for `make check`, and why. `make test` does not even import them.
@@ -64,7 +65,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 def tier_of(item: pytest.Item) -> tuple[str, str]:
     """Its tier, and why it is no earlier one."""
-    if (mark := item.get_closest_marker("implied")) and gpu_kernels_as_other_code():
+    if (mark := item.get_closest_marker("implied")) and backends.triton.runs_on_cpu() == "its interpreter":
         return "release", mark.args[0]
     for tier in ("release", "check"):
         if mark := item.get_closest_marker(tier):
