@@ -9,7 +9,9 @@ PY := $(VENV)/bin/python
 # Tests run side by side, JOBS at a time, with one thread each: waiting threads would take the cores from each other.
 # What several tests share is made once (--dist loadgroup). For a debugger: ARGS="-n0 --pdb".
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --maxprocesses 8 --dist loadgroup
-PIP := $(PY) -m pip --disable-pip-version-check install
+PIP := $(PY) -m pip --disable-pip-version-check install --no-compile
+# What pip would do file after file, for half a minute: Python's bytecode. Some packages have files that do not compile.
+COMPILE := $(PY) -m compileall -qq -j 0 $(VENV)/lib || true
 PINS := $(VENV)/constraints.txt
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 CPP = $(shell find csrc bench -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
@@ -48,6 +50,7 @@ test-cuda: $(VENV)/.dev ## of `make check`: the CUDA kernels, as CPU code and, w
 check-release: $(VENV)/.dev ## what only a release needs: every GPU target's machine code, what examples train for minutes
 	@echo "== Running what a release needs: pytest --tier=release $(ARGS)"
 	@$(PYTEST) --tier=release $(ARGS)
+	@TRITON_INTERPRET=1 $(PYTEST) --tier=release $(ARGS)
 	@PYTHONPATH="tests:$$PYTHONPATH" $(PYTEST) -p cuda_plugin --tier=release $(ARGS)
 
 gpu-check: $(VENV)/.dev ## on a machine with a GPU: values, benchmark, tests, in a given time; ARGS="--budget 480", in seconds
@@ -93,6 +96,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	@$(PIP) -qq --no-deps -e .
 	@$(PY) .ci/requirements.py --extra examples --without triton > $(VENV)/examples.txt
 	@$(PIP) -qq --no-warn-conflicts -c $(PINS) -r $(VENV)/examples.txt # Triton is missed on purpose
+	@$(COMPILE)
 	@touch $@
 
 $(VENV)/.kernels: $(VENV)/.demo
@@ -103,6 +107,7 @@ $(VENV)/.kernels: $(VENV)/.demo
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	@echo "== Installing fused_elbo with the development tools (minutes, the first time)"
 	@$(PIP) -qq -c $(PINS) -e '.[dev]'
+	@$(COMPILE)
 	@touch $@
 
 # On Linux, PyPI's torch is a CUDA build of several gigabytes. Without a GPU, PyTorch's own index is asked as well:

@@ -80,23 +80,28 @@ class Subspace:
 
 
 def energy(decoder: Tensor, covariance: Tensor, gamma: float) -> float:
-    """The negative ELBO, in nats per sample, of data with that covariance, under the best encoder, which is affine.
+    """The negative ELBO, in nats per sample, of data with that covariance, under the best encoder, which is affine."""
+    return float(energies(decoder[None], covariance, gamma))
+
+
+def energies(decoders: Tensor, covariance: Tensor, gamma: float) -> Tensor:
+    """[N], of as many decoders [N, DIMS, LATENTS].
 
         ½ [ Σ_k log(1 + ‖w_k‖²/γ) + tr(C (WWᵀ + γI)⁻¹) + D log 2πγ ]
 
     The first sum is the price of the latents. The slope of a term in ‖w_k‖ reaches 1/√γ, at √γ: without bound as γ
     goes to 0, where the term becomes the cusp that keeps a superfluous latent at 0.
     """
-    marginal = decoder @ decoder.T + gamma * torch.eye(len(decoder), dtype=decoder.dtype)
-    price = torch.log1p(decoder.square().sum(0) / gamma).sum()
-    fit = torch.linalg.solve(marginal, covariance).trace()
-    return float(price + fit + len(decoder) * math.log(2 * math.pi * gamma)) / 2
+    dims = decoders.shape[1]
+    marginals = decoders @ decoders.mT + gamma * torch.eye(dims, dtype=decoders.dtype)
+    price = torch.log1p(decoders.square().sum(1) / gamma).sum(1)
+    fit = torch.linalg.solve(marginals, covariance.expand_as(marginals)).diagonal(dim1=1, dim2=2).sum(1)
+    return (price + fit + dims * math.log(2 * math.pi * gamma)) / 2
 
 
 def along(data: Subspace, direction: Tensor, positions: Tensor, gamma: float) -> Tensor:
     """The energy of W* + tV at these t, shifted and scaled to [0, 1]."""
-    values = [energy(data.decoder + t * direction, data.covariance, gamma) for t in positions.tolist()]
-    curve = torch.tensor(values, dtype=torch.float64)
+    curve = energies(data.decoder + positions[:, None, None] * direction, data.covariance, gamma)
     return (curve - curve.min()) / (curve.max() - curve.min())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -63,16 +63,23 @@ def gpu_kernels_on_cpu() -> bool:
     return bool(backends.triton.runs_on_cpu()) or backends.cuda.device == "cpu"
 
 
+def implied(by: str, unless: bool = False) -> Any:
+    """The mark of what follows from other tests in Triton's interpreter, which is slow, if not `unless`. `make
+    check-release` runs it there, too."""
+    return () if unless else pytest.mark.implied(f"in Triton's interpreter, what is implied by {by}")
+
+
 def modes_for_operators() -> list[str]:
     """For tests of what is around the kernels: all modes, or FEW where a GPU's kernels run on the CPU. (Tests of values
     and gradients go through all of them there, too.)"""
     return FEW if gpu_kernels_on_cpu() else list(MODES)
 
 
-def few_often() -> list[Any]:
-    """The same, of which `make test` takes FEW."""
-    others = pytest.mark.check("operators and compiled code in every mode")
-    return [pytest.param(mode, marks=() if mode in FEW else others) for mode in modes_for_operators()]
+def few_often(*, often: Sequence[str] = tuple(MODES)) -> list[Any]:
+    """The same, of which `make test` takes FEW, and `make check` those of `often`."""
+    what = "operators and compiled code in every mode"
+    others = {mode: pytest.mark.check(what) if mode in often else pytest.mark.release(what) for mode in MODES}
+    return [pytest.param(mode, marks=() if mode in FEW else others[mode]) for mode in modes_for_operators()]
 
 
 def allowed(mode: str, reduction: str) -> bool:

@@ -52,13 +52,14 @@ def pytest_report_collectionfinish() -> list[str]:
     return [f"backend {s.name}: {'ready, ' if s.ready else 'not here: '}{s.detail}" for s in backends.statuses()]
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist's own, in a worker, then finds the groups that tiers.py makes
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Where Triton runs on CPU tensors, only what runs on a backend, or is about Triton, is worth its time."""
-    tiers.select(config, items)
     if backends.triton.runs_on_cpu():
         keep = [i for i in items if i.get_closest_marker("triton") or "backend" in getattr(i, "fixturenames", ())]
         config.hook.pytest_deselected(items=[i for i in items if i not in keep])
         items[:] = keep
+    tiers.select(config, items)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

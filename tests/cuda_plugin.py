@@ -7,6 +7,7 @@ takes are spent in this run alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import cuda_shim
@@ -40,10 +41,12 @@ def pytest_configure(config: pytest.Config) -> None:
     backends.dispatched["cpu"] = "cuda"
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)  # before all others: tiers.py then counts what it leaves out of this run
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
     def kept(item: pytest.Item) -> bool:
         parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
         return parameters.get("backend") == "cuda" or item.get_closest_marker("cuda") is not None
 
     config.hook.pytest_deselected(items=[i for i in items if not kept(i)])
     items[:] = [i for i in items if kept(i)]
+    return (yield)

@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from fused_elbo import backends
+
 COMMANDS = {"test": "make test", "check": "make check", "release": "make check-release"}
 # Files whose tests all wait for `make check`, and why. `make test` does not even import them.
 CHECK = {
@@ -34,12 +36,15 @@ CHECK = {
     "the finding of mutants": ("mutant_patterns",),
     "compilers and exporters of transforms, all combinations": ("traced_inputs", "transforms"),
 }  # fmt: skip
-# In these files the tests of `quick`, a fixture that trains models for all of them, wait for a release: minutes each.
-TRAINED = ("calibrated_decoders", "learned_vs_fixed_sigma", "objective_slices", "sparse_representation")
 # Fixtures of a module that take so long that no second process should make them.
-MADE_ONCE = {"quick", "library", "expected"}
+MADE_ONCE = {"quick", "library", "expected", "built"}
 _REASONS = {f"test_{stem}.py": reason for reason, stems in CHECK.items() for stem in stems}
 _LEFT_OUT = pytest.StashKey[Counter[tuple[str, str]]]()  # (tier, what)
+
+
+def together(name: str) -> pytest.MarkDecorator:
+    """The mark of tests that run in one process. A group with brackets in its name would be none for pytest-xdist."""
+    return pytest.mark.xdist_group(name.replace("[", " ").replace("]", ""))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -62,8 +67,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 def tier_of(item: pytest.Item) -> tuple[str, str]:
     """Its tier, and why it is no earlier one."""
-    if "quick" in getattr(item, "fixturenames", ()) and item.path.stem.removeprefix("test_") in TRAINED:
-        return "release", "the claims of four examples, which train models for them"
+    if (mark := item.get_closest_marker("implied")) and backends.triton.runs_on_cpu() == "its interpreter":
+        return "release", mark.args[0]
     for tier in ("release", "check"):
         if mark := item.get_closest_marker(tier):
             return tier, mark.args[0]
@@ -76,7 +81,7 @@ def select(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keeps the tests of the tier that is asked for; those of a file's MADE_ONCE in one process."""
     for item in items:
         if MADE_ONCE.intersection(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+            item.add_marker(together(item.path.stem))
     if config.option.tier == "all":
         return
     tiers = [(item, tier_of(item)) for item in items]

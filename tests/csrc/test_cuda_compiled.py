@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from tiers import together
 
 if "cuda_plugin" not in sys.modules:
     pytest.skip("minutes of compiling, which `make test-cuda` takes", allow_module_level=True)
@@ -35,9 +36,7 @@ def for_each(rows: list[tuple[str, str, str]]) -> pytest.MarkDecorator:
     """`make check` compiles for one target, and fp16 is like bf16; each kernel in one process."""
     seldom = pytest.mark.release("the machine code of the CUDA kernels for every target and dtype")
     marked = [
-        pytest.param(
-            *row, marks=[pytest.mark.xdist_group(row[0]), *([] if row[2] == "sm_90" and row[1] != "fp16" else [seldom])]
-        )
+        pytest.param(*row, marks=[together(row[0]), *([] if row[2] == "sm_90" and row[1] != "fp16" else [seldom])])
         for row in rows
     ]
     return pytest.mark.parametrize(("kernel", "dtype", "target"), marked)

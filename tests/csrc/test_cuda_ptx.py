@@ -226,7 +226,7 @@ def test_latents_are_moved_128_bits_at_a_time(name: str, kernels: dict[str, Any]
     assert min(step.width[kernel] for kernel in ("stats", "grads", "step", "given", "image")) >= 0.9 * WIDEST
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100], ids="sm_{}".format)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_one_pass_in_any_order(arch: int, tmp_path: Path, pytestconfig: pytest.Config) -> None:
     """With two warps in a block: with sixteen, of which most wait in turns, the executor is at it for minutes."""
     few = 64

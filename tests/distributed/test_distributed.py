@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cases import Call, modes_for_operators
+from cases import FEW, Call, implied, modes_for_operators
 from ranks import ALL_MODES, SCALAR, SHARDS, Rank, of_mode
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -51,7 +51,11 @@ def test_group_of_one_is_no_group(mode: str, group: dist.ProcessGroup, backend: 
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("mode", ALL_MODES)
+OF_SHARDS = [*FEW, "beta-sample", "capacity-between"]
+by_few = "two shards in one mode for each way through the kernels"
+
+
+@pytest.mark.parametrize("mode", [pytest.param(m, marks=implied(by_few, unless=m in OF_SHARDS)) for m in ALL_MODES])
 def test_two_shards_in_one_process(mode: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On backends that the spawned processes do not have: what either shard sends is recorded, then added to the
     other's in place of the all-reduce."""

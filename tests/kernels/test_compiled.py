@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from tiers import together
 
 triton = pytest.importorskip("triton", reason="Triton is not installed (it is for Linux)")
 
@@ -66,7 +67,7 @@ def for_each_target(names: Iterable[str]) -> pytest.MarkDecorator:
 def for_each_kernel(*stages: str) -> pytest.MarkDecorator:
     """A kernel is compiled once for all that is asked of it: in one process."""
     names = [kernel for kernel in bench.KERNELS if kernel.startswith(stages)]
-    return pytest.mark.parametrize("kernel", [pytest.param(k, marks=pytest.mark.xdist_group(k)) for k in names])
+    return pytest.mark.parametrize("kernel", [pytest.param(k, marks=together(k)) for k in names])
 
 
 @for_each_dtype
@@ -160,9 +161,7 @@ def test_the_reading_of_machine_code() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize(
-    "kernel", [pytest.param(k, marks=pytest.mark.xdist_group(k)) for k in ("elbo_stats", "elbo_grads")]
-)
+@pytest.mark.parametrize("kernel", [pytest.param(k, marks=together(k)) for k in ("elbo_stats", "elbo_grads")])
 def test_the_committed_table_is_of_this_code(kernel: str, dtype: str) -> None:
     """A few of its rows, compiled anew: `python bench/proof/compiled.py --out bench/proof` writes them all."""
     folder = Path(bench.__file__).parent

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import REDUCTIONS, to
+from cases import REDUCTIONS, implied, to
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
@@ -133,6 +133,7 @@ def test_latents_are_read_where_they_lie() -> None:
         assert a.stride() == torch.empty_like(leaf).stride()
 
 
+@implied("the first derivatives of levels, and the second ones of the loss")
 @pytest.mark.usefixtures("backend")
 def test_first_and_second_derivatives() -> None:
     case = Hierarchy(torch.float64, batch=2, shapes=((2,), (1, 2), (3,)))

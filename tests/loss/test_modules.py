@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import Call
+from cases import Call, implied
 from stepwise import same
 from torch import Tensor
 
@@ -117,6 +117,7 @@ def test_without_momentum_evaluation_is_like_training() -> None:
     assert torch.equal(module(*call.tensors).sigma, module.eval()(*call.tensors).sigma)
 
 
+@implied("the gradients of log sigma, of which it takes 60 steps")
 @pytest.mark.parametrize("channels", [None, 3])
 def test_learned_sigma_finds_the_optimum(channels: int | None) -> None:
     """Gradient descent on log σ ends at ½ log MSE, of all or of each channel."""

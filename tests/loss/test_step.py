@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import MODES, REDUCTIONS, Call
+from cases import FEW, MODES, REDUCTIONS, Call, implied
 from stepwise import compare, same
 from torch import Tensor, nn
 
@@ -16,17 +16,34 @@ pytestmark = pytest.mark.usefixtures("backend")
 
 # -------------------------------------------------------------------------------------------------------- the numbers
 
+scaled = 'every mode with the mean over the batch, of which "sum" and "mean" are multiples, and few modes with these'
+
 
 @pytest.mark.ptx
-@pytest.mark.parametrize("mode", MODES)
-def test_equals_loss_backward(mode: str) -> None:
-    for reduction in REDUCTIONS[:3]:
+@pytest.mark.parametrize(
+    ("mode", "reductions"),
+    [
+        pytest.param(mode, reductions, marks=implied(scaled, unless=mode in FEW or reductions == REDUCTIONS[:1]))
+        for reductions in (REDUCTIONS[:1], REDUCTIONS[1:3])
+        for mode in MODES
+    ],
+    ids=str,
+)
+def test_equals_loss_backward(mode: str, reductions: tuple[str, ...]) -> None:
+    for reduction in reductions:
         compare(lambda reduction=reduction: Call(mode, reduction))
+
+
+OF_DTYPES = ["optimal", "per-image", "learned-image", "learned-pixel", "beta-sample", "prior"]
+by_some = "every dtype in three modes, one for each way to sigma"
 
 
 @pytest.mark.ptx
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("mode", ["optimal", "per-image", "learned-image", "learned-pixel", "beta-sample", "prior"])
+@pytest.mark.parametrize(
+    "mode",
+    [pytest.param(m, marks=implied(by_some, unless=m in ("optimal", "per-image", "learned-pixel"))) for m in OF_DTYPES],
+)
 def test_dtypes(mode: str, dtype: torch.dtype) -> None:
     compare(lambda: Call(mode, dtype=dtype))
 
@@ -45,16 +62,21 @@ def test_mixed_dtypes(mode: str) -> None:
     compare(wide_logvar)
 
 
-@pytest.mark.parametrize("mode", ["optimal", "per-image", "learned", "learned-channel"])
+SMALL_SIZES = [((1,), (1,), 1), ((17,), (3,), 3), ((1025,), (130,), 2), ((3, 5, 8, 8), (), 2)]
+LARGE_SIZES = [((3, 75, 150), (4, 9), 3), ((17000,), (3,), 9)]
+OF_SIZES = ["optimal", "per-image", "learned", "learned-channel"]
+by_two = "large samples in the two modes whose sigma is of the errors"
+
+
 @pytest.mark.parametrize(
-    ("data", "latent", "batch"),
+    ("mode", "data", "latent", "batch"),
     [
+        *(pytest.param(mode, *sizes, marks=pytest.mark.ptx) for mode in OF_SIZES for sizes in SMALL_SIZES),
         *(
-            pytest.param(*sizes, marks=pytest.mark.ptx)
-            for sizes in (((1,), (1,), 1), ((17,), (3,), 3), ((1025,), (130,), 2), ((3, 5, 8, 8), (), 2))
+            pytest.param(mode, *sizes, marks=implied(by_two, unless=mode in OF_SIZES[:2]))
+            for mode in OF_SIZES
+            for sizes in LARGE_SIZES
         ),
-        ((3, 75, 150), (4, 9), 3),
-        ((17000,), (3,), 9),
     ],
     ids=str,
 )
