@@ -176,6 +176,10 @@ def conditions(run: Record) -> str:
 # ---------------------------------------------------------------------------------------------------------------- pages
 
 
+def host_table(run: Record) -> str:
+    return f"{measured_on(run)}, Triton {run['versions']['triton']}.\n\n{table(HOST, run['results'])}"
+
+
 UNTIMED = "No kernel has been timed on a GPU. "  # stands before what is known without one
 
 
@@ -202,9 +206,7 @@ def results_page(
         "first_calls": table(FIRST_CALLS, compiled.records.values()) if compiled else "",
         "shares": table(SHARES, [(of, loss) for of in run.get("train_step") or () for loss in of["losses"]], left=3),
         "gpus": "\n\n".join(map(gpu_pages.results, on_gpus)),
-        "host": f"{measured_on(host)}, Triton {host['versions']['triton']}.\n\n{table(HOST, host['results'])}"
-        if host
-        else "",
+        "host": host_table(host) if host else "",
     }
     values["untimed"] = "" if values["gpus"] else UNTIMED
     return filled(TEMPLATE.read_text(encoding="utf-8"), values)
