@@ -104,6 +104,14 @@ class Launch:
         return not self._kernel.pre_run_hooks
 
 
+def at_most(registers: int) -> dict[str, int]:
+    """Returns Triton's option that limits the registers of a thread, for GPUs that know it. Left alone, ptxas may spill
+    some so that one program more fits on an SM."""
+    if triton.knobs.runtime.interpret or triton.runtime.driver.active.get_current_target().backend != "cuda":
+        return {}
+    return {"maxnreg": registers}
+
+
 P = TypeVar("P")
 _caches: list[Any] = []
 

@@ -17,7 +17,8 @@ from ._math import distortion, distortion_of_scaled, distortion_slope, exp, numb
 from ._plan import Launch, empty
 from .structs import Blocks, Layout, Options, constant
 
-BLOCK = 2048  # partial sums taken at a time: of more, a thread's would need registers that the passes want
+BLOCK = 512  # partial sums taken at a time: more of them need registers that the pass over the data wants
+FEW = 8192  # of more partial sums, four times as many are taken at a time
 
 
 @triton.jit
@@ -191,8 +192,10 @@ class EmptyOutputs:
 
 
 def blocks(batch: int, data: Tiles | None, latents: Tiles | None, per_sample: bool) -> Blocks:
-    cols = [1 if tiles is None else min(BLOCK, power_of_2(tiles.chunks)) for tiles in (data, latents)]
-    rows = max(1, min(BLOCK // max(cols), power_of_2(batch)))
+    chunks = [1 if tiles is None else tiles.chunks for tiles in (data, latents)]
+    most = BLOCK if batch * max(chunks) <= FEW else 4 * BLOCK
+    cols = [min(most, power_of_2(n)) for n in chunks]
+    rows = max(1, min(most // max(cols), power_of_2(batch)))
     return Blocks(*map(constant, (per_sample, rows, *cols)))
 
 

@@ -14,7 +14,7 @@ from ._elements import columns, difference, from_units, latents_at, log_sigma_at
 from ._grid import arrive
 from ._layout import Inputs, Tiles
 from ._math import at_least, kl, number, scaled_error, whole
-from ._plan import Launch, empty
+from ._plan import Launch, at_most, empty
 from .elbo_finalize import blocks, finalize
 from .structs import Layout, Partials
 
@@ -106,7 +106,8 @@ def elbo_stats(inputs: Inputs, layout: Layout, per_sample: bool) -> Launch:
     """A launch of (call, outputs, partials, counter)."""
     tiles = inputs.data_tiles, inputs.latent_tiles
     programs = sum(t.programs(inputs.batch) for t in tiles if t is not None)
+    registers = at_most(64) if inputs.log_sigma is not None and inputs.dtype != torch.float64 else {}
     return Launch(
         elbo_stats_kernel, programs, layout, blocks(inputs.batch, *tiles, per_sample),
-        num_warps=inputs.num_warps, enable_fp_fusion=False,
+        num_warps=inputs.num_warps, **registers, enable_fp_fusion=False,
     )  # fmt: skip

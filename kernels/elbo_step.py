@@ -25,7 +25,7 @@ from ._factors import BATCH, ELEMENT, IMAGE, factors
 from ._grid import arrive, grid_barrier, sum_of
 from ._layout import Inputs, Tiles, cdiv, power_of_2
 from ._math import whole
-from ._plan import Launch
+from ._plan import Launch, at_most
 from .elbo_finalize import BLOCK, blocks, finalize, row_sums
 from .elbo_grads import latent_gradients, scalar_gradients
 from .elbo_stats import latent_sums
@@ -188,10 +188,8 @@ def launch_options(cut: Cut) -> dict[str, Any]:
     if triton.knobs.runtime.interpret:
         return {}
     target = triton.runtime.driver.active.get_current_target()
-    options = {"num_warps": cut.threads // target.warp_size, "launch_cooperative_grid": cut.waits}
-    if target.backend == "cuda":  # left alone, ptxas spills some for 32 registers, so that two programs fit on an SM
-        options["maxnreg"] = 64
-    return options
+    warps = cut.threads // target.warp_size
+    return {"num_warps": warps, "launch_cooperative_grid": cut.waits, **at_most(64)}
 
 
 def elbo_step(inputs: Inputs, layout: Layout, cut: Cut) -> Launch:
