@@ -106,7 +106,9 @@ def elbo_stats(inputs: Inputs, layout: Layout, per_sample: bool) -> Launch:
     """A launch of (call, outputs, partials, counter)."""
     tiles = inputs.data_tiles, inputs.latent_tiles
     programs = sum(t.programs(inputs.batch) for t in tiles if t is not None)
-    registers = at_most(64) if inputs.log_sigma is not None and inputs.dtype != torch.float64 else {}
+    loops = any(t.per_chunk > 1 for t in tiles if t is not None)
+    limited = (inputs.log_sigma is not None or loops) and inputs.dtype != torch.float64
+    registers = at_most(64) if limited else {}
     return Launch(
         elbo_stats_kernel, programs, layout, blocks(inputs.batch, *tiles, per_sample),
         num_warps=inputs.num_warps, **registers, enable_fp_fusion=False,

@@ -248,10 +248,12 @@ def launch_of(kernel: str, dtype: str, target: str) -> Launch:
     return launches(case, dtype, target)[name]
 
 
-def big_bytes(kernel: str, dtype: str, target: str) -> int:
+def big_bytes(kernel: str, dtype: str, target: str, *, of_latents: bool = True) -> int:
     """What one pass through the code must read and write of recon, target, mu, logvar, …, in bytes of a thread."""
     batch, image, latents = SIZES.get(kernel.rstrip("]").partition("[")[2], USUAL)
-    elements = {batch * torch.Size(image).numel(): Data, batch * latents: Latents}
+    elements: dict[int, type] = {batch * torch.Size(image).numel(): Data}
+    if of_latents:
+        elements[batch * latents] = Latents
     return launch_of(kernel, dtype, target).bytes_per_thread(elements, TARGETS[target].warp_size)
 
 

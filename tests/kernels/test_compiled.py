@@ -87,11 +87,10 @@ def test_every_access_of_big_tensors_is_wide(kernel: str, target: str, dtype: st
     """The wide accesses move the bytes of one tile of each big tensor, no more and no less: so no part of any of them
     is left to narrow ones, or moved twice. What narrow ones there are, are as few as O(batch) values need."""
     code, _ = bench.compiled(kernel, dtype, target)
-    expected = bench.big_bytes(kernel, dtype, target)
     if target in NVIDIA:
-        assert sum(code.wide) == expected
-    else:  # loads of a loop's first turn may be written out ahead of it
-        assert sum(code.wide) >= expected
+        assert sum(code.wide) == bench.big_bytes(kernel, dtype, target)
+    else:  # loads of a loop's first turn may be written out ahead of it, and data and latents end in the same stores
+        assert sum(code.wide) >= bench.big_bytes(kernel, dtype, target, of_latents=False)
     launch = bench.launch_of(kernel, dtype, target)
     looked_up = launch.tile_elements(bench.Data) // (launch.kwargs["num_warps"] * 32) if "[channel]" in kernel else 0
     assert len(code.widths) - len(code.wide) <= NARROW[kernel.partition("[")[0]] + looked_up
