@@ -272,9 +272,10 @@ def keep(*folders: Path) -> None:
     KEPT.mkdir(exist_ok=True)
     for path in (path for folder in folders for path in gpu_pages.kept(folder)):
         record.write_json(record.read_json(path), KEPT / path.name)
-    for path in (folder / HOST_RUN for folder in folders if (folder / HOST_RUN).exists()):
-        record.write_json(record.read_json(path), KEPT / path.name)
-    if on_cpus := [folder for folder in folders if (folder / "results.json").exists()]:
+    of_hosts = [folder for folder in folders if (folder / HOST_RUN).exists()]
+    for folder in of_hosts:
+        record.write_json(record.read_json(folder / HOST_RUN), KEPT / HOST_RUN)
+    if on_cpus := [folder for folder in folders if not gpu_pages.kept(folder) and folder not in of_hosts]:
         keep_on_cpus(*on_cpus)
 
 

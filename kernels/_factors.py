@@ -36,6 +36,11 @@ def values_of(tensor, value, scalar, rows, call):
 
 
 @triton.jit
+def one_beta(call):
+    return value_of(call.tensors.beta, call.numbers.beta, call.batch.ACC)
+
+
+@triton.jit
 def betas(rows, call):
     return values_of(call.tensors.beta, call.numbers.beta, call.options.beta, rows, call)
 
@@ -74,9 +79,8 @@ def one_sigma(total, call):
 @triton.jit
 def capacity_gap(clamped_total, call):
     """Returns by how much the mean of the clamped KL exceeds the capacity."""
-    return clamped_total / number(call.batch.n, call.batch.ACC) - value_of(
-        call.tensors.capacity, call.numbers.capacity, call.batch.ACC
-    )
+    capacity = value_of(call.tensors.capacity, call.numbers.capacity, call.batch.ACC)
+    return clamped_total / number(call.batch.n, call.batch.ACC) - capacity
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from fused_elbo.call import Outputs
 from fused_elbo.sigma import Kind
 
 from ._elements import size
-from ._factors import ELEMENT, IMAGE, betas, capacity_gap, one_sigma, shared_sigma, sigma_of, value_of, values_of
+from ._factors import ELEMENT, IMAGE, betas, capacity_gap, one_beta, one_sigma, shared_sigma, sigma_of, values_of
 from ._layout import Inputs, Tiles, power_of_2
 from ._math import distortion, distortion_of_scaled, distortion_slope, exp, number, sigma_term, whole
 from ._plan import Launch, empty
@@ -22,12 +22,13 @@ FEW = 8192  # of more partial sums, four times as many are taken at a time
 
 
 @triton.jit
-def row_sums(partials, rows, batch, chunks, ROWS: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr):
+def row_sums(partials, rows, call, tiles, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Σ over the chunks of each row, in an order that only their number decides."""
-    total = tl.zeros((ROWS, COLS), ACC)
+    chunks = whole(tiles.chunks)
+    total = tl.zeros((ROWS, COLS), call.batch.ACC)
     for first in range(0, chunks, COLS):
         cols = first + tl.arange(0, COLS)
-        inside = (rows < batch)[:, None] & (cols < chunks)[None, :]
+        inside = (rows < size(call))[:, None] & (cols < chunks)[None, :]
         total += tl.load(partials + rows[:, None] * chunks + cols[None, :], inside, 0.0)
     return tl.sum(total, 1)
 
@@ -37,24 +38,12 @@ def sums_of(rows, call, partials, blocks):
     """Returns S, KL and clamped KL of a block of samples."""
     s, kl, clamped = zeros(call, blocks), zeros(call, blocks), zeros(call, blocks)
     if partials.s is not None:
-        s = row_sums(
-            partials.s, rows, size(call), whole(call.data.tiles.chunks), blocks.ROWS, blocks.DATA, call.batch.ACC
-        )
+        s = row_sums(partials.s, rows, call, call.data.tiles, blocks.ROWS, blocks.DATA)
     if partials.kl is not None:
-        kl = row_sums(
-            partials.kl, rows, size(call), whole(call.latents.tiles.chunks), blocks.ROWS, blocks.LATENT, call.batch.ACC
-        )
+        kl = row_sums(partials.kl, rows, call, call.latents.tiles, blocks.ROWS, blocks.LATENT)
         clamped = kl
         if partials.clamped is not None:
-            clamped = row_sums(
-                partials.clamped,
-                rows,
-                size(call),
-                whole(call.latents.tiles.chunks),
-                blocks.ROWS,
-                blocks.LATENT,
-                call.batch.ACC,
-            )
+            clamped = row_sums(partials.clamped, rows, call, call.latents.tiles, blocks.ROWS, blocks.LATENT)
     return s, kl, clamped
 
 
@@ -107,11 +96,7 @@ def finalize(call, partials, outputs, blocks):
         r = number(call.batch.scale, call.batch.ACC)
         if call.options.capacity.PRESENT is not None:
             gap = capacity_gap(clamped_total, call)
-            penalty = (
-                number(call.batch.n, call.batch.ACC)
-                * value_of(call.tensors.beta, call.numbers.beta, call.batch.ACC)
-                * tl.abs(gap)
-            )
+            penalty = number(call.batch.n, call.batch.ACC) * one_beta(call) * tl.abs(gap)
         tl.store(outputs.loss, r * distortion_total + r * penalty)
         tl.store(outputs.distortion, r * distortion_total)
         tl.store(outputs.rate, r * kl_total)
@@ -148,7 +133,7 @@ def batch_terms(total, clamped_total, call, partials, outputs):
         if partials.s is not None:
             nats = distortion(total, n, ls, inverse)
         tl.store(outputs.sigma, exp(ls))
-    return nats, value_of(call.tensors.beta, call.numbers.beta, call.batch.ACC) * clamped_total
+    return nats, one_beta(call) * clamped_total
 
 
 @triton.jit

@@ -41,10 +41,8 @@ def tile_of(pid, call):
     """(chunks, samples, columns, mask): a row of a tile is a chunk of a sample. Past the data all is masked."""
     chunks = pid * call.data.tiles.ROWS + tl.arange(0, call.data.tiles.ROWS)
     rows = chunks // whole(call.data.tiles.chunks)
-    cols = (
-        row_offsets(chunks % whole(call.data.tiles.chunks), call.data.tiles.COLS, call.batch.WIDE)
-        + tl.arange(0, call.data.tiles.COLS)[None, :]
-    )
+    first = row_offsets(chunks % whole(call.data.tiles.chunks), call.data.tiles.COLS, call.batch.WIDE)
+    cols = first + tl.arange(0, call.data.tiles.COLS)[None, :]
     length = from_units(call.data.tiles.length, call.data.tiles.VEC, call.batch.WIDE)
     return chunks, rows, cols, (rows < size(call))[:, None] & (cols < length)
 
@@ -63,9 +61,7 @@ def differences(pid, call, partials):
 def sums_of_samples(pid, call, partials, BLOCK: tl.constexpr):
     """S of each row's sample, from what all programs have written of it."""
     _, rows, _, _ = tile_of(pid, call)
-    return row_sums(
-        partials.s, rows, size(call), whole(call.data.tiles.chunks), call.data.tiles.ROWS, BLOCK, call.batch.ACC
-    )
+    return row_sums(partials.s, rows, call, call.data.tiles, call.data.tiles.ROWS, BLOCK)
 
 
 @triton.jit
@@ -73,10 +69,8 @@ def held_gradients(pid, e, sums, call, given, gradients):
     _, rows, cols, inside = tile_of(pid, call)
     own = factors(rows, sums, given, call)
     g = own.recon_scale[:, None] * e
-    g_at = (
-        row_offsets(rows, from_units(call.data.tiles.length, call.data.tiles.VEC, call.batch.WIDE), call.batch.WIDE)
-        + cols
-    )
+    length = from_units(call.data.tiles.length, call.data.tiles.VEC, call.batch.WIDE)
+    g_at = row_offsets(rows, length, call.batch.WIDE) + cols
     if gradients.recon is not None:
         tl.store(gradients.recon + g_at, g.to(gradients.recon.dtype.element_ty), inside)
     if gradients.target is not None:

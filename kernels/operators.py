@@ -7,6 +7,7 @@ which they can be walked, what is allocated, and the launches.
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +71,8 @@ class Written:
 
     def __init__(self, plan: Plan, mask: int) -> None:
         given, inputs = plan.given, plan.inputs
-        self.asked = [bool(mask >> i & 1) and given[i] is not None for i in range(len(Gradients._fields))]
+        asked = [bool(mask >> i & 1) and given[i] is not None for i in range(len(Gradients._fields))]
+        self.asked, self.places = Gradients._make(asked), [i for i, wanted in enumerate(asked) if wanted]
         self.device, self.absent = plan.device, empty((0,), torch.float32, plan.device)
         data, latents = inputs.recon, inputs.mu
         of_log_sigma = None if inputs.log_sigma is None else data  # else one value, or one for each sample
@@ -86,20 +88,20 @@ class Written:
                 elif not is_in_order(t, lead):
                     self.buffers[i] = (lead, t.dtype)
 
-    def empty(self, tensors: Tensors) -> tuple[list[Tensor | None], Gradients]:
+    def empty(self, tensors: Tensors) -> tuple[list[Any], Gradients]:
         """Returns the results, and what the kernels write: the same, but for buffers."""
-        results = [torch.empty_like(t) if asked else None for t, asked in zip(tensors, self.asked, strict=False)]
+        results: list[Any] = [None] * len(Gradients._fields)
+        for i in self.places:
+            results[i] = torch.empty_like(tensors[i])
         written = Gradients._make(results)
         if self.buffers:
             made = {Gradients._fields[i]: _layout.empty_in_order(*how, self.device) for i, how in self.buffers.items()}
             written = written._replace(**made)
         return results, written
 
-    def finish(self, results: list[Tensor | None], written: Gradients) -> Gradients:
+    def finish(self, results: list[Any], written: Gradients) -> Gradients:
         for i in self.buffers:
-            result = results[i]
-            assert result is not None
-            result.copy_(written[i].sum_to_size(result.shape))
+            results[i].copy_(written[i].sum_to_size(results[i].shape))
         return Gradients._make([self.absent() if g is None else g for g in results])
 
 
@@ -110,13 +112,13 @@ class Grads(Plan):
         inputs, (loss, distortion, rate) = self.inputs, map(on_meta, key.more[1:])
         given = GradOutputsLayout(*(Scalar.of(g, False) for g in (loss, distortion, rate)))
         self.written = Written(self, key.mask)
-        recon, target, mu, logvar, log_sigma, prior_mu, prior_logvar, beta = self.written.asked
-        element = inputs.log_sigma is not None
-        data = inputs.data_tiles if recon or target or (log_sigma and element) else None
-        latents = inputs.latent_tiles if mu or logvar or prior_mu or prior_logvar else None
+        asked, element = self.written.asked, inputs.log_sigma is not None
+        of_data = asked.recon or asked.target or (asked.log_sigma and element)
+        of_latents = asked.mu or asked.logvar or asked.prior_mu or asked.prior_logvar
+        data, latents = inputs.data_tiles if of_data else None, inputs.latent_tiles if of_latents else None
         layout = self.layout(data, latents, given)
         programs = sum(tiles.programs(inputs.batch) for tiles in (data, latents) if tiles is not None)
-        programs += beta or (log_sigma and not element)  # one for what is O(B)
+        programs += asked.beta or (asked.log_sigma and not element)  # one for what is O(B)
         self.launch = elbo_grads(inputs, layout, programs) if programs else None
         unequal = key.options.sigma_mode == Kind.BATCH and (is_unequal(loss) or is_unequal(distortion))
         self.shared_sigma_term = elbo_shared_sigma_term(inputs, layout) if unequal else None
