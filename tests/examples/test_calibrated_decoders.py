@@ -32,11 +32,7 @@ def read(out: Path) -> dict[str, Row]:
         return {row["decoder"]: row for row in csv.DictReader(file)}
 
 
-# They take as long as those of all other examples together, and after half of the training not all of them hold yet.
-TRAINED = pytest.mark.release("the claims of an example that trains 14 models for them")
-
-
-@pytest.fixture(scope="module", params=[pytest.param("quick", marks=TRAINED)])
+@pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The script as a user would try it, once for all claims below."""
     out = tmp_path_factory.mktemp("quick")
