@@ -16,14 +16,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 import providers
 import record
 import timing
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
+from offline import Offline
 from workloads import Case
 
 from fused_elbo import backends
@@ -35,40 +34,9 @@ NAMES = (*OURS, ONE_LINER, "one_liner_compiled", "stock", "stock_compiled")
 ROUNDS = 100
 
 
-class NoGpu:
-    """A driver of Triton for a GPU that is not there: its compiler runs, and its launches do nothing."""
-
-    def __init__(self) -> None:
-        self.utils = self
-
-    def launcher_cls(self, source: object, metadata: object) -> Any:
-        return lambda *arguments: None
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"multiprocessor_count": 132, "max_shared_mem": 232448}  # an H100's
-
-    def load_binary(self, *binary: object) -> tuple[int, ...]:
-        return (1, 1, 0, 0, 1024)  # module, function, registers, spills, threads
-
-    def unload_module(self, module: object) -> None:
-        pass
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-
 def serve_by_triton() -> None:
     """For the rest of the process."""
-    triton.runtime.driver.set_active(NoGpu())
+    triton.runtime.driver.set_active(Offline())
     elbo.register(backends.triton.operators(), "CPU")
     backends.dispatched["cpu"] = "triton"
 

@@ -239,7 +239,8 @@ def readme_table(run: Record) -> str:
 def measured_on(run: Record) -> str:
     machine, settings = run["machine"], run["settings"]
     cpu = f"{machine['processor']} ({machine['cores']} cores, {run['flags']['instruction_set']})"
-    where = machine["gpu"] or f"{settings['threads']} threads of {cpu}"
+    threads = settings["threads"]
+    where = machine["gpu"] or f"{threads} {'thread' if threads == 1 else 'threads'} of {cpu}"
     return f"Medians of {settings['rounds']} or more interleaved rounds on {where}, torch {run['versions']['torch']}"
 
 

@@ -133,9 +133,9 @@ def unit(walked: Sequence[Tensor]) -> int:
 class Tiles:
     """Samples cut into tiles of rows × cols elements: several short samples share a tile, a long one has many.
 
-    Triton knows of an integer argument only whether 16 divides it. So lengths and strides are passed in units of `vec`
-    elements, and multiplied back in the kernel: it then knows that rows start on multiples of vec, and keeps its loads
-    128 bits wide for lengths that are multiples of 4 or 8 too.
+    Lengths and strides are passed in units of `vec` elements, and multiplied back in the kernel: Triton then knows that
+    rows start on multiples of vec, and keeps its loads 128 bits wide. Of the numbers themselves it knows nothing
+    (`structs.whole`), so that one kernel serves them all.
     """
 
     length: int  # of a sample, in units of vec

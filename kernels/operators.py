@@ -36,7 +36,7 @@ class Plan:
         tensors = _layout.ordered(given, key.options)
         pairs = [(a, b) for a, b in zip(given, tensors, strict=True) if a is not None and b is not None]
         self.copies = any(a.shape != b.shape or a.stride() != b.stride() for a, b in pairs)
-        self.given, self.tensors, self.kinds, self.device = given, tensors, key.options, key.device
+        self.given, self.kinds, self.device = given, key.options, key.device
         self.inputs, self.options = Inputs(tensors, key.options), Options.of(tensors, key.options)
         self.dtype, self.per_sample = self.inputs.dtype, key.options.reduction == NONE
 

@@ -32,7 +32,7 @@ import contextlib
 import csv
 import functools
 import io
-import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -43,6 +43,10 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import MockTensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from machine_code import WIDE, Code, read_amdgcn, read_sass, threads_per_sm
+from offline import Offline, active
 
 from fused_elbo import backend, decoupled_elbo, decoupled_elbo_backward
 from fused_elbo.kernels import _plan, elbo_finalize, elbo_grads, elbo_stats, elbo_step
@@ -81,45 +85,11 @@ SIZES = {
 }  # batch, image, latents
 USUAL = (64, (3, 64, 64), 128)
 SMS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}  # of A100, H100, B200 and MI300X
-SM_REGISTERS, SM_THREADS = 65536, 2048  # of sm_80, sm_90 and sm_100 alike
-WIDE = 16  # bytes
 
 
-class Offline:
-    """A driver of Triton that knows its target and no more; Triton keeps what it compiled per `device`."""
-
-    def __init__(self, name: str) -> None:
-        self.target, self.device = TARGETS[name], 1000 + list(TARGETS).index(name)
-        self.utils, self.sms = self, SMS[name]
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"multiprocessor_count": self.sms}
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return self.device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-
-@contextlib.contextmanager
-def offline(target: str) -> Iterator[None]:
-    driver = triton.runtime.driver
-    try:
-        previous = driver.active
-    except RuntimeError:  # there is no GPU
-        previous = None
-    driver.set_active(Offline(target))
-    try:
-        yield
-    finally:
-        driver.set_active(previous)
+def offline(name: str) -> contextlib.AbstractContextManager[None]:
+    """A driver for a target."""
+    return active(Offline(TARGETS[name], SMS[name], 1000 + list(TARGETS).index(name)))
 
 
 # ---------------------------------------------------------------------------------------------------------- launches
@@ -260,62 +230,6 @@ def big_bytes(kernel: str, dtype: str, target: str, *, of_latents: bool = True) 
 # ---------------------------------------------------------------------------------------------------- machine code
 
 
-@dataclass(frozen=True)
-class Code:
-    """What can be read from a kernel's assembly."""
-
-    registers: int
-    spill_bytes: int
-    instructions: int
-    widths: list[int]  # of every global access, in bytes
-    in_flight: int | None  # bytes of a thread
-
-    @property
-    def wide(self) -> list[int]:
-        return [w for w in self.widths if w >= WIDE]
-
-
-def sass_width(opcode: str) -> int:
-    """LDG.E.128 -> 16, LDG.E.U16 -> 2, LDG.E -> 4."""
-    bits = [int(m) for m in re.findall(r"\.[US]?(8|16|64|128|256)\b", opcode)]
-    return bits[-1] // 8 if bits else 4
-
-
-def read_sass(sass: str, log: str) -> Code:
-    lines = [line.partition("\t")[2] for line in sass.splitlines()]
-    instructions = [line for line in lines if line and not line.startswith("NOP")]
-    widths, pending, asked, most = [], set(), 0, 0
-    for instruction in instructions:
-        access = re.search(r"\b(LDG|STG)[.\w]* ", instruction)
-        loads = re.search(r"\bLDG[.\w]* R(\d+)", instruction)
-        used = {int(r) for r in re.findall(r"\bR(\d+)", instruction)}
-        if access:
-            widths.append(sass_width(access[0].strip()))
-        if not loads and used & pending:
-            pending, asked = set(), 0
-        if loads:
-            first, width = int(loads[1]), widths[-1]
-            pending |= set(range(first, first + max(1, width // 4)))
-            asked += width
-            most = max(most, asked)
-    registers = int(re.findall(r"Used (\d+) registers", log)[0])
-    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
-    return Code(registers, spills, len(instructions), widths, most)
-
-
-def read_amdgcn(assembly: str) -> Code:
-    instructions = re.findall(r"^\t([a-z]\w+)\b(?!:)", assembly, re.MULTILINE)
-    widths = []
-    for name in instructions:
-        if access := re.match(r"(?:global|buffer|flat)_(?:load|store)_[us]?(byte|short|dword)(?:x(\d))?", name):
-            widths.append({"byte": 1, "short": 2, "dword": 4}[access[1]] * int(access[2] or 1))
-
-    def entry(name: str) -> int:
-        return int(re.findall(rf"^ *\.{name}: *(\d+)", assembly, re.MULTILINE)[0])
-
-    return Code(entry("vgpr_count"), entry("private_segment_fixed_size"), len(instructions), widths, None)
-
-
 _logs: dict[str, str] = {}  # of ptxas, which speaks only when it compiles
 
 
@@ -330,12 +244,6 @@ def compiled(kernel: str, dtype: str, target: str) -> tuple[Code, int]:
     if TARGETS[target].backend == "hip":
         return read_amdgcn(binary.asm["amdgcn"]), binary.metadata.shared
     return read_sass(binary.asm["sass"], _logs.setdefault(binary.hash, log.getvalue())), binary.metadata.shared
-
-
-def threads_per_sm(registers: int, num_warps: int) -> int:
-    """Registers are given to warps in units of 8 a thread; no kernel here has the shared memory to be limited by it."""
-    threads = 32 * num_warps
-    return threads * min(SM_REGISTERS // (threads * -(-registers // 8) * 8), SM_THREADS // threads)
 
 
 # ----------------------------------------------------------------------------------------------------------- table

@@ -30,7 +30,8 @@ from pathlib import Path
 
 import torch
 import triton
-from compiled import WIDE, Code, Row, read_sass, threads_per_sm
+from compiled import Row
+from machine_code import WIDE, Code, read_sass, threads_per_sm
 
 from fused_elbo import csrc
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
+import importlib
 import re
 import sys
 from collections.abc import Iterable
@@ -14,17 +14,15 @@ import pytest
 from tiers import together
 
 triton = pytest.importorskip("triton", reason="Triton is not installed (it is for Linux)")
+PROOF = Path(__file__).parents[2] / "bench" / "proof"
 
 
-def load() -> ModuleType:
-    path = Path(__file__).parents[2] / "bench" / "proof" / "compiled.py"
-    spec = importlib.util.spec_from_file_location("bench_compiled", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def load(name: str) -> ModuleType:
+    sys.path.insert(0, str(PROOF))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(PROOF))
 
 
 def missing() -> str | None:
@@ -44,7 +42,7 @@ def missing() -> str | None:
 if reason := missing():
     pytest.skip(reason, allow_module_level=True)
 
-bench = load()
+bench, machine_code = load("compiled"), load("machine_code")
 NVIDIA = [name for name, target in bench.TARGETS.items() if target.backend == "cuda"]
 
 # What the code may read and write a value at a time, for it is O(batch). elbo_stats writes a partial sum of S and one
@@ -103,7 +101,7 @@ def test_occupancy(kernel: str, target: str, dtype: str) -> None:
     launch, row = bench.launch_of(kernel, dtype, target), bench.row(kernel, dtype, target)
     warps = launch.kwargs["num_warps"]
     assert warps == 8
-    assert bench.threads_per_sm(row.registers, warps) >= BLOCKS_PER_SM * warps * 32
+    assert machine_code.threads_per_sm(row.registers, warps) >= BLOCKS_PER_SM * warps * 32
     # Of a reduction: no tile goes through shared memory to be stored. But the fp32 gradients of a broadcast log σ,
     # beside half-precision data, are laid out anew for it, and by Triton 3.6 beside any, which leaves the blocks room.
     before = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
@@ -118,7 +116,7 @@ def test_a_program_of_the_step_fits_on_every_sm(kernel: str, target: str, dtype:
     """Its launcher counts on one for each SM; programs that wait for one another hang if one is missing."""
     launch, row = bench.launch_of(kernel, dtype, target), bench.row(kernel, dtype, target)
     warps = launch.kwargs["num_warps"]
-    assert bench.threads_per_sm(row.registers, warps) >= warps * 32
+    assert machine_code.threads_per_sm(row.registers, warps) >= warps * 32
     assert row.shared_bytes <= 1024
     code, _ = bench.compiled(kernel, dtype, target)
     # With four latents of a prior at a time: with eight, which take 128 bits in half precision, registers spill.
@@ -127,10 +125,10 @@ def test_a_program_of_the_step_fits_on_every_sm(kernel: str, target: str, dtype:
 
 
 def test_the_threads_that_registers_allow() -> None:
-    assert bench.threads_per_sm(32, 8) == 2048
-    assert bench.threads_per_sm(33, 8) == 1536
-    assert bench.threads_per_sm(128, 8) == 512
-    assert bench.threads_per_sm(129, 8) == 256
+    assert machine_code.threads_per_sm(32, 8) == 2048
+    assert machine_code.threads_per_sm(33, 8) == 1536
+    assert machine_code.threads_per_sm(128, 8) == 512
+    assert machine_code.threads_per_sm(129, 8) == 256
 
 
 def test_the_reading_of_machine_code() -> None:
@@ -147,14 +145,16 @@ def test_the_reading_of_machine_code() -> None:
             "NOP;",
         )
     )
-    code = bench.read_sass(sass, "Used 40 registers\n0 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads")
+    code = machine_code.read_sass(
+        sass, "Used 40 registers\n0 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads"
+    )
     assert (code.registers, code.spill_bytes, code.instructions) == (40, 20, 6)
     assert (code.widths, code.in_flight) == ([16, 2, 4, 8, 16], 22)
-    assert bench.sass_width("LDG.E.ENL2.256") == 32
+    assert machine_code.sass_width("LDG.E.ENL2.256") == 32
 
     amdgcn = "\tbuffer_load_dwordx4 v[0:3], v1\n\tglobal_load_ushort v1, v2\n\tbuffer_store_dword v1, v2\n\ts_endpgm\n"
     notes = "    .private_segment_fixed_size: 4\n    .vgpr_count:     56\n"
-    code = bench.read_amdgcn(f"kernel:\n{amdgcn}\t.section x\n{notes}")
+    code = machine_code.read_amdgcn(f"kernel:\n{amdgcn}\t.section x\n{notes}")
     assert (code.registers, code.spill_bytes, code.instructions) == (56, 4, 4)
     assert (code.widths, code.in_flight) == ([16, 2, 4], None)
 
