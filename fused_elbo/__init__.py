@@ -7,12 +7,13 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import sigma
+from . import rate, sigma
 from .backends import backend
 from .backends.cpp import empty_cache
 from .errors import BackendUnavailable
-from .functional import ELBO, decoupled_elbo, decoupled_elbo_backward, gaussian_kl, gaussian_nll
+from .functional import ELBO, decoder_nll, decoupled_elbo, decoupled_elbo_backward, gaussian_kl, gaussian_nll
 from .modules import DecoupledELBO, LearnedSigmaELBO
+from .rate import Capacity, FreeNats
 
 try:
     __version__ = version("fused-elbo")
@@ -22,13 +23,17 @@ except PackageNotFoundError:  # run from a source tree that is not installed
 __all__ = [
     "ELBO",
     "BackendUnavailable",
+    "Capacity",
     "DecoupledELBO",
+    "FreeNats",
     "LearnedSigmaELBO",
     "backend",
+    "decoder_nll",
     "decoupled_elbo",
     "decoupled_elbo_backward",
     "empty_cache",
     "gaussian_kl",
     "gaussian_nll",
+    "rate",
     "sigma",
 ]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, tracing
+from . import checks, dispatch, likelihood, rate, tracing
 from . import sigma as modes
 from .call import Options, Tensors, compute_dtype
 from .sigma import Kind, Optimal
@@ -29,18 +29,16 @@ class Sigma(NamedTuple):
 def elbo(recon: Tensor, target: Tensor, mu: Tensor, logvar: Tensor, options: Mapping[str, Any]) -> Call:
     """The call that `decoupled_elbo` means."""
     may_be_empty = options["process_group"] is not None
-    checks.pair("recon", recon, "target", target, may_be_empty)
+    checks.data(recon, target, may_be_empty)
     checks.pair("mu", mu, "logvar", logvar, may_be_empty)
     checks.same_batch(recon, mu)
-    checks.weight(options["beta"], mu.shape[0], recon)
-    if options["capacity"] is not None:
-        checks.capacity(options["capacity"], options["beta"], options["reduction"], recon)
+    checks.beta(options["beta"], mu.shape[0], recon)
     sigma = resolve_sigma((recon, target, mu, logvar), options)
     return _pack(recon, target, _one_dtype(mu, logvar, options["prior"]), sigma, options)
 
 
 def nll(recon: Tensor, target: Tensor, options: Mapping[str, Any]) -> Call:
-    checks.pair("recon", recon, "target", target, options["process_group"] is not None)
+    checks.data(recon, target, options["process_group"] is not None)
     return _pack(recon, target, (None,) * 4, resolve_sigma((recon, target), options), options)
 
 
@@ -102,20 +100,66 @@ def _pack(
     sigma: Sigma,
     options: Mapping[str, Any],
 ) -> Call:
-    """With beta, capacity and the options that are numbers."""
+    """With all that is neither data nor latents nor σ."""
     mu, logvar, prior_mu, prior_logvar = latents
+    like = mu if recon is None else recon
+    assert like is not None
     reduction, numbers = checks.reduction(options["reduction"]), checks.numbers(options)
-    dispatch.check_served(mu if recon is None else recon)  # type: ignore[arg-type]
+    limit_mode, limit = _limit(options, like)
+    exponent, activation = likelihood.exponent(options["likelihood"]), likelihood.activation(options["activation"])
+    checks.flag("constant", options["constant"])
+    target_low, target_high = checks.ascending("target_range", options["target_range"])
+    logvar_range = options["logvar_range"]
+    logvar_range = (None, None) if logvar_range is None else checks.ascending("logvar_range", logvar_range)
+    weight, extra_error = _of_elements(recon, sigma, options)
+    dispatch.check_served(like)
     beta, beta_value = _scalar(options["beta"], recon, target, mu, logvar)
-    capacity, capacity_value = _scalar(options["capacity"], recon, target, mu, logvar)
-    tensors = Tensors(recon, target, mu, logvar, sigma.log_sigma, prior_mu, prior_logvar, beta, capacity)
+    limit, limit_value = _scalar(limit, recon, target, mu, logvar)
+    tensors = Tensors(
+        recon, target, mu, logvar, sigma.log_sigma, prior_mu, prior_logvar, beta, extra_error, limit, weight
+    )
     values = (
+        exponent, activation, options["constant"], target_low, target_high,
         int(sigma.mode), sigma.softclip, sigma.log_sigma_value, *numbers,
         1.0 if beta_value is None else float(beta_value),
-        None if capacity_value is None else float(capacity_value),
+        limit_mode, 0.0 if limit_value is None else float(limit_value), *logvar_range,
         reduction,
     )  # fmt: skip
     return tensors, Options._make(values)
+
+
+def _limit(options: Mapping[str, Any], like: Tensor) -> tuple[int, Any]:
+    """(a rate.Kind, its nats)"""
+    limit = checks.limit(options["limit"], options["capacity"])
+    if limit is None:
+        return 0, None
+    kind = rate.kind_of(limit)
+    called = "capacity" if options["limit"] is None else "limit"
+    checks.nats(called, limit.nats, like)
+    if rate.of_batch(kind):
+        checks.of_batch(called, options["beta"], options["reduction"])
+    return int(kind), limit.nats
+
+
+def _of_elements(
+    recon: Tensor | None, sigma: Sigma, options: Mapping[str, Any]
+) -> tuple[Tensor | None, Tensor | None]:
+    """(weight, extra_error), as the operators take them."""
+    weight, extra_error = options["weight"], options["extra_error"]
+    if recon is None or (weight is None and extra_error is None):
+        return None, None
+    if weight is not None:
+        checks.element_weight(weight, recon)
+        weight = weight.reshape((1,) * (recon.dim() - weight.dim()) + tuple(weight.shape))
+    if extra_error is not None:
+        checks.extra_error(extra_error, recon)
+        if sigma.mode == Kind.ELEMENT:
+            shown = checks.shape(options["log_sigma"])
+            raise ValueError(
+                "extra_error: has no scale of its own where σ varies inside a sample, got a log_sigma of shape "
+                f"{shown}; add it to the loss, with the weight that it is to have"
+            )
+    return weight, extra_error
 
 
 def _scalar(value: Any, *like: Tensor | None) -> tuple[Tensor | None, Any]:

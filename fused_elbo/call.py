@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, get_type_hints
 import torch
 from torch import Tensor
 
+from . import rate
+from .likelihood import Activation
 from .sigma import Kind
 
 REDUCTIONS = ("batchmean", "sum", "mean", "none")  # an operator's `reduction` is the index
@@ -21,18 +23,20 @@ BATCHMEAN, SUM, MEAN, NONE = range(4)
 class Tensors(NamedTuple):
     """The tensors of a call. recon and target, or mu and logvar, may be absent together, and both priors.
 
-    log_sigma, beta and capacity count where they are present; where they are None, the number in `Options` does.
+    log_sigma, beta and limit count where they are present; where they are None, the number in `Options` does.
     """
 
     recon: Tensor | None = None
-    target: Tensor | None = None
+    target: Tensor | None = None  # uint8 too: see target_low
     mu: Tensor | None = None
     logvar: Tensor | None = None
     log_sigma: Tensor | None = None  # (), (B,), or of recon's rank where σ varies inside a sample (Kind.ELEMENT)
     prior_mu: Tensor | None = None
     prior_logvar: Tensor | None = None
     beta: Tensor | None = None  # () or (B,)
-    capacity: Tensor | None = None  # ()
+    extra_error: Tensor | None = None  # () or (B,): added to a sample's A
+    limit: Tensor | None = None  # ()
+    weight: Tensor | None = None  # of each element, of recon's rank: bool or floating
 
 
 LATENTS = ("mu", "logvar", "prior_mu", "prior_logvar")  # the fields of one level, and their order in lists of levels
@@ -41,13 +45,21 @@ LATENTS = ("mu", "logvar", "prior_mu", "prior_logvar")  # the fields of one leve
 class Options(NamedTuple):
     """The plain values of a call."""
 
+    exponent: int = 2  # q of the likelihood: 2 Gaussian, 1 Laplace
+    activation: int = int(Activation.NONE)  # a likelihood.Activation
+    constant: bool = True  # whether log 2π, or log 2, is part of the distortion
+    target_low: float = 0.0  # what 0 and 255 of a target of dtype uint8 mean
+    target_high: float = 1.0
     sigma_mode: int = int(Kind.GIVEN)  # a sigma.Kind
     softclip: bool = False
     log_sigma_value: float = 0.0
     min_log_sigma: float = 0.0
     free_bits: float = 0.0
     beta_value: float = 1.0
-    capacity_value: float | None = None
+    limit_mode: int = int(rate.Kind.NONE)
+    limit_value: float = 0.0
+    logvar_min: float | None = None  # logvar is clamped to these; both, or neither
+    logvar_max: float | None = None
     reduction: int = BATCHMEAN
 
 
@@ -58,7 +70,8 @@ class Outputs(NamedTuple):
     distortion: Tensor
     rate: Tensor
     sigma: Tensor  # (0,) where σ varies inside a sample
-    stats: Tensor  # [3, B + 1]: S_i, KL_i, Σ_k max(KL_ik, free_bits); the last column has their sums over the batch
+    stats: Tensor  # [3, B + 1]: A_i, KL_i, Σ_k max(KL_ik, free_bits); the last column has their sums over the batch.
+    # With weights [4, B + 1]: n_i, their sum, besides.
 
 
 class GradOutputs(NamedTuple):
@@ -70,7 +83,7 @@ class GradOutputs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """The gradients that go out, of the first eight tensors and in their order; bit i of a mask asks for the i-th.
+    """The gradients that go out, of the first nine tensors and in their order; bit i of a mask asks for the i-th.
 
     Each has its tensor's dtype and the strides of `torch.empty_like`; what the mask does not ask for has shape (0,).
     """
@@ -83,6 +96,7 @@ class Gradients(NamedTuple):
     prior_mu: Any
     prior_logvar: Any
     beta: Any
+    extra_error: Any
 
 
 def first(tensors: Tensors) -> Tensor:
@@ -97,8 +111,8 @@ def element_sigma(tensors: Tensors, options: Options) -> Tensor | None:
     return tensors.log_sigma if options.sigma_mode == Kind.ELEMENT else None
 
 
-def has_capacity(tensors: Tensors, options: Options) -> bool:
-    return tensors.capacity is not None or options.capacity_value is not None
+def stats_rows(tensors: Tensors) -> int:
+    return 3 if tensors.weight is None else 4
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -108,8 +122,8 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 def mask_of(wanted: Any) -> int:
     """The bits of the gradients that are wanted, of as many bools as `Gradients` has fields (or more)."""
-    a, b, c, d, e, f, g, h, *_ = wanted
-    return a | b << 1 | c << 2 | d << 3 | e << 4 | f << 5 | g << 6 | h << 7
+    a, b, c, d, e, f, g, h, i, *_ = wanted
+    return a | b << 1 | c << 2 | d << 3 | e << 4 | f << 5 | g << 6 | h << 7 | i << 8
 
 
 def masked(values: Gradients, mask: int, make: Callable[[Any], Tensor], device_of: Tensor) -> Gradients:

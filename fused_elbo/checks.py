@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import tracing
+from . import likelihood, tracing
 from .call import REDUCTIONS
 from .options import NUMBERS
+from .rate import Capacity, FreeNats
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -30,13 +31,17 @@ def shape(t: Tensor) -> tuple[int, ...]:
     return tuple(t.shape)
 
 
-def tensor(name: str, value: object, like: Tensor | None = None, called: str = "recon") -> None:
-    """A floating-point tensor, on the device of `like`, which the user knows as `called`."""
+def tensor(
+    name: str, value: object, like: Tensor | None = None, called: str = "recon", besides: torch.dtype | None = None
+) -> None:
+    """A floating-point tensor, or one of another dtype, on the device of `like`, which the user knows as `called`."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-    if value.dtype not in DTYPES:
+    if value.dtype not in DTYPES and value.dtype != besides:
+        dtypes = "float32, float64, bfloat16 or float16"
+        expected = dtypes if besides is None else f"{dtypes.replace(' or ', ', ')} or {str(besides)[6:]}"
         hint = "; scale images to [0, 1] first: x.float() / 255" if value.dtype == torch.uint8 else ""
-        raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {value.dtype}{hint}")
+        raise TypeError(f"{name}: expected {expected}, got {value.dtype}{hint}")
     if value.is_nested:  # of either layout; before the layout, for to_dense() knows no jagged one
         advice = f"use torch.nested.to_padded_tensor({name}, 0.0), of which the padding counts as data"
         raise TypeError(f"{name}: expected a dense tensor, got a nested one, of layout {value.layout}; {advice}")
@@ -46,10 +51,17 @@ def tensor(name: str, value: object, like: Tensor | None = None, called: str = "
         raise ValueError(f"{name}: on {value.device}, but {called} is on {like.device}")
 
 
-def pair(name_a: str, a: Tensor, name_b: str, b: Tensor, may_be_empty: bool = False) -> None:
+def data(recon: Tensor, target: Tensor, may_be_empty: bool = False) -> None:
+    """A pair, of which the target may be of bytes."""
+    pair("recon", recon, "target", target, may_be_empty, besides=torch.uint8)
+
+
+def pair(
+    name_a: str, a: Tensor, name_b: str, b: Tensor, may_be_empty: bool = False, besides: torch.dtype | None = None
+) -> None:
     """Two tensors of one shape (B, …), with everything after B at least 1, and B too unless it may be empty."""
     tensor(name_a, a)
-    tensor(name_b, b, like=a, called=name_a)
+    tensor(name_b, b, like=a, called=name_a, besides=besides)
     if a.shape != b.shape:
         raise ValueError(f"{name_a} and {name_b} must have the same shape, got {shape(a)} and {shape(b)}")
     if a.dim() == 0:
@@ -79,7 +91,48 @@ def number(name: str, value: object, minimum: float = -MAX, maximum: float = MAX
         raise ValueError(f"{name}: expected a finite number{least}{most}, got {value!r}")
 
 
-def weight(value: object, batch: int, like: Tensor) -> None:
+def flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
+def ascending(name: str, value: object) -> tuple[float, float]:
+    """Two finite numbers, the first one below the second."""
+    if not (isinstance(value, (tuple, list)) and len(value) == 2):
+        raise TypeError(f"{name}: expected a pair of numbers, got {value!r}")
+    low, high = value
+    number(f"{name}[0]", low)
+    number(f"{name}[1]", high)
+    if not low < high:
+        raise ValueError(f"{name}: expected the least value before the greatest, got {value!r}")
+    return float(low), float(high)
+
+
+def element_weight(value: object, recon: Tensor) -> None:
+    """A mask or weights of elements, of a shape that broadcasts against recon."""
+    tensor("weight", value, recon, besides=torch.bool)
+    assert isinstance(value, Tensor)
+    if not _broadcasts(value, recon):
+        raise ValueError(f"weight: shape {shape(value)} does not broadcast to recon's {shape(recon)}")
+    if tracing.requires_grad(value):
+        raise ValueError("weight: has no gradient here; pass weight.detach()")
+
+
+def _broadcasts(value: Tensor, to: Tensor) -> bool:
+    return value.dim() <= to.dim() and all(
+        a in (1, b) for a, b in zip(reversed(value.shape), reversed(to.shape), strict=False)
+    )
+
+
+def extra_error(value: object, recon: Tensor) -> None:
+    tensor("extra_error", value, recon)
+    assert isinstance(value, Tensor)
+    if value.dim() > 0 and value.shape != (recon.shape[0],):
+        batch = recon.shape[0]
+        raise ValueError(f"extra_error: expected shape () or ({batch},), one per sample, got shape {shape(value)}")
+
+
+def beta(value: object, batch: int, like: Tensor) -> None:
     """β: a number, a 0-d tensor or one value per sample."""
     if isinstance(value, Tensor):
         tensor("beta", value, like)
@@ -103,26 +156,49 @@ def configuration(given: Mapping[str, object]) -> None:
     for name in ("beta", "capacity"):
         if given[name] is not None and not isinstance(given[name], Tensor):
             number(name, given[name], 0)
+    limit(given["limit"], given["capacity"])
+    likelihood.exponent(given["likelihood"])
+    likelihood.activation(given["activation"])
+    flag("constant", given["constant"])
+    ascending("target_range", given["target_range"])
+    if given["logvar_range"] is not None:
+        ascending("logvar_range", given["logvar_range"])
     numbers(given)
     index = reduction(given["reduction"])
     if given["process_group"] is not None:
         process_group(given["process_group"], index)
 
 
-def capacity(value: object, beta: object, reduction: str, like: Tensor) -> None:
-    why = "capacity: is held against the batch mean, so it excludes"
+def limit(value: object, capacity: Any) -> FreeNats | Capacity | None:
+    """What limits the rate: `limit`, or `capacity`, which is short for one of them."""
+    if value is None:
+        return None if capacity is None else Capacity(capacity)
+    if not isinstance(value, (FreeNats, Capacity)):
+        hint = "; free nats of each element are free_bits" if isinstance(value, (int, float)) else ""
+        raise TypeError(f"limit: expected FreeNats(…) or Capacity(…) from fused_elbo.rate, got {value!r}{hint}")
+    if capacity is not None:
+        raise ValueError(f"capacity and limit exclude each other, got capacity={capacity!r} beside limit={value!r}")
+    return value
+
+
+def of_batch(name: str, beta: object, reduction: str) -> None:
+    why = f"{name}: is held against the batch mean, so it excludes"
     if reduction == "none":
         raise ValueError(f'{why} reduction="none"')
     if isinstance(beta, Tensor) and beta.dim() > 0:
         raise ValueError(f"{why} a beta per sample, got {shape(beta)}")
+
+
+def nats(name: str, value: object, like: Tensor) -> None:
+    """Of a limit."""
     if not isinstance(value, Tensor):
-        number("capacity", value, 0)
+        number(name, value, 0)
         return
-    tensor("capacity", value, like)
+    tensor(name, value, like)
     if value.dim() > 0:
-        raise ValueError(f"capacity: expected a number or a 0-d tensor, got shape {shape(value)}")
+        raise ValueError(f"{name}: expected a number or a 0-d tensor, got shape {shape(value)}")
     if tracing.requires_grad(value):
-        raise ValueError("capacity: has no gradient here; pass capacity.detach()")
+        raise ValueError(f"{name}: has no gradient here; pass {name}.detach()")
 
 
 def grad_scale(value: object, like: Tensor) -> None:
@@ -200,10 +276,7 @@ def log_sigma(value: object, recon: Tensor) -> None:
     if value.dim() == 1:
         _one_dimensional(value, recon)
         return
-    fits = value.dim() <= recon.dim() and all(
-        a in (1, b) for a, b in zip(reversed(value.shape), reversed(recon.shape), strict=False)
-    )
-    if not fits:
+    if not _broadcasts(value, recon):
         raise ValueError(f"log_sigma: shape {shape(value)} does not broadcast to recon's {shape(recon)}")
 
 
@@ -243,10 +316,7 @@ def prior(value: object, mu: Tensor, called: str = "prior", beside: str = "mu") 
         raise TypeError(f"{called}: expected a pair (mu_p, logvar_p) of tensors, got {_kind(value)}")
     for name, t in zip((f"{called}[0], mu_p", f"{called}[1], logvar_p"), value, strict=True):
         tensor(name, t, mu, called=beside)
-        fits = t.dim() <= mu.dim() and all(
-            a in (1, b) for a, b in zip(reversed(t.shape), reversed(mu.shape), strict=False)
-        )
-        if not fits:
+        if not _broadcasts(t, mu):
             raise ValueError(f"{name}: shape {shape(t)} does not broadcast to {beside}'s {shape(mu)}")
 
 

@@ -6,13 +6,14 @@ returns, and so is the mean of the gradients, which is what data-parallel traini
 be empty.
 
     stats       of the shard, by the operator
-    all-reduce  of ΣS, Σ(clamped KL), N and B: all that ranks tell each other
+    all-reduce  of ΣA, Σ(clamped KL), N and B: all that ranks tell each other
     finalize    in plain PyTorch: O(shard)
-    grads       the operator again, for stats that have each S_i at the global batch's mean
+    grads       the operator again, for stats that have each A_i at the global batch's mean
 
-The last line needs no other kernel: every w_j = ∂L/∂distortion_j being the same, σ and Σ_j w_j (D − S_j/σ²)/ΣS are
-functions of the mean of S alone. It also needs no other collective, since each rank knows w: its own grad_output is
-that of all. The same holds for capacity and the mean of the clamped KL.
+The last line needs no other kernel: every w_j = ∂L/∂distortion_j being the same, σ and Σ_j w_j (D − A_j/σ^q)/ΣA are
+functions of the mean of A alone. (With weights of elements, A_i is n_i times the mean, and N is Σn.) It also needs no
+other collective, since each rank knows w: its own grad_output is that of all. The same holds for a limit per batch and
+the mean of the clamped KL.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable would import Dynamo now: seconds
 
 from . import autograd, backends, checks, reference
-from .call import SUM, Options, Tensors, compute_dtype, first, has_capacity
+from .call import SUM, Options, Tensors, compute_dtype, first, stats_rows
 from .dispatch import implementation
+from .rate import of_batch
 from .reference.elbo_finalize import BatchTerms
-from .reference.math import reduction_weight
+from .reference.math import mean_error, reduction_weight
 from .sigma import Kind
 
 if TYPE_CHECKING:
@@ -79,8 +81,8 @@ class _GlobalElbo(autograd.ElboFunction):
         outputs = reference.finalize(stats, batch, tensors, options)
 
         if options.sigma_mode == Kind.BATCH:
-            _equalise(stats[0], batch.dims * batch.s / batch.elements)
-        if has_capacity(tensors, options):
+            _equalise(stats[0], batch.dims * mean_error(batch.a, batch.elements))
+        if of_batch(options.limit_mode):
             _equalise(stats[2], batch.kl_clamped)
         # In grads each sample weighs 1, and the grad_outputs bring the weight.
         autograd.ElboFunction.save(ctx, (*tensors, options._replace(reduction=SUM), backend), stats)
@@ -103,24 +105,27 @@ class _GlobalElbo(autograd.ElboFunction):
 
 def _all_reduce(stats: Tensor, tensors: Tensors, options: Options, group: ProcessGroup) -> BatchTerms:
     """What the samples of all ranks have in common."""
-    x = first(tensors)
-    sums = torch.cat([stats[::2, -1], stats.new_full((1,), x.numel()), stats.new_full((1,), x.shape[0])])
+    x, weighted = first(tensors), tensors.weight is not None
+    counts = stats[3, -1:] if weighted else stats.new_full((1,), x.numel())
+    sums = torch.cat([stats[:3:2, -1], counts, stats.new_full((1,), x.shape[0])])
     dist.all_reduce(sums, group=group)
-    s, kl_clamped, elements, samples = sums.unbind(0)
-    weight = dist.get_world_size(group) * reduction_weight(options.reduction, samples, elements / samples)
-    dims = 0 if tensors.recon is None else x.shape[1:].numel()
-    return BatchTerms(s, elements, kl_clamped / samples, dims, weight)
+    a, kl_clamped, elements, samples = sums.unbind(0)
+    features = x.shape[1:].numel()
+    of_sample = reduction_weight(options.reduction, samples, features, elements if weighted else None)
+    weight = dist.get_world_size(group) * of_sample
+    dims = stats[3, :-1] if weighted else 0 if tensors.recon is None else features
+    return BatchTerms(a, elements, kl_clamped / samples, dims, weight)
 
 
 def _stats(tensors: Tensors, options: Options, backend: str | None) -> Tensor:
     """Of the shard; the operators know no empty one."""
     x = first(tensors)
     if x.shape[0] == 0:
-        return x.new_zeros((3, 1), dtype=compute_dtype(*tensors[:4]))
+        return x.new_zeros((stats_rows(tensors), 1), dtype=compute_dtype(*tensors[:4]))
     return implementation(backend, tensors).stats(tensors, options)
 
 
-def _equalise(row: Tensor, value: Tensor) -> None:
-    """A row of stats, its sum at the end included, as if each sample had this value."""
-    row[:-1] = value
-    row[-1] = value * (row.shape[0] - 1)
+def _equalise(row: Tensor, values: Tensor) -> None:
+    """A row of stats, its sum at the end included, as if the samples had these values."""
+    row[:-1] = values
+    row[-1] = row[:-1].sum()

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from torch import Tensor
 
 from . import arguments, autograd, distributed, levels
 from .arguments import Call
-from .options import ElboOptions, KLOptions, NLLOptions, complete, defaults_of, shown
+from .options import ElboOptions, GaussianOptions, KLOptions, NLLOptions, complete, defaults_of, shown
 from .sigma import Kind
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_ELBO, _NLL, _KL = defaults_of(ElboOptions), defaults_of(NLLOptions), defaults_of(KLOptions)
+_ELBO, _NLL, _GAUSSIAN, _KL = map(defaults_of, (ElboOptions, NLLOptions, GaussianOptions, KLOptions))
 
 
 class ELBO(NamedTuple):
@@ -23,8 +23,8 @@ class ELBO(NamedTuple):
 
     loss: Tensor  #: distortion + β·rate: what to minimise
     distortion: Tensor  #: −log p(x|z), in nats
-    rate: Tensor  #: KL(q(z|x) ‖ p(z)), in nats, before β, free bits and capacity
-    sigma: Tensor | None  #: the decoder's standard deviation, detached: (), (B,), or None if it varies inside a sample
+    rate: Tensor  #: KL(q(z|x) ‖ p(z)), in nats, before β, free bits, capacity and limit
+    sigma: Tensor | None  #: the decoder's scale, detached: (), (B,), or None if it varies inside a sample
 
 
 @shown(ElboOptions)
@@ -43,9 +43,15 @@ def decoupled_elbo(
         rate_i       = ½ Σ_k [ μ_ik² + exp(l_ik) − 1 − l_ik ]         KL(q(z|x_i) ‖ N(0, I)), in nats
         loss         = distortion + β · rate
 
+    That is the Gaussian likelihood, of exponent q = 2. For q = 1 and 2 alike, with A_i = Σ_d |e_id|^q::
+
+        distortion_i = A_i / (q σ^q) + D (log σ + const)              q = 1: −log Laplace(x_i | x̂_i, σ)
+        optimal σ^q  = ΣA / (B D)                                     q = 1: the mean absolute error
+
     Args:
-        recon: the decoder's mean, (B, *data), any shape after the batch.
-        target: the data, of recon's shape. May require a gradient.
+        recon: the decoder's mean, (B, *data), any shape after the batch; or what `activation` makes the mean of.
+        target: the data, of recon's shape. May require a gradient. Bytes (uint8) are read as they lie, as numbers of
+            `target_range`.
         mu: the posterior's mean, (B, *latent), any shape after the batch.
         logvar: log σ_z², of mu's shape.
         beta: weight of the rate: a number, a 0-d tensor, or (B,), one per sample. A tensor β gets a gradient.
@@ -56,20 +62,34 @@ def decoupled_elbo(
             against recon from the right: (C, 1, 1) per channel of images, (1, D) per feature, recon.shape per pixel.
         min_log_sigma: floor of log σ in the optimal modes, within ±40. The default −7 lies just below the quantisation
             noise of 8-bit data in [0, 1], log(1/(255·√12)) = −6.8. Has no part in a constant or learned σ.
+        likelihood: "gaussian", or "laplace" with the scale σ = b of exp(−|e|/b)/2b. All modes of σ serve both.
+        activation: None, or "sigmoid" or "tanh": recon is then the decoder's last pre-activation y, and x̂ = act(y).
+            The gradient is that of y. It saves the passes over memory that an activation by itself costs.
+        target_range: what 0 and 255 of a target of dtype uint8 stand for; (−1, 1) for those who centre images.
+        weight: a mask (bool) or weights (floating, at least 0, without gradient) of the elements, of any shape that
+            broadcasts against recon: A_i = Σ_d m_id |e_id|^q, and n_i = Σ_d m_id takes the place of D. Elements of
+            weight 0 are not seen, NaN included; a sample without others has distortion 0.
+        extra_error: () or (B,), added to each A_i before the scale and its optimum, with its gradient. A perceptual
+            term that has w times the weight of the mean |e|^q is D·w·LPIPS_i. Not where σ varies inside a sample.
+        constant: False leaves log 2π (Laplace: log 2) out of the value, as `F.gaussian_nll_loss(full=False)` does.
         prior: (mu_p, logvar_p), a Gaussian prior in place of N(0, I); each broadcasts to mu's shape. Keep logvar_p, as
             any learned log σ, within fp32's reach: exp(−logvar_p) overflows below −88.
+        logvar_range: logvar is clamped to these two numbers, as with (−30, 20) in latent diffusion's autoencoders.
+            Outside the gradient is 0; NaN passes.
         free_bits: nats below which a latent element costs no less: the loss has Σ_k max(KL_ik, free_bits).
         capacity: C, in nats per sample: the loss has β·|mean_i KL_i − C| in place of β·KL, KL_i being what free_bits
             make of it. A number or a 0-d tensor (without gradient). Needs a scalar reduction and a scalar β.
-        reduction: "batchmean" (nats per sample), "sum", "mean" (nats per data dimension: all three are divided by D)
-            or "none" ((B,) tensors).
+        limit: `FreeNats(λ)` or `Capacity(C)` from `fused_elbo.rate`, each per sample or per batch: what the loss has in
+            the place of the rate. `capacity=C` is short for `limit=Capacity(C)`.
+        reduction: "batchmean" (nats per sample), "sum", "mean" (nats per data dimension: all three are divided by D;
+            with weights, by their mean sum) or "none" ((B,) tensors).
         process_group: the ProcessGroup (torch.distributed.group.WORLD, or any other that this process is in) whose
             ranks each have a shard of the batch. See below.
 
     Returns:
         ELBO(loss, distortion, rate, sigma). They are fp32, or fp64 if any of the four inputs or the prior is fp64, and
         sums are accumulated in that dtype; inputs may be fp64, fp32, bf16 and fp16, mixed as you like. `rate` is the
-        plain KL, before β, free_bits and capacity, so that rate–distortion plots stay true.
+        plain KL, before β, free_bits, capacity and limit, so that rate–distortion plots stay true.
 
     Raises:
         TypeError, ValueError: before any work, naming the argument and showing what was passed. Values inside tensors
@@ -78,8 +98,8 @@ def decoupled_elbo(
             transforms, and when its loss is differentiated twice.
 
     With a process_group, an optimal σ and capacity's mean are those of the batch of all R ranks. A sample weighs R/B,
-    with B samples on all ranks; for "mean" R/N, with N elements; for "sum" R. So the mean over the ranks of loss,
-    distortion and rate is what one process with the whole batch returns. The mean of the gradients, as
+    with B samples on all ranks; for "mean" R/N, with N elements, or their weights; for "sum" R. So the mean of loss,
+    distortion and rate over the ranks is what one process with the whole batch returns. The mean of the gradients, as
     DistributedDataParallel and FSDP form it, is that process's gradient, whatever the sizes of the shards. An optimal σ
     of the batch is the same on all ranks.
 
@@ -175,22 +195,41 @@ def decoupled_elbo_backward(
 
 
 @shown(NLLOptions)
-def gaussian_nll(
+def decoder_nll(
     recon: Tensor,
     target: Tensor,
     **options: Unpack[NLLOptions],
 ) -> Tensor:
-    """The distortion alone: Σ_d [e²/(2σ²) + ½ log(2πσ²)], −log N(target | recon, σ²) in nats.
+    """The distortion alone: −log p(target | recon) in nats, of a Gaussian or a Laplace likelihood.
 
     Arguments (process_group too), dtypes and errors as in `decoupled_elbo`; "mean" divides by D. With a scalar
     reduction the result is a 0-d tensor, with "none" it is (B,).
+
+    >>> x = torch.zeros(4, 10)
+    >>> nll = decoder_nll(x + 1.0, x, likelihood="laplace", sigma=0.5)
+    >>> torch.allclose(nll, -torch.distributions.Laplace(x + 1.0, 0.5).log_prob(x).sum() / 4)
+    True
+    """
+    return _nll(recon, target, complete(options, _NLL, "decoder_nll"))
+
+
+@shown(GaussianOptions)
+def gaussian_nll(
+    recon: Tensor,
+    target: Tensor,
+    **options: Unpack[GaussianOptions],
+) -> Tensor:
+    """`decoder_nll` of the Gaussian likelihood: Σ_d [e²/(2σ²) + ½ log(2πσ²)].
 
     >>> x = torch.zeros(4, 10)
     >>> nll = gaussian_nll(x + 1.0, x, sigma=1.0)
     >>> torch.allclose(nll, -torch.distributions.Normal(x + 1.0, 1.0).log_prob(x).sum() / 4)
     True
     """
-    given = complete(options, _NLL, "gaussian_nll")
+    return _nll(recon, target, complete(options, _GAUSSIAN, "gaussian_nll"))
+
+
+def _nll(recon: Tensor, target: Tensor, given: dict[str, Any]) -> Tensor:
     call = arguments.nll(recon, target, given)
     if given["process_group"] is not None:
         return distributed.elbo(*call, process_group=given["process_group"])[1]
@@ -207,9 +246,9 @@ def gaussian_kl(
 ) -> Tensor:
     """The rate alone: KL(N(μ, exp l) ‖ N(μ_p, exp l_p)) in nats, against N(0, I) if no prior is given.
 
-    ½ Σ_k [ (μ − μ_p)²/exp(l_p) + exp(l − l_p) − 1 − (l − l_p) ], with free_bits Σ_k max(KL_ik, free_bits). Arguments
-    (process_group, for its weights, too), dtypes and errors as in `decoupled_elbo`, except that "mean" divides by the
-    number of latents, there being no data.
+    ½ Σ_k [ (μ − μ_p)²/exp(l_p) + exp(l − l_p) − 1 − (l − l_p) ], with free_bits Σ_k max(KL_ik, free_bits), and what a
+    limit makes of it. Arguments (process_group, for its weights, too), dtypes and errors as in `decoupled_elbo`, except
+    that "mean" divides by the number of latents, there being no data.
 
     For the levels of a hierarchical VAE, give lists: mu and logvar with a tensor for each level, (B, *latent) of any
     shape after the same B, and `prior` with (mu_p, logvar_p), or None for N(0, I), for each. The result is the sum of

@@ -13,6 +13,7 @@ from . import checks, distributed
 from . import sigma as modes
 from .functional import ELBO, decoupled_elbo, decoupled_elbo_backward
 from .options import CriterionOptions, LossOptions, complete, defaults_of, shown
+from .rate import Capacity, FreeNats
 from .sigma import Constant, Optimal
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class _Criterion(nn.Module):
 
     beta: float | Tensor
     capacity: float | Tensor | None
+    limit: FreeNats | Capacity | None
     reduction: str
     process_group: ProcessGroup | None
 
@@ -37,9 +39,18 @@ class _Criterion(nn.Module):
             setattr(self, name, options[name])
 
     def forward(
-        self, recon: Tensor, target: Tensor, mu: Tensor, logvar: Tensor, prior: tuple[Tensor, Tensor] | None = None
+        self,
+        recon: Tensor,
+        target: Tensor,
+        mu: Tensor,
+        logvar: Tensor,
+        prior: tuple[Tensor, Tensor] | None = None,
+        *,
+        weight: Tensor | None = None,
+        extra_error: Tensor | None = None,
     ) -> ELBO:
-        return self._seen(decoupled_elbo(recon, target, mu, logvar, prior=prior, **self._options(recon)))
+        options = self._options(recon) | {"prior": prior, "weight": weight, "extra_error": extra_error}
+        return self._seen(decoupled_elbo(recon, target, mu, logvar, **options))
 
     def backward(
         self,
@@ -49,12 +60,15 @@ class _Criterion(nn.Module):
         logvar: Tensor,
         prior: tuple[Tensor, Tensor] | None = None,
         *,
+        weight: Tensor | None = None,
+        extra_error: Tensor | None = None,
         grad_scale: float | Tensor | None = None,
         retain_graph: bool = False,
     ) -> ELBO:
         """`criterion(…).loss.backward()` in one go: see `fused_elbo.decoupled_elbo_backward`. Runs no forward hooks."""
-        options = self._options(recon) | {"grad_scale": grad_scale, "retain_graph": retain_graph}
-        return self._seen(decoupled_elbo_backward(recon, target, mu, logvar, prior=prior, **options))
+        options = self._options(recon) | {"prior": prior, "weight": weight, "extra_error": extra_error}
+        options |= {"grad_scale": grad_scale, "retain_graph": retain_graph}
+        return self._seen(decoupled_elbo_backward(recon, target, mu, logvar, **options))
 
     def reset_parameters(self) -> None:
         """Set the module's state, if it has any, as its constructor does: for modules made on the meta device."""
@@ -77,11 +91,12 @@ class DecoupledELBO(_Criterion):
 
     beta, sigma and all options that are not below: as in `fused_elbo.decoupled_elbo`. Each is a plain attribute: set
     `beta` and `capacity` to follow a schedule. A tensor there stays on its device when the module moves. `forward(...,
-    prior=…)` passes a prior on, and `backward(…, prior=…, grad_scale=…)` stands for `criterion(…).loss.backward()`, in
-    one pass. Make a module with a process_group after `dist.init_process_group`: before it, dist.group.WORLD is None.
+    prior=…, weight=…, extra_error=…)` passes on what belongs to one batch, and `backward(…, grad_scale=…)` stands for
+    `criterion(…).loss.backward()`, in one pass. Make a module with a process_group after `dist.init_process_group`: before it, dist.group.WORLD is None.
     It cannot be deep-copied, as SyncBatchNorm with a group of its own cannot.
 
-    momentum: with a number (0.1, say) and an optimal σ, training keeps a running average of σ² in the buffer
+    momentum: with a number (0.1, say) and an optimal σ, training keeps a running average of σ² (of the Laplace
+        likelihood b²) in the buffer
         `running_var` (the first batch sets it, batches that are not finite are left out), and eval mode uses it as one
         constant σ. The optimal σ is computed from the target, so a likelihood reported on test data must not use it: σ
         has to come from training. None (the default) uses the optimal σ in both modes. With a process_group the average

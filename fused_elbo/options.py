@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from torch import Tensor
 
+from .rate import Capacity, FreeNats
 from .sigma import LOG_SIGMA_RANGE, Constant, Optimal
 
 if TYPE_CHECKING:
@@ -19,7 +20,22 @@ class ReductionOptions(TypedDict, total=False):
     process_group: ProcessGroup | None
 
 
-class NLLOptions(ReductionOptions, total=False):
+class DecoderOptions(TypedDict, total=False):
+    """What the decoder's output and the target stand for."""
+
+    activation: str | None
+    target_range: tuple[float, float]
+    constant: bool
+
+
+class ElementOptions(TypedDict, total=False):
+    """Those that belong to the data of one call."""
+
+    weight: Tensor | None
+    extra_error: Tensor | None
+
+
+class GaussianOptions(ReductionOptions, DecoderOptions, ElementOptions, total=False):
     """Those of `gaussian_nll`."""
 
     sigma: str | float | Constant | Optimal
@@ -27,24 +43,34 @@ class NLLOptions(ReductionOptions, total=False):
     min_log_sigma: float
 
 
+class NLLOptions(GaussianOptions, total=False):
+    """Those of `decoder_nll`."""
+
+    likelihood: str
+
+
 class KLOptions(ReductionOptions, total=False):
     """Those of `gaussian_kl`, but for its prior, which may be a list."""
 
     free_bits: float
+    limit: FreeNats | Capacity | None
+    logvar_range: tuple[float, float] | None
 
 
-class LossOptions(KLOptions, total=False):
+class LossOptions(KLOptions, DecoderOptions, total=False):
     """Those of the loss that have nothing to do with σ; `LearnedSigmaELBO` takes them."""
 
     beta: float | Tensor
     capacity: float | Tensor | None
+    likelihood: str
 
 
-class CriterionOptions(KLOptions, total=False):
+class CriterionOptions(KLOptions, DecoderOptions, total=False):
     """Those that `DecoupledELBO` takes beside beta and sigma."""
 
     min_log_sigma: float
     capacity: float | Tensor | None
+    likelihood: str
 
 
 class ElboOptions(NLLOptions, LossOptions, total=False):
@@ -58,9 +84,17 @@ DEFAULTS: ElboOptions = {
     "sigma": "optimal",
     "log_sigma": None,
     "min_log_sigma": -7.0,
+    "likelihood": "gaussian",
+    "activation": None,
+    "target_range": (0.0, 1.0),
+    "weight": None,
+    "extra_error": None,
+    "constant": True,
     "prior": None,
+    "logvar_range": None,
     "free_bits": 0.0,
     "capacity": None,
+    "limit": None,
     "reduction": "batchmean",
     "process_group": None,
 }

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_elbo import backends
+from fused_elbo import Capacity, FreeNats, backends
 from fused_elbo.sigma import Optimal
 
 REDUCTIONS = ("batchmean", "sum", "mean", "none")
@@ -20,7 +20,19 @@ def channels(data: tuple[int, ...]) -> tuple[int, ...]:
     return (1, *data) if len(data) == 1 else (data[0], *[1] * (len(data) - 1))
 
 
-# name -> keyword arguments, from (batch, data shape, latent shape)
+def some_mask(b: int, d: tuple[int, ...]) -> Tensor:
+    """Of every element. The first sample has none: its distortion is 0."""
+    mask = torch.rand(b, *d) > 0.4
+    mask[0] = b == 1
+    return mask
+
+
+def bytes_of(b: int, d: tuple[int, ...]) -> Tensor:
+    return torch.randint(0, 256, (b, *d), dtype=torch.uint8)
+
+
+PER_IMAGE = "optimal-per-image"
+# name -> keyword arguments, from (batch, data shape, latent shape); "target" takes the target's place
 MODES: dict[str, Callable[[int, tuple[int, ...], tuple[int, ...]], dict[str, Any]]] = {
     "optimal": lambda b, d, k: {},
     "per-image": lambda b, d, k: {"sigma": "optimal-per-image"},
@@ -47,10 +59,40 @@ MODES: dict[str, Callable[[int, tuple[int, ...], tuple[int, ...]], dict[str, Any
     "capacity-above": lambda b, d, k: {"capacity": torch.tensor(1000.0), "beta": torch.tensor(3.0)},
     "prior": lambda b, d, k: {"prior": (torch.randn(b, *k), torch.randn(b, *k) * 0.3)},
     "prior-shared": lambda b, d, k: {"prior": (torch.randn(k), torch.randn(k) * 0.3), "free_bits": 0.2},
-}
+    # What trainers have besides, each with a mode of σ of its own.
+    "laplace": lambda b, d, k: {"likelihood": "laplace", "constant": False},
+    "laplace-image": lambda b, d, k: {"likelihood": "laplace", "sigma": PER_IMAGE, "extra_error": torch.rand(b) * 9},
+    "laplace-learned": lambda b, d, k: {"likelihood": "laplace", "log_sigma": torch.linspace(-1, 0.5, b)},
+    "laplace-pixel": lambda b, d, k: {"likelihood": "laplace", "log_sigma": torch.randn(b, *d) * 0.3},
+    "laplace-softclip": lambda b, d, k: {"likelihood": "laplace", "sigma": Optimal(softclip=True), "min_log_sigma": -2},
+    "extra": lambda b, d, k: {"extra_error": torch.rand(b)},
+    "extra-shared": lambda b, d, k: {"extra_error": torch.tensor(2.5), "log_sigma": torch.tensor(-0.5)},
+    "mask": lambda b, d, k: {"weight": torch.rand(b, *[1] * (len(d) > 1), *d[-2:]) > 0.3},
+    "mask-image": lambda b, d, k: {"weight": some_mask(b, d), "sigma": PER_IMAGE, "likelihood": "laplace"},
+    "weight": lambda b, d, k: {"weight": torch.rand(b, *d).relu(), "extra_error": torch.rand(b)},
+    "weight-channel": lambda b, d, k: {"weight": torch.rand(channels(d)) + 0.1, "log_sigma": torch.tensor(-0.5)},
+    "weight-pixel": lambda b, d, k: {"weight": some_mask(b, d).float(), "log_sigma": torch.randn(b, *d) * 0.3},
+    "sigmoid": lambda b, d, k: {"activation": "sigmoid"},
+    "tanh": lambda b, d, k: {"activation": "tanh", "likelihood": "laplace", "sigma": 0.5},
+    "tanh-mask": lambda b, d, k: {"activation": "tanh", "weight": some_mask(b, d), "sigma": PER_IMAGE},
+    "sigmoid-pixel": lambda b, d, k: {"activation": "sigmoid", "log_sigma": torch.randn(b, *d) * 0.3},
+    "bytes": lambda b, d, k: {"target": bytes_of(b, d)},
+    "bytes-sigmoid": lambda b, d, k: {"target": bytes_of(b, d), "activation": "sigmoid", "likelihood": "laplace"},
+    "bytes-pixel": lambda b, d, k: {
+        "target": bytes_of(b, d), "target_range": (-1, 1), "log_sigma": torch.randn(1, *d) * 0.3,
+    },
+    "logvar-range": lambda b, d, k: {"logvar_range": (-0.5, 0.7), "beta": torch.tensor(2.0)},
+    "logvar-range-prior": lambda b, d, k: {
+        "logvar_range": (-0.5, 0.7), "prior": (torch.randn(b, *k), torch.randn(b, *k) * 0.3), "free_bits": 0.3,
+    },
+    "free-nats": lambda b, d, k: {"limit": FreeNats(2.5), "beta": torch.linspace(0.5, 3.0, b)},
+    "free-nats-batch": lambda b, d, k: {"limit": FreeNats(torch.tensor(1.0), per="batch"), "beta": torch.tensor(2.0)},
+    "free-nats-below": lambda b, d, k: {"limit": FreeNats(1000.0, per="batch"), "beta": torch.tensor(2.0)},
+    "capacity-sample": lambda b, d, k: {"limit": Capacity(2.5, per="sample"), "beta": torch.tensor(2.0)},
+}  # fmt: skip
 INSIDE_A_SAMPLE = [
     "learned-channel", "learned-channel-image", "learned-map", "learned-last", "learned-rows", "learned-data",
-    "learned-pixel",
+    "learned-pixel", "laplace-pixel", "weight-pixel", "sigmoid-pixel", "bytes-pixel",
 ]  # fmt: skip
 
 
@@ -83,13 +125,13 @@ def few_often(*, often: Sequence[str] = tuple(MODES)) -> list[Any]:
 
 
 def allowed(mode: str, reduction: str) -> bool:
-    return not (mode.startswith("capacity") and reduction == "none")
+    return not (mode in ("capacity", "capacity-above", "free-nats-batch", "free-nats-below") and reduction == "none")
 
 
 def to(value: Any, dtype: torch.dtype) -> Any:
-    """Tensors, also inside a tuple, as fresh leaves of a dtype; everything else as it is."""
+    """Floating tensors, also inside a tuple, as fresh leaves of a dtype; everything else as it is."""
     if isinstance(value, Tensor):
-        return value.detach().to(dtype, copy=True).requires_grad_()
+        return value.detach().to(dtype, copy=True).requires_grad_() if value.is_floating_point() else value
     return tuple(to(v, dtype) for v in value) if isinstance(value, tuple) else value
 
 
@@ -119,14 +161,18 @@ class Call:
         )
         # What low precision rounds away is part of the input, not of the error.
         dtypes = (dtype, target_dtype or dtype, dtype, dtype)
-        self._set([to(t, d) for t, d in zip(tensors, dtypes, strict=True)], MODES[mode](batch, data, latent), reduction)
+        kw = MODES[mode](batch, data, latent)
+        tensors = [to(t, d) for t, d in zip(tensors, dtypes, strict=True)]
+        tensors[1] = kw.pop("target", tensors[1])
+        self._set(tensors, kw, reduction)
 
     def _set(self, tensors: list[Tensor], kw: dict[str, Any], reduction: str) -> None:
         self.tensors, self.reduction = tensors, reduction
         wide = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
         self.kw = {name: to(value, wide) for name, value in kw.items()}
-        if isinstance(self.kw.get("capacity"), Tensor):
-            self.kw["capacity"] = self.kw["capacity"].detach()
+        for name in {"capacity", "weight"} & kw.keys():  # which have no gradient
+            if isinstance(self.kw[name], Tensor):
+                self.kw[name] = self.kw[name].detach()
 
     def leaves(self) -> list[Tensor]:
         extra: list[Tensor] = []

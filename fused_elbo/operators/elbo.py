@@ -1,6 +1,6 @@
 """The operators of the loss: what autograd and torch.compile see, and the contract of every backend.
 
-    stats      reads the data once                     -> stats [3, B + 1]
+    stats      reads the data once                     -> stats [3 or 4, B + 1]
     forward    stats and the O(B) arithmetic after it  -> Outputs
     grads      reads the data again, writes gradients  -> Gradients
     step       forward, and grads of grad_scale·loss   -> loss, distortion, rate, sigma, then Gradients
@@ -33,6 +33,7 @@ from ..call import (
     first,
     masked,
     schema,
+    stats_rows,
 )
 from ..sigma import Kind
 from . import registry
@@ -72,7 +73,7 @@ class Implementation(Protocol):
 def _stats_fake(*args: Any) -> Tensor:
     tensors = Tensors._make(args[:_TENSORS])
     x = first(tensors)
-    return x.new_empty((3, x.shape[0] + 1), dtype=compute_dtype(*tensors[:4]))
+    return x.new_empty((stats_rows(tensors), x.shape[0] + 1), dtype=compute_dtype(*tensors[:4]))
 
 
 def _forward_fake(*args: Any) -> Outputs:
@@ -81,7 +82,7 @@ def _forward_fake(*args: Any) -> Outputs:
     reduced = (x.shape[0],) if REDUCTIONS[options.reduction] == "none" else ()
     given = () if tensors.log_sigma is None else tuple(tensors.log_sigma.shape)
     sigma = {Kind.GIVEN: given, Kind.BATCH: (), Kind.IMAGE: (x.shape[0],), Kind.ELEMENT: (0,)}[Kind(options.sigma_mode)]
-    shapes: tuple[Any, ...] = (reduced, reduced, reduced, sigma, (3, x.shape[0] + 1))
+    shapes: tuple[Any, ...] = (reduced, reduced, reduced, sigma, (stats_rows(tensors), x.shape[0] + 1))
     return Outputs._make(x.new_empty(shape, dtype=dtype) for shape in shapes)
 
 

@@ -2,11 +2,13 @@
 
 Three stages, each in a file of the stem that it has in every language; the formulas are in math.py:
 
-    elbo_stats       S_i = Σ_d e_id²   and   KL_i                      the only numbers through which the data enter
-    elbo_finalize    S, KL → loss, distortion, rate, σ                 O(B)
-    elbo_grads       ∂L/∂x̂ = a_i e    ∂L/∂μ = b_i μ    ∂L/∂l = b_i ½(exp(l) − 1)
+    elbo_stats       A_i = Σ_d |e_id|^q   and   KL_i                   the only numbers through which the data enter
+    elbo_finalize    A, KL → loss, distortion, rate, σ                 O(B)
+    elbo_grads       ∂L/∂x̂ = a_i |e|^(q−1) sign e    ∂L/∂μ = b_i μ    ∂L/∂l = b_i ½(exp(l) − 1)
 
-Where σ varies inside a sample, S_i is Σ_d [e²/σ_d² + 2 log σ_d] and the first line of elbo_grads has σ_d in it.
+q is 2 for the Gaussian likelihood, and 1 for the Laplace one. Where σ varies inside a sample, A_i is
+Σ_d [|e|^q/σ_d^q + q log σ_d] and elbo_grads has σ_d in it; where elements have weights, each term is multiplied by its
+own.
 Everything is computed in fp32, or in fp64 if recon, target, mu or logvar is fp64, and is differentiable by autograd.
 """
 
