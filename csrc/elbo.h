@@ -13,9 +13,9 @@ namespace elbo {
 
 // ---------------------------------------------------------------------------------------------------- what comes in
 
-// log σ where it varies inside a sample. Element e's lies at Σ e / divisor % size · stride over the dimensions, which
-// are runs of the data's dimensions along which log σ is not repeated, the innermost in memory first. Where rank is 0,
-// log σ lies as the data do.
+// What belongs to the elements of a sample, and may be repeated: log σ, a weight. Element e's lies at Σ e / divisor %
+// size · stride over the dimensions, which are runs of the data's dimensions along which it is not repeated, the
+// innermost in memory first. Where rank is 0, it lies as the data do.
 struct Broadcast {
   static constexpr int kMaxRank = 8;
   struct Dim {
@@ -43,16 +43,20 @@ ELBO_INLINE int64_t offset_of(const Broadcast& broadcast, Index element) {
 struct Data {
   int64_t dims = 0;  // elements of a sample; 0: no data
   Span recon, target;
-  bool has_log_sigma = false;
-  Broadcast log_sigma;
+  double target_step = 1, target_low = 0;  // of a target of bytes
+  int exponent = 2;
+  int64_t activation = kNoActivation;
+  bool has_log_sigma = false, has_weight = false;
+  Broadcast log_sigma, weight;
 };
 
 struct Latents {
   int64_t dims = 0;  // elements of a sample; 0: no latents
   Span mu, logvar;
   bool has_prior = false, has_free_bits = false;  // the latter: free_bits > 0
+  bool has_range = false;                         // logvar is clamped
   Span prior_mu, prior_logvar;
-  double free_bits = 0;
+  double free_bits = 0, logvar_min = 0, logvar_max = 0;
 };
 
 // All is computed in double where anything is double, else in float: the compute type.
@@ -62,6 +66,10 @@ struct Batch {
   Data data;
   Latents latents;
 };
+
+ELBO_INLINE int64_t stats_rows(const Batch& batch) {
+  return batch.data.has_weight ? 4 : 3;
+}
 
 // One number, or one for each sample: from a tensor, or, where that has no base, `value`.
 struct Number {
@@ -81,13 +89,16 @@ ELBO_INLINE double at(const Number& number, int64_t i) {
 
 // The options that count in arithmetic of O(batch); free_bits is the latents'.
 struct Options {
+  double q = 2;  // the likelihood's exponent
+  bool constant = true;
+  Number extra_error;  // 0 where there is none
   int64_t sigma_mode = kGiven;
   bool softclip = false;
   Number log_sigma;  // where σ is given, and does not vary inside a sample
   double min_log_sigma = 0;
   Number beta;
-  bool has_capacity = false;
-  Number capacity;
+  int64_t limit_mode = kNoLimit;
+  Number limit;
   int64_t reduction = kSum;
 };
 
@@ -97,7 +108,7 @@ struct Options {
 struct Outputs {
   void *loss = nullptr, *distortion = nullptr, *rate = nullptr, *sigma = nullptr;
   bool sigma_each = false;  // sigma has a value for each sample
-  void* stats = nullptr;    // [3, batch + 1]: S, KL, clamped KL; their sums in the last column
+  void* stats = nullptr;    // [3, batch + 1]: A, KL, clamped KL; their sums in the last column. With weights also n
 };
 
 struct GradOutputs {
@@ -109,8 +120,8 @@ struct Gradients {
   Span recon, target, mu, logvar, prior_mu, prior_logvar;
   Span element_log_sigma;  // of log σ at every element, as the data lie
   Span log_sigma;          // of a given log σ; on the CPU also of one that is broadcast inside samples, contiguous
-  Span beta;
-  bool log_sigma_each = false, beta_each = false;         // a value for each sample
+  Span beta, extra_error;
+  bool log_sigma_each = false, beta_each = false, extra_error_each = false;  // a value for each sample
   bool past_caches = false, latents_past_caches = false;  // on the CPU: written so, being too large to be found there
 };
 
@@ -124,22 +135,39 @@ ELBO_INLINE bool wants_latents(const Gradients& g) {
 
 // ---------------------------------------------------------------------------------------------- arithmetic of O(batch)
 
-ELBO_INLINE double reduction_weight(const Options& options, const Batch& batch) {
+// weights: the sum of the elements' weights over the batch, where they have any.
+ELBO_INLINE double reduction_weight(const Options& options, const Batch& batch, double weights = 0) {
   const int64_t dims = batch.data.dims ? batch.data.dims : batch.latents.dims;
-  return reduction_weight(options.reduction, static_cast<double>(batch.size), static_cast<double>(dims));
+  const double size = static_cast<double>(batch.size), elements = size * static_cast<double>(dims);
+  return reduction_weight(options.reduction, size, weights == 0 ? elements : weights);
 }
 
-// The σ of sample i, given S of the sample and of the batch; nothing of use where σ varies inside a sample.
-ELBO_INLINE Sigma sigma_of(const Options& options, int64_t i, double s, double total, double batch, double dims) {
+// The σ of sample i, given A of the sample and of the batch, and how many elements, or weights of them, they are sums
+// of; nothing of use where σ varies inside a sample.
+ELBO_INLINE Sigma sigma_of(const Options& options, int64_t i, double a, double total, double elements, double dims) {
   if (options.sigma_mode == kElement) return Sigma{};
-  if (options.sigma_mode == kGiven) return given_sigma(at(options.log_sigma, i));
+  if (options.sigma_mode == kGiven) return given_sigma(at(options.log_sigma, i), options.q);
   const bool shared = options.sigma_mode == kBatch;
-  return optimal_sigma(shared ? total : s, shared ? batch * dims : dims, options.min_log_sigma, options.softclip);
+  return optimal_sigma(
+      shared ? total : a, shared ? elements : dims, options.min_log_sigma, options.softclip, options.q);
 }
 
-// How far the batch's mean rate, as β sees it, is from the capacity.
-ELBO_INLINE double capacity_gap(const Options& options, double clamped_total, double batch) {
-  return clamped_total / batch - at(options.capacity, 0);
+// The distortion of a sample, or where all have one σ that of the batch.
+ELBO_INLINE double distortion_of(const Options& options, double a, double dims, const Sigma& sigma) {
+  const double of_one = nats_of_one(options.q, options.constant);
+  return options.sigma_mode == kElement ? distortion(a, dims, options.q, of_one)
+                                        : distortion(a, dims, sigma, options.q, of_one);
+}
+
+// What β multiplies in the loss of a sample, where its limit, if any, is its own.
+ELBO_INLINE double limited_rate(const Options& options, double kl_clamped) {
+  return limits_samples(options.limit_mode) ? limited(options.limit_mode, kl_clamped, at(options.limit, 0))
+                                            : kl_clamped;
+}
+
+// What a limit per batch makes of the samples' rates, which all are `mean` then: their sum, times β.
+ELBO_INLINE double limited_batch(const Options& options, double batch, double mean) {
+  return batch * at(options.beta, 0) * limited(options.limit_mode, mean, at(options.limit, 0));
 }
 
 // Whether loss and distortion weigh every sample alike.
@@ -152,12 +180,14 @@ ELBO_INLINE Weight weight_of(double scale, const GradOutputs& grad_outputs, int6
   return {scale * at(grad_outputs.loss, i), scale * at(grad_outputs.distortion, i), scale * at(grad_outputs.rate, i)};
 }
 
-// The factors of sample i. gap: to the capacity, if there is one.
+// The factors of sample i. mean_rate: of the batch, which a limit per batch is held against.
 ELBO_INLINE Factors factors_of(
-    const Options& options, const Sigma& sigma, int64_t i, double s, double kl_clamped, double dims, double gap,
+    const Options& options, const Sigma& sigma, int64_t i, double a, double kl_clamped, double dims, double mean_rate,
     const Weight& weight) {
-  Factors f = factors(options.sigma_mode, sigma, s, kl_clamped, dims, at(options.beta, i), weight);
-  if (options.has_capacity) limit_by_capacity(f, weight, gap);
+  Factors f = factors(options.sigma_mode, sigma, a, kl_clamped, dims, at(options.beta, i), weight);
+  if (options.limit_mode == kNoLimit) return f;
+  const double rate = limits_batch(options.limit_mode) ? mean_rate : kl_clamped;
+  apply_limit(f, options.limit_mode, weight, rate, at(options.limit, 0));
   return f;
 }
 

@@ -127,18 +127,100 @@ ELBO_INLINE KlGrad<V> kl_grad(V b, V mu, V logvar, V prior_mu, V prior_logvar) {
   return {b * dkl_dmu, b * A(0.5) * expm1_dlogvar, -(b * dkl_dmu), A(-0.5) * b * (expm1_dlogvar + dkl_dmu * d)};
 }
 
-// ------------------------------------------------------------------------------------ distortion, σ inside a sample
+// l within [least, most]. NaN passes.
+template <class V>
+ELBO_INLINE V clamped(V logvar, Scalar<V> least, Scalar<V> most) {
+  const V above = logvar < least ? V{} + least : logvar;
+  return above > most ? V{} + most : above;
+}
+
+// The gradient of l, from that of the clamped one: 0 outside, and NaN where l is NaN.
+template <class V>
+ELBO_INLINE V clamped_grad(V of_logvar, V logvar, Scalar<V> least, Scalar<V> most) {
+  return (logvar < least) | (logvar > most) ? V{} : of_logvar;
+}
+
+// ------------------------------------------------------------------------------------------- errors, σ inside a sample
+
+// As in fused_elbo/likelihood.py.
+enum Activation : int64_t { kNoActivation, kSigmoid, kTanh };
 
 template <class V>
 ELBO_INLINE V difference(V recon, V target) {
   return recon - target;
 }
 
-// e²/σ² + 2 log σ: twice the distortion of one element, less log 2π
 template <class V>
+ELBO_INLINE V magnitude(V x) {
+  return x < Scalar<V>(0) ? -x : x;
+}
+
+// |e|^q
+template <int Q, class V>
+ELBO_INLINE V power(V e) {
+  if constexpr (Q == 2) {
+    return e * e;
+  } else {
+    return magnitude(e);
+  }
+}
+
+// ∂(|e|^q/q)/∂e: e, or its sign, which is 0 at 0, and NaN for NaN.
+template <int Q, class V>
+ELBO_INLINE V slope(V e) {
+  using A = Scalar<V>;
+  if constexpr (Q == 2) {
+    return e;
+  } else {
+    const V not_above = e < A(0) ? V{} - A(1) : e;
+    return e > A(0) ? V{} + A(1) : not_above;
+  }
+}
+
+// Its product with a factor, where that is the same for many elements.
+template <int Q, class V>
+ELBO_INLINE V scaled_slope(V a, V e) {
+  return a * slope<Q>(e);
+}
+
+// x̂ and ∂x̂/∂y of the decoder's last pre-activation y. Neither cancels anywhere.
+template <class V>
+struct Activated {
+  V value, slope;
+};
+
+template <class V>
+ELBO_INLINE Activated<V> sigmoid(V y) {
+  using A = Scalar<V>;
+  const V z = Lanes<V>::exp(-magnitude(y)), s = A(1) / (A(1) + z);
+  return {y < A(0) ? z * s : s, z * s * s};
+}
+
+template <class V>
+ELBO_INLINE Activated<V> hyperbolic_tangent(V y) {
+  using A = Scalar<V>;
+  const V w = expm1(A(-2) * magnitude(y)), s = A(1) / (w + A(2));
+  const V t = w * s;
+  return {y < A(0) ? t : -t, A(4) * (w + A(1)) * s * s};
+}
+
+// What a byte of the target stands for.
+template <class V>
+ELBO_INLINE V scaled_byte(V byte, Scalar<V> step, Scalar<V> low) {
+  return byte * step + low;
+}
+
+// m f: 0 where the weight m is 0, whatever f is. NaN passes from m.
+template <class V>
+ELBO_INLINE V weighted(V m, V f) {
+  return m == Scalar<V>(0) ? V{} : m * f;
+}
+
+// |e|^q/σ^q + q log σ: q times the distortion of one element, less the constant
+template <int Q, class V>
 ELBO_INLINE V scaled_error(V e, V log_sigma) {
   using A = Scalar<V>;
-  return e * e * Lanes<V>::exp(A(-2) * log_sigma) + A(2) * log_sigma;
+  return power<Q>(e) * Lanes<V>::exp(A(-Q) * log_sigma) + A(Q) * log_sigma;
 }
 
 template <class V>
@@ -146,63 +228,94 @@ struct DistortionGrad {
   V recon, log_sigma;
 };
 
-template <class V>
+template <int Q, class V>
 ELBO_INLINE DistortionGrad<V> distortion_grad(V w, V e, V log_sigma) {
   using A = Scalar<V>;
-  const V scaled = e * Lanes<V>::exp(A(-2) * log_sigma);
+  const V scaled = slope<Q>(e) * Lanes<V>::exp(A(-Q) * log_sigma);
   return {w * scaled, w * (A(1) - e * scaled)};
 }
 
 // ------------------------------------------------------------------------------------------ O(B): the σ of a group
 
-// As in fused_elbo/sigma.py and fused_elbo/reference/math.py.
+// As in fused_elbo/sigma.py, fused_elbo/rate.py and fused_elbo/call.py.
 enum SigmaMode : int64_t { kGiven, kBatch, kImage, kElement };
+enum LimitMode : int64_t { kNoLimit, kBatchCapacity, kSampleCapacity, kBatchFreeNats, kSampleFreeNats };
 enum Reduction : int64_t { kBatchMean, kSum, kMean, kNone };
 
 struct Sigma {
   double log_sigma;
-  double inverse_variance;
-  double slope;  // ∂ log σ / ∂ ½ log MSE: 1 above the floor, 0 below it, a sigmoid with softclip
+  double inverse_scale;  // 1/σ^q
+  double slope;          // ∂ log σ / ∂ (1/q) log mean: 1 above the floor, 0 below it, a sigmoid with softclip
 };
 
-ELBO_INLINE Sigma given_sigma(double log_sigma) {
-  return {log_sigma, ::exp(-2.0 * log_sigma), 0.0};
+ELBO_INLINE Sigma given_sigma(double log_sigma, double q) {
+  return {log_sigma, ::exp(-q * log_sigma), 0.0};
 }
 
-// σ² = MSE = total/n, bounded from below. NaN passes: a floor that hid it would hide a diverged model.
-ELBO_INLINE Sigma optimal_sigma(double total, double n, double min_log_sigma, bool softclip) {
-  const double mse = total / n;
+// σ^q = total/n, the mean of |e|^q, bounded from below. NaN passes: a floor that hid it would hide a diverged model.
+// Where nothing has a weight, the mean is 0.
+ELBO_INLINE Sigma optimal_sigma(double total, double n, double min_log_sigma, bool softclip, double q) {
+  const double mean = total / (n == 0.0 ? 1.0 : n);
   if (softclip) {
-    if (mse == 0.0) return {min_log_sigma, ::exp(-2.0 * min_log_sigma), 0.0};
-    const double x = 0.5 * ::log(mse) - min_log_sigma;
+    if (mean == 0.0) return {min_log_sigma, ::exp(-q * min_log_sigma), 0.0};
+    const double x = ::log(mean) / q - min_log_sigma;
     const double log_sigma = min_log_sigma + (x > 0.0 ? x : 0.0) + ::log1p(::exp(x > 0.0 ? -x : x));
-    return {log_sigma, ::exp(-2.0 * log_sigma), 1.0 / (1.0 + ::exp(-x))};
+    return {log_sigma, ::exp(-q * log_sigma), 1.0 / (1.0 + ::exp(-x))};
   }
-  const double floor = ::exp(2.0 * min_log_sigma);
-  const double variance = mse <= floor ? floor : mse;
-  return {0.5 * ::log(variance), 1.0 / variance, mse > floor ? 1.0 : 0.0};
+  const double floor = ::exp(q * min_log_sigma);
+  const double scale = mean <= floor ? floor : mean;
+  return {::log(scale) / q, 1.0 / scale, mean > floor ? 1.0 : 0.0};
 }
 
-constexpr double kHalfLog2Pi = 0.91893853320467274178;
-
-// −log p of a sample from its sum of squares
-ELBO_INLINE double distortion(double s, double dims, const Sigma& sigma) {
-  return 0.5 * s * sigma.inverse_variance + dims * (sigma.log_sigma + kHalfLog2Pi);
+// What an element of error 0 costs where σ is 1.
+ELBO_INLINE double nats_of_one(double q, bool constant) {
+  constexpr double half_log_2pi = 0.91893853320467274178, log_2 = 0.69314718055994530942;
+  return !constant ? 0.0 : q == 2 ? half_log_2pi : log_2;
 }
 
-// The same where σ varies inside a sample: s is then Σ scaled_error, with every σ in it already.
-ELBO_INLINE double distortion(double s, double dims) {
-  return 0.5 * s + dims * kHalfLog2Pi;
+// −log p of a sample from A, its sum of |e|^q
+ELBO_INLINE double distortion(double a, double dims, const Sigma& sigma, double q, double of_one) {
+  return a / q * sigma.inverse_scale + dims * (sigma.log_sigma + of_one);
+}
+
+// The same where σ varies inside a sample: A is then Σ scaled_error, with every σ in it already.
+ELBO_INLINE double distortion(double a, double dims, double q, double of_one) {
+  return a / q + dims * of_one;
 }
 
 // ∂ distortion / ∂ log σ
-ELBO_INLINE double distortion_slope(double s, double dims, double inverse_variance) {
-  return dims - s * inverse_variance;
+ELBO_INLINE double distortion_slope(double a, double dims, double inverse_scale) {
+  return dims - a * inverse_scale;
 }
 
-// What a sample's distortion and rate are multiplied by before they are summed.
-ELBO_INLINE double reduction_weight(int64_t reduction, double batch, double dims) {
-  return reduction == kBatchMean ? 1 / batch : reduction == kMean ? 1 / (batch * dims) : 1;
+// What a sample's distortion and rate are multiplied by before they are summed. elements: of the batch, or the sum of
+// their weights.
+ELBO_INLINE double reduction_weight(int64_t reduction, double batch, double elements) {
+  return reduction == kBatchMean ? 1 / batch : reduction == kMean ? 1 / elements : 1;
+}
+
+// ------------------------------------------------------------------------------------------ O(B): what limits a rate
+
+ELBO_INLINE bool limits_batch(int64_t mode) {
+  return mode == kBatchCapacity || mode == kBatchFreeNats;
+}
+
+ELBO_INLINE bool limits_samples(int64_t mode) {
+  return mode == kSampleCapacity || mode == kSampleFreeNats;
+}
+
+ELBO_INLINE bool is_floor(int64_t mode) {
+  return mode == kBatchFreeNats || mode == kSampleFreeNats;
+}
+
+// What β multiplies in the place of a rate: max(K, λ), where NaN passes, or |K − C|.
+ELBO_INLINE double limited(int64_t mode, double rate, double limit) {
+  return is_floor(mode) ? (rate < limit ? limit : rate) : ::fabs(rate - limit);
+}
+
+// ∂ limited / ∂ rate
+ELBO_INLINE double limited_slope(int64_t mode, double rate, double limit) {
+  return is_floor(mode) ? static_cast<double>(rate >= limit) : static_cast<double>((rate > limit) - (rate < limit));
 }
 
 // ----------------------------------------------------------------------------------- O(B): the gradients' factors
@@ -214,36 +327,31 @@ struct Weight {
 
 // What a sample's elements are multiplied by, and its part of the gradients that are O(B) themselves.
 struct Factors {
-  double recon_scale;      // a_i, less the term of a σ that the batch shares; w_i where σ varies inside
+  double recon_scale;      // q ∂L/∂A_i, less the term of a σ that the batch shares; w_i where σ varies inside
   double grad_kl_clamped;  // the part of b_i that reaches the elements which free_bits lets through
   double grad_kl;          // the part that reaches all of them
-  double log_sigma;        // w_i (D − S_i/σ²)
+  double log_sigma;        // w_i (D − A_i/σ^q)
   double beta;
 };
 
 ELBO_INLINE Factors
-factors(int64_t mode, const Sigma& sigma, double s, double kl_clamped, double dims, double beta, const Weight& weight) {
+factors(int64_t mode, const Sigma& sigma, double a, double kl_clamped, double dims, double beta, const Weight& weight) {
   const double w = weight.loss + weight.distortion;
   Factors f = {w, weight.loss * beta, weight.rate, 0.0, weight.loss * kl_clamped};
   if (mode == kElement) return f;
-  f.recon_scale = w * sigma.inverse_variance;
-  f.log_sigma = w * distortion_slope(s, dims, sigma.inverse_variance);
-  if (mode == kImage && s != 0) f.recon_scale += sigma.slope * f.log_sigma / s;
+  f.recon_scale = w * sigma.inverse_scale;
+  f.log_sigma = w * distortion_slope(a, dims, sigma.inverse_scale);
+  if (mode == kImage && a != 0) f.recon_scale += sigma.slope * f.log_sigma / a;
   return f;
 }
 
-// What a capacity adds to the loss: weight is the reduction's, gap = mean_i KL_i − C.
-ELBO_INLINE double capacity_penalty(double weight, double batch, double beta, double gap) {
-  return weight * batch * beta * ::fabs(gap);
+// The same factors under a limit: β multiplies what that makes of a rate, the sample's or the batch's mean.
+ELBO_INLINE void apply_limit(Factors& f, int64_t mode, const Weight& weight, double rate, double limit) {
+  f.grad_kl_clamped *= limited_slope(mode, rate, limit);
+  f.beta = weight.loss * limited(mode, rate, limit);
 }
 
-// The same factors under a capacity: β multiplies |gap|.
-ELBO_INLINE void limit_by_capacity(Factors& f, const Weight& weight, double gap) {
-  f.grad_kl_clamped *= (gap > 0) - (gap < 0);
-  f.beta = weight.loss * ::fabs(gap);
-}
-
-// What reaches every error of the batch through the σ that it shares: slope_sum = Σ_j w_j (D − S_j/σ²).
+// What reaches every error of the batch through the σ that it shares: slope_sum = Σ_j w_j (D − A_j/σ^q).
 ELBO_INLINE double shared_sigma_term(const Sigma& sigma, double slope_sum, double total) {
   return total == 0 ? 0.0 : sigma.slope * slope_sum / total;
 }

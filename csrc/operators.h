@@ -38,24 +38,34 @@ class Arguments {
 struct Call {
   Tensors tensors;
   Options options;
-  double free_bits = 0;
+  ElementOptions elements;
 
   explicit Call(Arguments& in) {
     const auto tensor = [&] { return in.next<OptTensor>(); };
-    tensors = {tensor(), tensor(), tensor(), tensor(), tensor(), tensor(), tensor(), tensor(), tensor()};
+    tensors = {tensor(), tensor(), tensor(), tensor(), tensor(), tensor(),
+               tensor(), tensor(), tensor(), tensor(), tensor()};
     const Tensors& t = tensors;
+    elements.exponent = static_cast<int>(in.next<int64_t>());
+    elements.activation = in.next<int64_t>();
+    options.q = elements.exponent;
+    options.constant = in.next<bool>();
+    elements.target_low = in.next<double>();
+    elements.target_step = (in.next<double>() - elements.target_low) / 255;
     options.sigma_mode = in.next<int64_t>();
     options.softclip = in.next<bool>();
     const double log_sigma_value = in.next<double>();
     options.min_log_sigma = in.next<double>();
-    free_bits = in.next<double>();
+    elements.free_bits = in.next<double>();
     const double beta_value = in.next<double>();
-    const auto capacity_value = in.next<std::optional<double>>();
+    options.limit_mode = in.next<int64_t>();
+    const double limit_value = in.next<double>();
+    elements.logvar_min = in.next<std::optional<double>>();
+    elements.logvar_max = in.next<std::optional<double>>();
     options.reduction = in.next<int64_t>();
     options.log_sigma = number_of(options.sigma_mode == kGiven ? t.log_sigma : std::nullopt, log_sigma_value);
     options.beta = number_of(t.beta, beta_value);
-    options.has_capacity = t.capacity || capacity_value;
-    options.capacity = number_of(t.capacity, capacity_value.value_or(0));
+    options.limit = number_of(t.limit, limit_value);
+    options.extra_error = number_of(t.extra_error, 0);
   }
 };
 

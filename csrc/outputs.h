@@ -9,7 +9,7 @@
 namespace elbo {
 
 using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-using EightTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using NineTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 inline Tensor empty(const Inputs& in, const std::vector<int64_t>& sizes) {
   std::vector<int64_t> strides(sizes.size(), 1);
@@ -27,7 +27,7 @@ struct OutputTensors {
         distortion(empty(in, reduced(in, call))),
         rate(empty(in, reduced(in, call))),
         sigma(empty(in, of_sigma(in, call))),
-        stats(empty(in, {3, in.batch.size + 1})) {
+        stats(empty(in, {stats_rows(in.batch), in.batch.size + 1})) {
     outputs = {loss.data_ptr(),  distortion.data_ptr(), rate.data_ptr(),
                sigma.data_ptr(), sigma.numel() > 1,     stats.data_ptr()};
   }
@@ -76,6 +76,7 @@ class GradientTensors {
     g.prior_mu = of_latents(kPriorMu, t.prior_mu);
     g.prior_logvar = of_latents(kPriorLogvar, t.prior_logvar);
     g.beta = small(kBeta, t.beta, g.beta_each);
+    g.extra_error = small(kExtraError, t.extra_error, g.extra_error_each);
     if (call.options.sigma_mode != kElement) {
       g.log_sigma = small(kLogSigma, t.log_sigma, g.log_sigma_each);
     } else if (!in.log_sigma_is_broadcast) {
@@ -88,14 +89,14 @@ class GradientTensors {
     }
   }
 
-  EightTensors finish() {
+  NineTensors finish() {
     if (of_elements_) small_[kLogSigma] = summed_like(*of_elements_, *tensors_.log_sigma);
-    return {result(kRecon),    result(kTarget),  result(kMu),          result(kLogvar),
-            result(kLogSigma), result(kPriorMu), result(kPriorLogvar), result(kBeta)};
+    return {result(kRecon),   result(kTarget),      result(kMu),   result(kLogvar),    result(kLogSigma),
+            result(kPriorMu), result(kPriorLogvar), result(kBeta), result(kExtraError)};
   }
 
  private:
-  enum Bit { kRecon, kTarget, kMu, kLogvar, kLogSigma, kPriorMu, kPriorLogvar, kBeta, kBits };
+  enum Bit { kRecon, kTarget, kMu, kLogvar, kLogSigma, kPriorMu, kPriorLogvar, kBeta, kExtraError, kBits };
 
   const Inputs& in_;
   const Tensors& tensors_;

@@ -37,6 +37,9 @@ ELBO_INLINE void with_type(ScalarType dtype, F f) {
       return f(static_cast<double*>(nullptr));
     case ScalarType::BFloat16:
       return f(static_cast<BFloat16*>(nullptr));
+    case ScalarType::Byte:
+    case ScalarType::Bool:
+      return f(static_cast<uint8_t*>(nullptr));
     default:
       return f(static_cast<Half*>(nullptr));
   }

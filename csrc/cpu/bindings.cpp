@@ -20,7 +20,7 @@ void register_operators(torch::stable::detail::StableLibrary& m);  // called by 
 namespace {
 
 Inputs inputs_of(const Call& call) {
-  return Inputs(call.tensors, call.options.sigma_mode, call.free_bits, /*for_cuda=*/false);
+  return Inputs(call.tensors, call.options.sigma_mode, call.elements, /*for_cuda=*/false);
 }
 
 // Calls f with a number of the compute type.
@@ -33,7 +33,8 @@ auto computing(bool is_double, F f) {
 template <class A>
 void write_stats(const Stats& stats, void* to) {
   A* at = static_cast<A*>(to);
-  for (const auto* row : {&stats.s, &stats.kl, &stats.kl_clamped}) {
+  for (const auto* row : {&stats.a, &stats.kl, &stats.kl_clamped, &stats.weights}) {
+    if (row == &stats.weights && row->empty()) return;
     at = std::transform(row->begin(), row->end(), at, [](double value) { return static_cast<A>(value); });
     *at++ = static_cast<A>(std::accumulate(row->begin(), row->end(), 0.0));
   }
@@ -47,7 +48,7 @@ Stats read_stats(const Tensor& stats) {
     if (direct != values.data()) std::copy_n(direct, batch, values.data());
     return values;
   };
-  return {row(0), row(1), row(2)};
+  return {row(0), row(1), row(2), stats.size(0) > 3 ? row(3) : std::vector<double>{}};
 }
 
 // Where the kernels write gradients.
@@ -66,10 +67,10 @@ GradientTensors gradients_of(const Inputs& in, const Call& call, int64_t mask) {
 
 Tensor stats(const Call& call) {
   const Inputs in = inputs_of(call);
-  const Tensor result = empty(in, {3, in.batch.size + 1});
+  const Tensor result = empty(in, {stats_rows(in.batch), in.batch.size + 1});
   computing(in.batch.is_double, [&](auto zero) {
     using A = decltype(zero);
-    write_stats<A>(elbo_stats<A>(in.batch), result.data_ptr());
+    write_stats<A>(elbo_stats<A>(in.batch, call.options.extra_error), result.data_ptr());
   });
   return result;
 }
@@ -79,14 +80,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Call& call) {
   const OutputTensors out(in, call);
   computing(in.batch.is_double, [&](auto zero) {
     using A = decltype(zero);
-    Stats stats = elbo_stats<A>(in.batch);
+    Stats stats = elbo_stats<A>(in.batch, call.options.extra_error);
     write_stats<A>(stats, out.outputs.stats);
     elbo_finalize<A>(as_stored<A>(std::move(stats)), in.batch, call.options, out.outputs);
   });
   return {out.loss, out.distortion, out.rate, out.sigma, out.stats};
 }
 
-EightTensors grads(const GradsCall& call) {
+NineTensors grads(const GradsCall& call) {
   const Inputs in = inputs_of(call);
   GradientTensors out = gradients_of(in, call, call.mask);
   const Gradients& g = out.gradients;
@@ -95,8 +96,7 @@ EightTensors grads(const GradsCall& call) {
   return out.finish();
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> step(
-    const StepCall& call) {
+decltype(std::tuple_cat(FourTensors{}, NineTensors{})) step(const StepCall& call) {
   const Inputs in = inputs_of(call);
   const OutputTensors out(in, call);
   GradientTensors gradients = gradients_of(in, call, call.mask);
@@ -140,7 +140,9 @@ struct Levels {
     inputs.reserve(t.size() / 4);
     latents.reserve(t.size() / 4);
     for (size_t i = 0; i < t.size(); i += 4) {
-      inputs.emplace_back(*t[i], *t[i + 1], t[i + 2], t[i + 3], call.free_bits);
+      ElementOptions options;
+      options.free_bits = call.free_bits;
+      inputs.emplace_back(*t[i], *t[i + 1], t[i + 2], t[i + 3], options);
       latents.push_back(inputs.back().latents);
     }
     for (const OptTensor& one : t) has_double |= is_double(one);

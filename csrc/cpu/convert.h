@@ -16,7 +16,11 @@ constexpr int64_t kBlock = 1024;  // elements converted at a time
 
 template <class T, class U>
 inline void convert(const T* __restrict in, U* __restrict out, int64_t n) {
-  if constexpr (std::is_same_v<Computed<T>, Computed<U>>) {
+  if constexpr (std::is_same_v<T, uint8_t> && std::is_same_v<U, float>) {
+    for_lanes<float>(n, [&](int64_t i, auto lanes) { store(out + i, load(in + i, lanes), lanes); });
+  } else if constexpr (std::is_same_v<T, uint8_t> || std::is_same_v<U, uint8_t>) {
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<U>(in[i]);
+  } else if constexpr (std::is_same_v<Computed<T>, Computed<U>>) {
     for_lanes<Computed<T>>(n, [&](int64_t i, auto lanes) { store(out + i, load(in + i, lanes), lanes); });
   } else if constexpr (kIsHalf<T>) {  // between fp64 and 16 bits by way of fp32, as PyTorch does
     for_lanes<float>(n, [&](int64_t i, auto lanes) {
@@ -39,6 +43,7 @@ template <class T>
 constexpr ScalarType kDtype = std::is_same_v<T, float>      ? ScalarType::Float
                               : std::is_same_v<T, double>   ? ScalarType::Double
                               : std::is_same_v<T, BFloat16> ? ScalarType::BFloat16
+                              : std::is_same_v<T, uint8_t>  ? ScalarType::Byte
                                                             : ScalarType::Half;
 
 template <class T>

@@ -11,12 +11,16 @@
 namespace elbo {
 
 struct Stats {
-  std::vector<double> s, kl, kl_clamped;  // one value per sample
+  std::vector<double> a, kl, kl_clamped;  // one value per sample
+  std::vector<double> weights;            // n_i, where elements have weights
 };
 
 // Data or latents without dims are left out.
 template <class A>
-Stats elbo_stats(const Batch& batch);
+Stats elbo_stats(const Batch& batch, const Number& extra_error);
+
+// A of each sample, with what is added to it.
+std::vector<double> with_extra_error(std::vector<double> a, const Number& extra_error);
 
 template <class A>
 void elbo_finalize(const Stats& stats, const Batch& batch, const Options& options, const Outputs& outputs);
@@ -26,8 +30,8 @@ std::vector<Factors> elbo_factors(
     const Stats& stats, const Batch& batch, const Options& options, const GradOutputs& grad_outputs,
     const Gradients& gradients);
 
-// Factors.recon_scale of a sample whose σ is its own (a given one, or its optimum), from its S alone.
-double own_recon_scale(int64_t sample, double s, const Batch& batch, const Options& options, double grad_scale);
+// Factors.recon_scale of a sample whose σ is its own (a given one, or its optimum), from its A alone.
+double own_recon_scale(int64_t sample, double a, const Batch& batch, const Options& options, double grad_scale);
 
 template <class A>
 void elbo_grads(const Batch& batch, const std::vector<Factors>& factors, const Gradients& gradients);
@@ -39,7 +43,7 @@ Stats elbo_step(const Batch& batch, const Options& options, double grad_scale, c
 // What comes back from a tensor of A: forward and grads see the same numbers.
 template <class A>
 Stats as_stored(Stats stats) {
-  for (auto* row : {&stats.s, &stats.kl, &stats.kl_clamped}) {
+  for (auto* row : {&stats.a, &stats.kl, &stats.kl_clamped, &stats.weights}) {
     for (double& value : *row) value = static_cast<A>(value);
   }
   return stats;

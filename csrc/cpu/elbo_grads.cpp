@@ -8,30 +8,6 @@
 namespace elbo {
 namespace {
 
-// The same where σ varies inside a sample. `log_sigma(first, n, block)` is given the gradient of a block of log σ where
-// no tensor takes it.
-template <class A, class F>
-void data_gradient_scaled(const Data& data, A w, int64_t sample, int64_t chunk, const Gradients& out, F log_sigma) {
-  const Span* const wanted[] = {&out.recon, &out.target, &out.element_log_sigma};
-  for_blocks(chunk, data.dims, [&](int64_t first, int64_t n) {
-    A scratch[3][kBlock];
-    const A* r = read(data.recon, sample, first, n, scratch[0]);
-    const A* t = read(data.target, sample, first, n, scratch[1]);
-    const A* ls = read_log_sigma(data.log_sigma, sample, first, n, scratch[2]);
-    A results[3][kBlock];
-    const Vector<A> weight = Vector<A>{} + w;
-    const auto lie =
-        write_block(wanted, results, sample, first, n, out.past_caches, [&](int64_t i, auto lanes, auto places) {
-          const Vector<A> e = difference(load(r + i, lanes), load(t + i, lanes));
-          const auto g = distortion_grad<Vector<A>>(weight, e, load(ls + i, lanes));
-          places.put(0, i, g.recon, lanes);
-          places.put(1, i, -g.recon, lanes);
-          places.put(2, i, g.log_sigma, lanes);
-        });
-    if (!out.element_log_sigma.base) log_sigma(first, n, lie.at[2]);
-  });
-}
-
 // Sums a block of the gradient into those elements of log σ that it came from. In double, for a channel's σ sums over
 // every pixel of every image.
 template <class A>
@@ -47,7 +23,7 @@ void scatter(const Broadcast& log_sigma, int64_t first, int64_t n, const A* g, d
 
 // log σ is broadcast: tasks are dealt to a fixed number of groups, each with sums of its own, added in order at the
 // end.
-template <class A>
+template <class A, int Q>
 void grads_broadcast(const Batch& batch, const std::vector<Factors>& factors, const Gradients& out) {
   const Data& data = batch.data;
   const Broadcast& log_sigma = data.log_sigma;
@@ -62,7 +38,7 @@ void grads_broadcast(const Batch& batch, const std::vector<Factors>& factors, co
       double* own = sums.data() + group * width;
       for (int64_t task = tasks * group / groups; task < tasks * (group + 1) / groups; ++task) {
         const int64_t sample = task / per_sample;
-        data_gradient_scaled<A>(
+        element_gradient<A, Q>(
             data, static_cast<A>(factors[sample].recon_scale), sample, task % per_sample, out,
             [&](int64_t first, int64_t n, const A* g) { scatter(log_sigma, first, n, g, own); });
       }
@@ -74,36 +50,41 @@ void grads_broadcast(const Batch& batch, const std::vector<Factors>& factors, co
   convert_to(out.log_sigma, sums.data(), numel);
 }
 
-}  // namespace
-
-template <class A>
-void elbo_grads(const Batch& batch, const std::vector<Factors>& factors, const Gradients& out) {
+template <class A, int Q>
+void grads_of(const Batch& batch, const std::vector<Factors>& factors, const Gradients& out) {
   const Data& data = batch.data;
   const Latents& latents = batch.latents;
   const auto scale_of = [&](int64_t sample) { return static_cast<A>(factors[sample].recon_scale); };
   const auto plain = [&](int64_t sample, int64_t chunk) {
-    chunk_gradient<A>(data, scale_of(sample), sample, chunk, out);
+    chunk_gradient<A, Q>(data, scale_of(sample), sample, chunk, out);
   };
   const auto dense = [&](int64_t sample, int64_t chunk) {
-    data_gradient_scaled<A>(data, scale_of(sample), sample, chunk, out, [](int64_t, int64_t, const A*) {});
+    element_gradient<A, Q>(data, scale_of(sample), sample, chunk, out, [](int64_t, int64_t, const A*) {});
   };
   const auto latent_task = [&](int64_t sample, int64_t chunk) {
-    (latents.has_prior ? latent_gradient<A, true>
-                       : latent_gradient<A, false>)(latents, static_cast<A>(factors[sample].grad_kl_clamped),
-                                                    static_cast<A>(factors[sample].grad_kl), sample, chunk, out);
+    const Factors& f = factors[sample];
+    latent_gradient_of<A>(latents)(
+        latents, static_cast<A>(f.grad_kl_clamped), static_cast<A>(f.grad_kl), sample, chunk, out);
   };
   const int64_t latent_dims = wants_latents(out) ? latents.dims : 0;
   const auto of_latents = each(latent_dims, latent_task);
   const bool is_broadcast = data.has_log_sigma && data.log_sigma.rank > 0;
   const bool data_wanted = wants_data(out) || (is_broadcast && out.log_sigma.base);
-  if (data_wanted && is_broadcast) grads_broadcast<A>(batch, factors, out);
+  if (data_wanted && is_broadcast) grads_broadcast<A, Q>(batch, factors, out);
   if (!data_wanted || is_broadcast) {
     for_shares(batch.size, 0, latent_dims, nothing, of_latents);
-  } else if (!data.has_log_sigma) {
+  } else if (!has_elements(data) && !has_factors(data)) {
     for_shares(batch.size, data.dims, latent_dims, each_again(data.dims, plain), of_latents);
   } else {
     for_shares(batch.size, data.dims, latent_dims, each_again(data.dims, dense), of_latents);
   }
+}
+
+}  // namespace
+
+template <class A>
+void elbo_grads(const Batch& batch, const std::vector<Factors>& factors, const Gradients& out) {
+  (batch.data.exponent == 2 ? grads_of<A, 2> : grads_of<A, 1>)(batch, factors, out);
 }
 
 template void elbo_grads<float>(const Batch&, const std::vector<Factors>&, const Gradients&);

@@ -50,7 +50,7 @@ std::vector<double> elbo_levels(int64_t batch, const std::vector<Latents>& level
     const Latents& latents = levels[level];
     double rate;  // the plain one, which no one asks for here
     double& clamped = partials[level][sample * chunks(latents.dims) + chunk];
-    (latents.has_prior ? rates<A, true> : rates<A, false>)(latents, sample, chunk, rate, clamped);
+    rates_of<A>(latents)(latents, sample, chunk, rate, clamped);
   });
   std::vector<double> sums(batch, 0.0);
   for (const auto& level : partials) {
@@ -65,9 +65,7 @@ void elbo_levels_grads(
     int64_t batch, const std::vector<Latents>& levels, const Number& grad, const std::vector<Gradients>& out) {
   for_levels(batch, levels, [&](int64_t level, int64_t sample, int64_t chunk) {
     const Latents& latents = levels[level];
-    (latents.has_prior ? latent_gradient<A, true> : latent_gradient<A, false>)(latents,
-                                                                               static_cast<A>(at(grad, sample)), A{0},
-                                                                               sample, chunk, out[level]);
+    latent_gradient_of<A>(latents)(latents, static_cast<A>(at(grad, sample)), A{0}, sample, chunk, out[level]);
   });
 }
 

@@ -1,4 +1,4 @@
-// Stage one: S_i = Σ_d e² (or Σ_d [e²/σ_d² + 2 log σ_d]) and KL_i, in one pass over the data.
+// Stage one: A_i = Σ_d |e|^q (or Σ_d [|e|^q/σ_d^q + q log σ_d]) and KL_i, in one pass over the data.
 #include "blocks.h"
 #include "elbo.h"
 #include "latents.h"
@@ -7,42 +7,45 @@
 namespace elbo {
 namespace {
 
-template <class A>
-double scaled_chunk_sum(const Data& data, int64_t sample, int64_t chunk) {
-  double sum = 0;
-  for_blocks(chunk, data.dims, [&](int64_t first, int64_t n) {
-    A scratch[3][kBlock];
-    const A* r = read(data.recon, sample, first, n, scratch[0]);
-    const A* t = read(data.target, sample, first, n, scratch[1]);
-    const A* ls = read_log_sigma(data.log_sigma, sample, first, n, scratch[2]);
-    sum += sum_lanes<A>(n, [&](int64_t i, auto lanes) {
-      return scaled_error<Vector<A>>(difference(load(r + i, lanes), load(t + i, lanes)), load(ls + i, lanes));
-    });
-  });
-  return sum;
+template <class A, int Q>
+BlockSums data_sums(const Data& data, int64_t sample, int64_t chunk) {
+  if (has_elements(data)) return element_sums<A, Q>(data, sample, chunk);
+  return {chunk_sum<A, Q>(data, sample, chunk), 0};
 }
 
 }  // namespace
 
+std::vector<double> with_extra_error(std::vector<double> a, const Number& extra_error) {
+  for (size_t i = 0; i < a.size(); ++i) a[i] += at(extra_error, static_cast<int64_t>(i));
+  return a;
+}
+
 template <class A>
-Stats elbo_stats(const Batch& batch) {
+Stats elbo_stats(const Batch& batch, const Number& extra_error) {
   const Data& data = batch.data;
   const Latents& latents = batch.latents;
   const int64_t data_chunks = chunks(data.dims), latent_chunks = chunks(latents.dims);
-  std::vector<double> s(batch.size * data_chunks), rate(batch.size * latent_chunks), clamped(rate.size());
+  std::vector<double> a(batch.size * data_chunks), weights(data.has_weight ? a.size() : 0);
+  std::vector<double> rate(batch.size * latent_chunks), clamped(rate.size());
   const auto data_task = [&](int64_t sample, int64_t chunk) {
-    s[sample * data_chunks + chunk] =
-        data.has_log_sigma ? scaled_chunk_sum<A>(data, sample, chunk) : chunk_sum<A>(data, sample, chunk);
+    const int64_t task = sample * data_chunks + chunk;
+    const BlockSums sums = (data.exponent == 2 ? data_sums<A, 2> : data_sums<A, 1>)(data, sample, chunk);
+    a[task] = sums.a;
+    if (data.has_weight) weights[task] = sums.weights;
   };
   const auto latent_task = [&](int64_t sample, int64_t chunk) {
     const int64_t task = sample * latent_chunks + chunk;
-    (latents.has_prior ? rates<A, true> : rates<A, false>)(latents, sample, chunk, rate[task], clamped[task]);
+    rates_of<A>(latents)(latents, sample, chunk, rate[task], clamped[task]);
   };
   for_shares(batch.size, data.dims, latents.dims, each(data.dims, data_task), each(latents.dims, latent_task));
-  return {sums_of(batch.size, s), sums_of(batch.size, rate), sums_of(batch.size, clamped)};
+  Stats stats = {
+      with_extra_error(sums_of(batch.size, a), extra_error), sums_of(batch.size, rate), sums_of(batch.size, clamped),
+      {}};
+  if (data.has_weight) stats.weights = sums_of(batch.size, weights);
+  return stats;
 }
 
-template Stats elbo_stats<float>(const Batch&);
-template Stats elbo_stats<double>(const Batch&);
+template Stats elbo_stats<float>(const Batch&, const Number&);
+template Stats elbo_stats<double>(const Batch&, const Number&);
 
 }  // namespace elbo

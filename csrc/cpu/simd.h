@@ -42,6 +42,7 @@ ELBO_INLINE To bits_as(From from) {
   return to;
 }
 
+template <>
 ELBO_INLINE FloatV magnitude(FloatV x) {
   return bits_as<FloatV>(bits_as<IntV>(x) & 0x7FFFFFFF);
 }

@@ -10,6 +10,14 @@ namespace elbo {
 template <class T>
 using Computed = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+// Bytes are only read.
+ELBO_INLINE FloatV load(const uint8_t* p, int64_t lanes) {
+  typedef uint8_t BytesV __attribute__((vector_size(kLanes<float>)));
+  BytesV bytes{};
+  std::memcpy(&bytes, p, lanes);
+  return __builtin_convertvector(__builtin_convertvector(bytes, IntV), FloatV);
+}
+
 template <class T>
 using Conversion = std::conditional_t<std::is_same_v<T, BFloat16>, ByArithmetic<BFloat16Format>, HalfConversion>;
 

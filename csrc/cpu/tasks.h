@@ -81,25 +81,25 @@ ELBO_INLINE void for_blocks(int64_t chunk, int64_t dims, F f) {
 }
 
 // Cuts elements [first, first + n) of a sample into runs along its innermost dimension and calls
-// f(offset into a sample's log σ, elements before the run, length, stride).
+// f(offset into a sample's values, elements before the run, length, stride).
 template <class F>
-inline void for_runs(const Broadcast& log_sigma, int64_t first, int64_t n, F f) {
-  const Broadcast::Dim& inner = log_sigma.dims[0];
+inline void for_runs(const Broadcast& broadcast, int64_t first, int64_t n, F f) {
+  const Broadcast::Dim& inner = broadcast.dims[0];
   const bool repeats = inner.divisor > 1;  // along the data's innermost dimensions
   const int64_t run = repeats ? inner.divisor : inner.size, stride = repeats ? 0 : inner.stride;
   for (int64_t done = 0; done < n;) {
     const int64_t element = first + done, length = std::min(run - element % run, n - done);
-    f(offset_of(log_sigma, element), done, length, stride);
+    f(offset_of(broadcast, element), done, length, stride);
     done += length;
   }
 }
 
-// log σ of a block, gathered if it is broadcast.
+// The values of a block, log σ or weights, gathered if they are broadcast.
 template <class A>
-inline const A* read_log_sigma(const Broadcast& log_sigma, int64_t sample, int64_t first, int64_t n, A* scratch) {
-  const Span& values = log_sigma.values;
-  if (log_sigma.rank == 0) return read(values, sample, first, n, scratch);
-  for_runs(log_sigma, first, n, [&](int64_t offset, int64_t done, int64_t length, int64_t stride) {
+inline const A* read_broadcast(const Broadcast& broadcast, int64_t sample, int64_t first, int64_t n, A* scratch) {
+  const Span& values = broadcast.values;
+  if (broadcast.rank == 0) return read(values, sample, first, n, scratch);
+  for_runs(broadcast, first, n, [&](int64_t offset, int64_t done, int64_t length, int64_t stride) {
     A one;
     if (stride == 0) {
       std::fill_n(scratch + done, length, *read(values, sample, offset, 1, &one));
