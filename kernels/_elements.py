@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ._math import exp, whole
+from ._math import activated, clamped, exp, number, whole
 
 
 @triton.jit
@@ -71,22 +71,31 @@ def data_at(base, stride, call, rows, cols, inside):
 
 
 @triton.jit
-def difference(call, rows, cols, inside):
-    """Reads x̂ − x."""
-    recon = data_at(call.tensors.recon, call.data.recon, call, rows, cols, inside)
-    return recon - data_at(call.tensors.target, call.data.target, call, rows, cols, inside)
+def errors_at(call, rows, cols, inside):
+    """Reads x̂ − x. Returns it and ∂x̂/∂y, for y what recon holds (which is 1 where there is no activation)."""
+    x, dx_dy = data_at(call.tensors.recon, call.data.recon, call, rows, cols, inside), 1.0
+    target = data_at(call.tensors.target, call.data.target, call, rows, cols, inside)
+    if call.data.BYTES is not None:
+        low = number(call.numbers.target_low, call.batch.ACC)
+        target = target * number(call.numbers.target_step, call.batch.ACC) + low
+    if call.data.ACTIVATION is not None:
+        x, dx_dy = activated(x, call.data.ACTIVATION)
+    e = x - target
+    if call.data.ACTIVATION is not None or call.data.BYTES is not None:
+        e = tl.where(inside, e, 0.0)  # of what is no element, too, 0 would not stay 0
+    return e, dx_dy
 
 
 @triton.jit
-def log_sigma_offsets(log_sigma, rows, cols, VEC: tl.constexpr, WIDE: tl.constexpr):
-    """Returns where the log σ of a tile's elements lie in a `structs.Broadcast`."""
-    if log_sigma.inner is None:
-        return row_offsets(rows, from_units(log_sigma.stride, VEC, WIDE), WIDE) + cols
+def offsets_of(broadcast, rows, cols, VEC: tl.constexpr, WIDE: tl.constexpr):
+    """Returns where the values of a tile's elements lie in a `structs.Broadcast`."""
+    if broadcast.inner is None:
+        return row_offsets(rows, from_units(broadcast.stride, VEC, WIDE), WIDE) + cols
     else:
-        inside = run_offsets(log_sigma.inner, cols)
-        if log_sigma.outer is not None:
-            inside += run_offsets(log_sigma.outer, cols)
-        return row_offsets(rows, whole(log_sigma.stride), WIDE) + inside
+        inside = run_offsets(broadcast.inner, cols)
+        if broadcast.outer is not None:
+            inside += run_offsets(broadcast.outer, cols)
+        return row_offsets(rows, whole(broadcast.stride), WIDE) + inside
 
 
 @triton.jit
@@ -96,8 +105,14 @@ def run_offsets(run, cols):
 
 @triton.jit
 def log_sigma_at(call, rows, cols, inside):
-    offsets = log_sigma_offsets(call.data.log_sigma, rows, cols, call.data.tiles.VEC, call.batch.WIDE)
+    offsets = offsets_of(call.data.log_sigma, rows, cols, call.data.tiles.VEC, call.batch.WIDE)
     return tl.load(call.tensors.log_sigma + offsets, inside, 0.0).to(call.batch.ACC)
+
+
+@triton.jit
+def weights_at(call, rows, cols, inside):
+    offsets = offsets_of(call.data.weight, rows, cols, call.data.tiles.VEC, call.batch.WIDE)
+    return tl.load(call.tensors.weight + offsets, inside, 0).to(call.batch.ACC)
 
 
 @triton.jit
@@ -106,14 +121,24 @@ def latent_at(base, stride, call, rows, cols, inside):
 
 
 @triton.jit
+def logvar_range(call):
+    return number(call.numbers.logvar_min, call.batch.ACC), number(call.numbers.logvar_max, call.batch.ACC)
+
+
+@triton.jit
 def latents_at(call, rows, cols, inside):
-    """Reads (μ − μ_p, l − l_p, 1/σ_p²), which are μ, l and 1 against N(0, I)."""
+    """Reads (μ − μ_p, l − l_p, 1/σ_p²), which are μ, l and 1 against N(0, I); and l as it lies, where it has a range
+    that the first ones have it in."""
     d = latent_at(call.tensors.mu, call.latents.mu, call, rows, cols, inside)
-    t = latent_at(call.tensors.logvar, call.latents.logvar, call, rows, cols, inside)
+    logvar = latent_at(call.tensors.logvar, call.latents.logvar, call, rows, cols, inside)
+    t = logvar
+    if call.latents.RANGE is not None:
+        least, most = logvar_range(call)
+        t = tl.where(inside, clamped(logvar, least, most), 0.0)
     inverse_prior_variance = tl.full((call.latents.tiles.ROWS, call.latents.tiles.COLS), 1.0, call.batch.ACC)
     if call.latents.prior_mu is not None:
         p = latent_at(call.tensors.prior_logvar, call.latents.prior_logvar, call, rows, cols, inside)
         d = d - latent_at(call.tensors.prior_mu, call.latents.prior_mu, call, rows, cols, inside)
         t = t - p
         inverse_prior_variance = exp(-p)
-    return d, t, inverse_prior_variance
+    return d, t, inverse_prior_variance, logvar

@@ -1,14 +1,15 @@
-"""What S and KL of a sample mean for its elements: its σ, and one factor for each gradient. Where σ is shared within a
+"""What A and KL of a sample mean for its elements: its σ, and one factor for each gradient. Where σ is shared within a
 sample, a mode of σ is added here."""
 
 import triton
 import triton.language as tl
 
 from ._elements import size
-from ._math import distortion_slope, exp, number, optimal_sigma, sigma_term, whole
+from ._math import distortion_slope, exp, limited, limited_slope, number, optimal_sigma, sigma_term, whole
 from .structs import Factors, Sums
 
 GIVEN, BATCH, IMAGE, ELEMENT = (tl.constexpr(k) for k in range(4))  # as in fused_elbo/sigma.py
+BATCH_CAPACITY, SAMPLE_CAPACITY, BATCH_FREE_NATS, SAMPLE_FREE_NATS = (tl.constexpr(k) for k in range(1, 5))  # rate.py
 
 
 @triton.jit
@@ -46,78 +47,119 @@ def betas(rows, call):
 
 
 @triton.jit
-def shared_sigma(total, call):
-    """Returns (log σ, 1/σ², slope) for the σ that the batch shares."""
-    n = number(call.batch.n, call.batch.ACC) * number(call.batch.dims, call.batch.ACC)
-    return optimal_sigma(total, n, number(call.numbers.min_log_sigma, call.batch.ACC), call.options.SOFTCLIP)
+def dims_of(call):
+    """Returns how many elements a sample has, where they have no weights."""
+    return number(call.batch.dims, call.batch.ACC)
 
 
 @triton.jit
-def sigma_of(rows, s, total, call):
-    """Returns (log σ, 1/σ², slope) of each sample of a block."""
+def elements_of(call):
+    """The same of the batch."""
+    return number(call.batch.n, call.batch.ACC) * number(call.batch.dims, call.batch.ACC)
+
+
+@triton.jit
+def reduction_weight(elements, call):
+    """Returns what the reduction multiplies a sample by. `elements`: the sum of the weights, where there are any."""
+    if call.data.weight.stride is not None and call.options.MEAN is not None:
+        return 1.0 / tl.where(elements == 0.0, elements_of(call), elements)
+    else:
+        return number(call.batch.scale, call.batch.ACC)
+
+
+@triton.jit
+def shared_sigma(total, elements, call):
+    """Returns (log σ, 1/σ^q, slope) for the σ that the batch shares."""
+    return optimal_sigma(total, elements, number(call.numbers.min_log_sigma, call.batch.ACC), call.options)
+
+
+@triton.jit
+def sigma_of(rows, sums, call):
+    """Returns (log σ, 1/σ^q, slope) of each sample of a block. `sums`: its `structs.Sums`."""
     if call.options.MODE == BATCH:
-        return shared_sigma((rows * 0).to(call.batch.ACC) + total, call)
+        return shared_sigma((rows * 0).to(call.batch.ACC) + sums.total, sums.elements, call)
     elif call.options.MODE == IMAGE:
         least = number(call.numbers.min_log_sigma, call.batch.ACC)
-        return optimal_sigma(s, number(call.batch.dims, call.batch.ACC), least, call.options.SOFTCLIP)
+        return optimal_sigma(sums.a, sums.dims, least, call.options)
     else:
         given = values_of(call.tensors.log_sigma, call.numbers.log_sigma, call.options.log_sigma, rows, call)
-        return given, exp(-2.0 * given), s * 0.0
+        return given, exp(given * (-1.0 * call.options.Q)), sums.a * 0.0
 
 
 @triton.jit
-def one_sigma(total, call):
-    """Returns (log σ, 1/σ²) where they are the same for all samples."""
+def one_sigma(total, elements, call):
+    """Returns (log σ, 1/σ^q) where they are the same for all samples."""
     if call.options.MODE == BATCH:
-        ls, inverse, _ = shared_sigma(total, call)
+        ls, inverse, _ = shared_sigma(total, elements, call)
     else:
         ls = value_of(call.tensors.log_sigma, call.numbers.log_sigma, call.batch.ACC)
-        inverse = exp(-2.0 * ls)
+        inverse = exp(ls * (-1.0 * call.options.Q))
     return ls, inverse
 
 
 @triton.jit
-def capacity_gap(clamped_total, call):
-    """Returns by how much the mean of the clamped KL exceeds the capacity."""
-    capacity = value_of(call.tensors.capacity, call.numbers.capacity, call.batch.ACC)
-    return clamped_total / number(call.batch.n, call.batch.ACC) - capacity
+def limit_of(call):
+    return value_of(call.tensors.limit, call.numbers.limit, call.batch.ACC)
+
+
+@triton.jit
+def limited_rates(clamped, call):
+    """Returns what β multiplies in the loss of each sample."""
+    if call.options.LIMIT == SAMPLE_CAPACITY or call.options.LIMIT == SAMPLE_FREE_NATS:
+        return limited(clamped, limit_of(call), call.options.LIMIT)
+    else:
+        return clamped
+
+
+@triton.jit
+def limited_batch(clamped_total, call):
+    """Returns what a limit per batch makes of the samples' rates: their sum, times β."""
+    n = number(call.batch.n, call.batch.ACC)
+    return n * one_beta(call) * limited(clamped_total / n, limit_of(call), call.options.LIMIT)
 
 
 @triton.jit
 def sample_sums(stats, rows, call):
     """Reads the `structs.Sums` of a block of samples from stats."""
-    clamped = stats + 2 * (size(call) + 1)
+    row = size(call) + 1
+    dims, elements = dims_of(call), elements_of(call)
+    if call.data.weight.stride is not None:
+        dims = tl.load(stats + 3 * row + rows, rows < size(call), 0.0)
+        elements = tl.load(stats + 3 * row + size(call))
     return Sums(
         tl.load(stats + rows, rows < size(call), 0.0), tl.load(stats + size(call)),
-        tl.load(clamped + rows, rows < size(call), 0.0), tl.load(clamped + size(call)),
+        tl.load(stats + 2 * row + rows, rows < size(call), 0.0), tl.load(stats + 2 * row + size(call)),
+        dims, elements,
     )  # fmt: skip
 
 
 @triton.jit
 def factors(rows, sums, given, call):
     """Returns the `structs.Factors` of a block of samples. `given`: the `structs.GradOutputs`."""
-    d, r = number(call.batch.dims, call.batch.ACC), number(call.batch.scale, call.batch.ACC)
+    r = reduction_weight(sums.elements, call)
     g = r * values_of(given.loss, call.numbers.grad_scale, call.grad_outputs.loss, rows, call)
     w = g + r * values_of(given.distortion, call.numbers.grad_scale, call.grad_outputs.distortion, rows, call)
     grad_kl = r * values_of(given.rate, call.numbers.grad_scale, call.grad_outputs.rate, rows, call)
     grad_kl_clamped = g * betas(rows, call)
     of_beta = g * sums.clamped
-    if call.options.capacity.PRESENT is not None:
-        gap = capacity_gap(sums.clamped_total, call)
-        grad_kl_clamped = grad_kl_clamped * (tl.where(gap > 0, 1.0, 0.0) - tl.where(gap < 0, 1.0, 0.0))
-        of_beta = g * tl.abs(gap)
+    if call.options.LIMIT is not None:
+        rate = sums.clamped
+        if call.options.LIMIT == BATCH_CAPACITY or call.options.LIMIT == BATCH_FREE_NATS:
+            rate = rate * 0.0 + sums.clamped_total / number(call.batch.n, call.batch.ACC)
+        grad_kl_clamped = grad_kl_clamped * limited_slope(rate, limit_of(call), call.options.LIMIT)
+        of_beta = g * limited(rate, limit_of(call), call.options.LIMIT)
 
     recon_scale, of_log_sigma = w, w * 0.0
     if call.options.MODE != ELEMENT:
-        _, inverse, slope = sigma_of(rows, sums.s, sums.total, call)
-        of_log_sigma = w * distortion_slope(sums.s, d, inverse)
+        _, inverse, slope = sigma_of(rows, sums, call)
+        of_log_sigma = w * distortion_slope(sums.a, sums.dims, inverse)
         recon_scale = w * inverse
         if call.options.MODE == IMAGE:
-            recon_scale += sigma_term(slope, of_log_sigma, sums.s)
+            recon_scale += sigma_term(slope, of_log_sigma, sums.a)
         if call.options.MODE == BATCH:
             if given.shared_sigma_term is not None:
                 recon_scale += tl.load(given.shared_sigma_term)
             else:  # equal weights
-                n = number(call.batch.n, call.batch.ACC)
-                recon_scale += sigma_term(slope, w * distortion_slope(sums.total, n * d, inverse), sums.total)
+                through_sigma = w * distortion_slope(sums.total, sums.elements, inverse)
+                recon_scale += sigma_term(slope, through_sigma, sums.total)
     return Factors(recon_scale, grad_kl_clamped, grad_kl, of_log_sigma, of_beta)

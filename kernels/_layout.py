@@ -83,14 +83,11 @@ def ordered(tensors: Tensors, options: Options) -> Tensors:
     recon, target, mu, logvar = tensors.recon, tensors.target, tensors.mu, tensors.logvar
     if recon is not None and target is not None:
         recon = leader(recon)
-        log_sigma = element_sigma(tensors, options)
-        if log_sigma is not None:
-            expanded = log_sigma.expand(recon.shape)
-            if log_sigma.numel() == recon.numel() or len(runs_of(expanded, recon)) > 2:
-                log_sigma = in_order_of(expanded, recon)
-        else:
-            log_sigma = tensors.log_sigma
-        tensors = tensors._replace(recon=recon, target=in_order_of(target, recon), log_sigma=log_sigma)
+        tensors = tensors._replace(recon=recon, target=in_order_of(target, recon))
+        if (log_sigma := element_sigma(tensors, options)) is not None:
+            tensors = tensors._replace(log_sigma=along(log_sigma, recon))
+        if tensors.weight is not None:
+            tensors = tensors._replace(weight=along(tensors.weight, recon))
     if mu is not None and logvar is not None:
         mu = leader(mu)
         priors = (None if p is None else in_order_of(p, mu) for p in (tensors.prior_mu, tensors.prior_logvar))
@@ -99,18 +96,25 @@ def ordered(tensors: Tensors, options: Options) -> Tensors:
     return tensors
 
 
-def runs_of(log_sigma: Tensor, lead: Tensor) -> list[Run]:
-    """Returns the runs of dimensions over which log σ is not repeated, innermost first; none if it lies as the data do.
-    `log_sigma`: expanded to lead's shape, so that it has stride 0 where it is repeated.
+def along(values: Tensor, lead: Tensor) -> Tensor:
+    """Returns what is broadcast to the data in an order in which the kernels can read it."""
+    expanded = values.expand(lead.shape)
+    as_data = values.numel() == lead.numel() or len(runs_of(expanded, lead)) > 2
+    return in_order_of(expanded, lead) if as_data else values
 
-    Two are enough for up to five dimensions (video); beyond, log σ may have to be copied.
+
+def runs_of(values: Tensor, lead: Tensor) -> list[Run]:
+    """Returns the runs of dimensions over which log σ or a weight is not repeated, innermost first; none if it lies as
+    the data do. `values`: expanded to lead's shape, so that they have stride 0 where they are repeated.
+
+    Two are enough for up to five dimensions (video); beyond, they may have to be copied.
     """
     runs: list[Run] = []
     dims = sorted((k for k in range(1, lead.dim()) if lead.shape[k] > 1), key=lead.stride)
     divisor = 1
     for k in dims:
         n = lead.shape[k]
-        stride = log_sigma.stride(k)
+        stride = values.stride(k)
         if runs and stride == runs[-1].size * runs[-1].stride and divisor == runs[-1].divisor * runs[-1].size:
             runs[-1] = runs[-1]._replace(size=runs[-1].size * n)
         elif stride:
@@ -186,17 +190,25 @@ class Inputs:
         self.recon, self.target, self.mu, self.logvar = tensors[:4]
         self.prior_mu, self.prior_logvar = tensors.prior_mu, tensors.prior_logvar
         self.dtype, self.batch = compute_dtype(*tensors[:4]), first(tensors).shape[0]
-        log_sigma, self.log_sigma, self.runs = element_sigma(tensors, options), None, []
-        if self.recon is not None and log_sigma is not None:
-            self.log_sigma = log_sigma.expand(self.recon.shape)
-            self.runs = runs_of(self.log_sigma, self.recon)
+        self.log_sigma, self.runs = self._along(element_sigma(tensors, options))
+        self.weight, self.weight_runs = self._along(tensors.weight)
         self.dims = 0 if self.recon is None else sample_size(self.recon)
         self.latent_dims = 0 if self.mu is None else sample_size(self.mu)
-        walked = (self.recon, self.target, self.log_sigma, self.mu, self.logvar, self.prior_mu, self.prior_logvar)
+        walked = (
+            self.recon, self.target, self.log_sigma, self.weight, self.mu, self.logvar, self.prior_mu, self.prior_logvar
+        )  # fmt: skip
         ends = [self.batch * batch_stride(t) + sample_size(t) for t in walked if t is not None]
         dense = self.batch * max(self.dims, self.latent_dims)  # gradients, also where the batch is expanded
         self.wide = max(dense, *ends) >= 2**31 or FORCE_WIDE
         self.num_warps, self.free_bits = WARPS, options.free_bits > 0
+        self.activation = constant(options.activation) if options.activation else None
+        self.logvar_range = None if options.logvar_min is None else PRESENT
+
+    def _along(self, values: Tensor | None) -> tuple[Tensor | None, list[Run]]:
+        if self.recon is None or values is None:
+            return None, []
+        expanded = values.expand(self.recon.shape)
+        return expanded, runs_of(expanded, self.recon)
 
     @cached_property
     def data_tiles(self) -> Tiles | None:
@@ -209,7 +221,8 @@ class Inputs:
     def tiles_of_data(self, cut: Callable[..., Tiles], *how: Any) -> Tiles | None:
         if self.dims == 0:
             return None
-        walked = (self.recon, self.target, None if self.runs else self.log_sigma)
+        of_elements = None if self.runs else self.log_sigma, None if self.weight_runs else self.weight
+        walked = (self.recon, self.target, *of_elements)
         return cut(self.dims, self.batch, unit([t for t in walked if t is not None]), *how)
 
     def tiles_of_latents(self, cut: Callable[..., Tiles], *how: Any) -> Tiles | None:
@@ -220,23 +233,37 @@ class Inputs:
 
     def data(self, tiles: Tiles | None) -> Data:
         """Returns what a kernel is told of the data, for it to walk in these tiles."""
-        log_sigma = Broadcast(None, None, None)
         if tiles is None or self.recon is None or self.target is None:
-            return Data(None, None, log_sigma, NOTHING.struct(self.batch))
-        if self.log_sigma is not None:
-            stride = batch_stride(self.log_sigma) // (1 if self.runs else tiles.vec)
-            runs = [Run(*map(whole, run)) for run in self.runs]
-            log_sigma = Broadcast(whole(stride), *(*runs, None, None)[:2])
-        return Data(stride_of(self.recon, tiles), stride_of(self.target, tiles), log_sigma, tiles.struct(self.batch))
+            # With weights, stats have a row of theirs whether or not data are walked.
+            weight = NO_VALUES if self.weight is None else NO_VALUES._replace(stride=whole(0))
+            return Data(None, None, None, None, NO_VALUES, weight, NOTHING.struct(self.batch))
+        log_sigma = broadcast(self.log_sigma, self.runs, tiles)
+        weight = broadcast(self.weight, self.weight_runs, tiles)
+        of_bytes = PRESENT if self.target.dtype == torch.uint8 else None
+        return Data(
+            stride_of(self.recon, tiles), stride_of(self.target, tiles), of_bytes, self.activation, log_sigma, weight,
+            tiles.struct(self.batch),
+        )  # fmt: skip
 
     def latents(self, tiles: Tiles | None) -> Latents:
         if tiles is None or self.mu is None or self.logvar is None:
-            return Latents(None, None, None, None, None, NOTHING.struct(self.batch))
+            return Latents(None, None, None, None, None, None, NOTHING.struct(self.batch))
         priors = (None if t is None else stride_of(t, tiles) for t in (self.prior_mu, self.prior_logvar))
         free_bits = PRESENT if self.free_bits else None
         return Latents(
-            stride_of(self.mu, tiles), stride_of(self.logvar, tiles), *priors, free_bits, tiles.struct(self.batch)
-        )
+            stride_of(self.mu, tiles), stride_of(self.logvar, tiles), *priors, free_bits, self.logvar_range,
+            tiles.struct(self.batch),
+        )  # fmt: skip
+
+
+NO_VALUES = Broadcast(None, None, None)
+
+
+def broadcast(values: Tensor | None, runs: list[Run], tiles: Tiles) -> Broadcast:
+    if values is None:
+        return NO_VALUES
+    stride = batch_stride(values) // (1 if runs else tiles.vec)
+    return Broadcast(whole(stride), *(*[Run(*map(whole, run)) for run in runs], None, None)[:2])
 
 
 def stride_of(t: Tensor, tiles: Tiles) -> int:

@@ -7,7 +7,8 @@ row can differ by an ulp and then store different values to one address.
 import triton
 import triton.language as tl
 
-HALF_LOG_2PI = tl.constexpr(0.91893853320467274178)
+SIGMOID, TANH = tl.constexpr(1), tl.constexpr(2)  # as in fused_elbo/likelihood.py
+BATCH_FREE_NATS, SAMPLE_FREE_NATS = tl.constexpr(3), tl.constexpr(4)  # as in fused_elbo/rate.py
 
 
 @triton.jit
@@ -81,39 +82,108 @@ def kl_grad(b, d, t, inverse_prior_variance):
 
 
 @triton.jit
-def scaled_error(e, log_sigma):
-    """e²/σ² + 2 log σ: twice the distortion of one element, less log 2π."""
-    return e * e * exp(-2.0 * log_sigma) + 2.0 * log_sigma
+def clamped(logvar, least, most):
+    """l within [least, most]. NaN passes."""
+    above = tl.where(logvar < least, least, logvar)
+    return tl.where(above > most, most, above)
 
 
 @triton.jit
-def distortion_grad(w, e, log_sigma):
-    """Returns w times the gradient of ½ `scaled_error` by e and log σ."""
-    scaled = e * exp(-2.0 * log_sigma)
+def clamped_grad(of_logvar, logvar, least, most):
+    """The gradient of l, from that of the clamped one: 0 outside, and NaN where l is NaN."""
+    return tl.where((logvar < least) | (logvar > most), 0.0, of_logvar)
+
+
+@triton.jit
+def activated(y, KIND: tl.constexpr):
+    """Returns x̂ and ∂x̂/∂y of the decoder's last pre-activation y. Neither cancels anywhere."""
+    if KIND == SIGMOID:
+        z = exp(-tl.abs(y))
+        s = 1.0 / (1.0 + z)
+        x, slope_of_x = tl.where(y < 0.0, z * s, s), z * s * s
+    else:
+        w = expm1(-2.0 * tl.abs(y))
+        s = 1.0 / (w + 2.0)
+        x, slope_of_x = tl.where(y < 0.0, w * s, -(w * s)), 4.0 * (w + 1.0) * s * s
+    return x, slope_of_x
+
+
+@triton.jit
+def power(e, Q: tl.constexpr):
+    """|e|^q"""
+    if Q == 2:
+        return e * e
+    else:
+        return tl.abs(e)
+
+
+@triton.jit
+def slope(e, Q: tl.constexpr):
+    """∂(|e|^q/q)/∂e: e, or its sign, which is 0 at 0, and NaN for NaN."""
+    if Q == 2:
+        return e
+    else:
+        return tl.where(e > 0.0, 1.0, tl.where(e < 0.0, -1.0, e))
+
+
+@triton.jit
+def weighted(m, f):
+    """m f: 0 where the weight m is 0, whatever f is."""
+    return tl.where(m == 0.0, 0.0, m * f)
+
+
+@triton.jit
+def scaled_error(e, log_sigma, Q: tl.constexpr):
+    """|e|^q/σ^q + q log σ: q times the distortion of one element, less the constant."""
+    return power(e, Q) * exp(log_sigma * (-1.0 * Q)) + log_sigma * (1.0 * Q)
+
+
+@triton.jit
+def distortion_grad(w, e, log_sigma, Q: tl.constexpr):
+    """Returns w/q times the gradient of `scaled_error` by e and log σ."""
+    scaled = slope(e, Q) * exp(log_sigma * (-1.0 * Q))
     return w * scaled, w * (1.0 - e * scaled)
 
 
 @triton.jit
-def distortion(s, dims, log_sigma, inverse_variance):
-    """−log p of a sample from its sum of squares."""
-    return 0.5 * s * inverse_variance + dims * (log_sigma + HALF_LOG_2PI)
+def distortion(a, dims, log_sigma, inverse_scale, options):
+    """−log p of a sample from A, its sum of |e|^q."""
+    return a * (1.0 / options.Q) * inverse_scale + dims * (log_sigma + options.NATS_OF_ONE)
 
 
 @triton.jit
-def distortion_of_scaled(s, dims):
-    """The same where σ varies inside a sample: s is Σ `scaled_error`, with every σ in it already."""
-    return 0.5 * s + dims * HALF_LOG_2PI
+def distortion_of_scaled(a, dims, options):
+    """The same where σ varies inside a sample: A is Σ `scaled_error`, with every σ in it already."""
+    return a * (1.0 / options.Q) + dims * options.NATS_OF_ONE
 
 
 @triton.jit
-def distortion_slope(s, dims, inverse_variance):
+def distortion_slope(a, dims, inverse_scale):
     """∂ distortion / ∂ log σ"""
-    return dims - s * inverse_variance
+    return dims - a * inverse_scale
+
+
+@triton.jit
+def limited(rate, limit, KIND: tl.constexpr):
+    """What β multiplies in the place of a rate: max(K, λ), or |K − C|."""
+    if KIND == BATCH_FREE_NATS or KIND == SAMPLE_FREE_NATS:
+        return at_least(rate, limit)
+    else:
+        return tl.abs(rate - limit)
+
+
+@triton.jit
+def limited_slope(rate, limit, KIND: tl.constexpr):
+    """∂ limited / ∂ rate"""
+    if KIND == BATCH_FREE_NATS or KIND == SAMPLE_FREE_NATS:
+        return tl.where(rate >= limit, 1.0, 0.0)
+    else:
+        return tl.where(rate > limit, 1.0, 0.0) - tl.where(rate < limit, 1.0, 0.0)
 
 
 @triton.jit
 def sigma_term(slope, grad_log_sigma, total):
-    """Returns what a group's σ² = MSE = total/n adds to the scale of its errors: ∂L/∂ log σ · ∂ log σ/∂e, over e."""
+    """Returns what a group's σ^q = total/n adds to the scale of its errors, through log σ."""
     return slope * grad_log_sigma / tl.where(total == 0.0, 1.0, total)
 
 
@@ -131,14 +201,15 @@ def softplus(x):
 
 
 @triton.jit
-def optimal_sigma(total, n, least, SOFTCLIP: tl.constexpr):
-    """(log σ, 1/σ², ∂ log σ / ∂ ½ log MSE) for σ² = MSE = total/n, and log σ at least `least`."""
-    mse = total / n
-    if SOFTCLIP:
-        x = 0.5 * tl.log(tl.where(mse == 0.0, 1.0, mse)) - least
-        log_sigma = least + tl.where(mse == 0.0, 0.0, softplus(x))
-        return log_sigma, exp(-2.0 * log_sigma), tl.where(mse == 0.0, 0.0, 1.0 / (1.0 + exp(-x)))
+def optimal_sigma(total, n, least, options):
+    """(log σ, 1/σ^q, ∂ log σ / ∂ (1/q) log mean) for σ^q = total/n, the mean of |e|^q, and log σ at least `least`.
+    Where nothing has a weight, the mean is 0."""
+    mean = total / tl.where(n == 0.0, 1.0, n)
+    if options.SOFTCLIP:
+        x = tl.log(tl.where(mean == 0.0, 1.0, mean)) * (1.0 / options.Q) - least
+        log_sigma = least + tl.where(mean == 0.0, 0.0, softplus(x))
+        return log_sigma, exp(log_sigma * (-1.0 * options.Q)), tl.where(mean == 0.0, 0.0, 1.0 / (1.0 + exp(-x)))
     else:
-        floor = exp(2.0 * least + 0.0 * mse)
-        variance = at_least(mse, floor)
-        return 0.5 * tl.log(variance), 1.0 / variance, tl.where(mse > floor, 1.0, 0.0)
+        floor = exp(least * (1.0 * options.Q) + 0.0 * mean)
+        scale = at_least(mean, floor)
+        return tl.log(scale) * (1.0 / options.Q), 1.0 / scale, tl.where(mean > floor, 1.0, 0.0)

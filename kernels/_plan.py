@@ -44,10 +44,11 @@ def shapes_of(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
 def key_of(tensors: Tensors, options: Options, mask: int = 0, *more: Tensor | None) -> Key:
     first = tensors.recon if tensors.recon is not None else tensors.mu
     assert first is not None
-    limited = None if options.capacity_value is None else 0.0
+    logvar_range = None if options.logvar_min is None else 0.0
     kinds = Options(  # by place, since names take twice the time
-        options.sigma_mode, options.softclip, 0.0, 0.0, float(options.free_bits > 0), 1.0, limited, options.reduction
-    )
+        options.exponent, options.activation, options.constant, 0.0, 1.0, options.sigma_mode, options.softclip, 0.0,
+        0.0, float(options.free_bits > 0), 1.0, options.limit_mode, 0.0, logvar_range, logvar_range, options.reduction,
+    )  # fmt: skip
     device = first.device
     return Key(shapes_of(tensors), kinds, device, mask, shapes_of(more), _environment(device))
 

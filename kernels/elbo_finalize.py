@@ -11,11 +11,30 @@ from fused_elbo.call import Outputs
 from fused_elbo.sigma import Kind
 
 from ._elements import size
-from ._factors import ELEMENT, IMAGE, betas, capacity_gap, one_beta, one_sigma, shared_sigma, sigma_of, values_of
+from ._factors import (
+    BATCH_CAPACITY,
+    BATCH_FREE_NATS,
+    ELEMENT,
+    IMAGE,
+    SAMPLE_CAPACITY,
+    SAMPLE_FREE_NATS,
+    betas,
+    dims_of,
+    elements_of,
+    limited_batch,
+    limited_rates,
+    one_beta,
+    one_sigma,
+    reduction_weight,
+    sample_sums,
+    shared_sigma,
+    sigma_of,
+    values_of,
+)
 from ._layout import Inputs, Tiles, power_of_2
 from ._math import distortion, distortion_of_scaled, distortion_slope, exp, number, sigma_term, whole
 from ._plan import Launch, empty
-from .structs import Blocks, Layout, Options, constant
+from .structs import Blocks, Layout, Options, Sums, constant
 
 BLOCK = 512  # partial sums taken at a time: more of them need registers that the pass over the data wants
 FEW = 8192  # of more partial sums, four times as many are taken at a time
@@ -35,16 +54,18 @@ def row_sums(partials, rows, call, tiles, ROWS: tl.constexpr, COLS: tl.constexpr
 
 @triton.jit
 def sums_of(rows, call, partials, blocks):
-    """Returns S, KL and clamped KL of a block of samples."""
-    s, kl, clamped = zeros(call, blocks), zeros(call, blocks), zeros(call, blocks)
-    if partials.s is not None:
-        s = row_sums(partials.s, rows, call, call.data.tiles, blocks.ROWS, blocks.DATA)
+    """Returns A, KL, clamped KL and the sum of the weights of a block of samples."""
+    a, kl, clamped, weights = zeros(call, blocks), zeros(call, blocks), zeros(call, blocks), zeros(call, blocks)
+    if partials.a is not None:
+        a = row_sums(partials.a, rows, call, call.data.tiles, blocks.ROWS, blocks.DATA)
+    if partials.weights is not None:
+        weights = row_sums(partials.weights, rows, call, call.data.tiles, blocks.ROWS, blocks.DATA)
     if partials.kl is not None:
         kl = row_sums(partials.kl, rows, call, call.latents.tiles, blocks.ROWS, blocks.LATENT)
         clamped = kl
         if partials.clamped is not None:
             clamped = row_sums(partials.clamped, rows, call, call.latents.tiles, blocks.ROWS, blocks.LATENT)
-    return s, kl, clamped
+    return a, kl, clamped, weights
 
 
 @triton.jit
@@ -55,33 +76,48 @@ def zeros(call, blocks):
 @triton.jit
 def finalize(call, partials, outputs, blocks):
     """Writes all outputs."""
-    s_sum, kl_sum, clamped_sum = zeros(call, blocks), zeros(call, blocks), zeros(call, blocks)
+    a_sum, kl_sum, clamped_sum, weights_sum = (
+        zeros(call, blocks), zeros(call, blocks), zeros(call, blocks), zeros(call, blocks)
+    )  # fmt: skip
     for first in range(0, size(call), blocks.ROWS):
         rows = first + tl.arange(0, blocks.ROWS)
-        s, kl, clamped = sums_of(rows, call, partials, blocks)
-        tl.store(outputs.stats + rows, s, rows < size(call))
+        a, kl, clamped, weights = sums_of(rows, call, partials, blocks)
+        tl.store(outputs.stats + rows, a, rows < size(call))
         tl.store(outputs.stats + (size(call) + 1) + rows, kl, rows < size(call))
         tl.store(outputs.stats + 2 * (size(call) + 1) + rows, clamped, rows < size(call))
-        s_sum += s
+        if partials.weights is not None:
+            tl.store(outputs.stats + 3 * (size(call) + 1) + rows, weights, rows < size(call))
+            weights_sum += weights
+        a_sum += a
         kl_sum += kl
         clamped_sum += clamped
-    total, kl_total, clamped_total = tl.sum(s_sum, 0), tl.sum(kl_sum, 0), tl.sum(clamped_sum, 0)
+    total, kl_total, clamped_total = tl.sum(a_sum, 0), tl.sum(kl_sum, 0), tl.sum(clamped_sum, 0)
+    elements = elements_of(call)
     tl.store(outputs.stats + size(call), total)
     tl.store(outputs.stats + (size(call) + 1) + size(call), kl_total)
     tl.store(outputs.stats + 2 * (size(call) + 1) + size(call), clamped_total)
+    if partials.weights is not None:
+        elements = tl.sum(weights_sum, 0)
+        tl.store(outputs.stats + 3 * (size(call) + 1) + size(call), elements)
 
     if (
         blocks.PER_SAMPLE
         or call.options.MODE == IMAGE
         or call.options.log_sigma.stride is not None
         or call.options.beta.stride is not None
+        or call.options.LIMIT == SAMPLE_CAPACITY
+        or call.options.LIMIT == SAMPLE_FREE_NATS
     ):
         d_sum, penalty_sum = zeros(call, blocks), zeros(call, blocks)
         # The sums again, rather than the stats: no thread then reads what another one wrote.
         for first2 in range(0, size(call), blocks.ROWS):
             rows2 = first2 + tl.arange(0, blocks.ROWS)
-            s2, kl2, clamped2 = sums_of(rows2, call, partials, blocks)
-            d2, penalty2 = sample_terms(rows2, s2, clamped2, total, call, partials, outputs)
+            a2, kl2, clamped2, weights2 = sums_of(rows2, call, partials, blocks)
+            dims2 = dims_of(call)
+            if partials.weights is not None:
+                dims2 = weights2
+            sums2 = Sums(a2, total, clamped2, clamped_total, dims2, elements)
+            d2, penalty2 = sample_terms(rows2, sums2, call, partials, outputs)
             if blocks.PER_SAMPLE:
                 tl.store(outputs.loss + rows2, d2 + penalty2, rows2 < size(call))
                 tl.store(outputs.distortion + rows2, d2, rows2 < size(call))
@@ -90,48 +126,47 @@ def finalize(call, partials, outputs, blocks):
             penalty_sum += tl.where(rows2 < size(call), penalty2, 0.0)
         distortion_total, penalty = tl.sum(d_sum, 0), tl.sum(penalty_sum, 0)
     else:  # both are linear in what is summed already
-        distortion_total, penalty = batch_terms(total, clamped_total, call, partials, outputs)
+        distortion_total, penalty = batch_terms(total, clamped_total, elements, call, partials, outputs)
 
     if not blocks.PER_SAMPLE:
-        r = number(call.batch.scale, call.batch.ACC)
-        if call.options.capacity.PRESENT is not None:
-            gap = capacity_gap(clamped_total, call)
-            penalty = number(call.batch.n, call.batch.ACC) * one_beta(call) * tl.abs(gap)
+        r = reduction_weight(elements, call)
+        if call.options.LIMIT == BATCH_CAPACITY or call.options.LIMIT == BATCH_FREE_NATS:
+            penalty = limited_batch(clamped_total, call)
         tl.store(outputs.loss, r * distortion_total + r * penalty)
         tl.store(outputs.distortion, r * distortion_total)
         tl.store(outputs.rate, r * kl_total)
 
 
 @triton.jit
-def sample_terms(rows, s, clamped, total, call, partials, outputs):
+def sample_terms(rows, sums, call, partials, outputs):
     """Returns the distortion of each sample of a block, and β times its KL. Writes its σ."""
-    nats = s * 0.0
+    nats = sums.a * 0.0
     if call.options.MODE == ELEMENT:
-        if partials.s is not None:
-            nats = distortion_of_scaled(s, number(call.batch.dims, call.batch.ACC))
+        if partials.a is not None:
+            nats = distortion_of_scaled(sums.a, sums.dims, call.options)
     else:
-        ls, inverse, _ = sigma_of(rows, s, total, call)
-        if partials.s is not None:
-            nats = distortion(s, number(call.batch.dims, call.batch.ACC), ls, inverse)
+        ls, inverse, _ = sigma_of(rows, sums, call)
+        if partials.a is not None:
+            nats = distortion(sums.a, sums.dims, ls, inverse, call.options)
         if call.options.MODE == IMAGE or call.options.log_sigma.stride is not None:
             tl.store(outputs.sigma + rows, exp(ls), rows < size(call))
         else:
             tl.store(outputs.sigma + rows, exp(ls), rows < 1)
-    return nats, betas(rows, call) * clamped
+    return nats, betas(rows, call) * limited_rates(sums.clamped, call)
 
 
 @triton.jit
-def batch_terms(total, clamped_total, call, partials, outputs):
+def batch_terms(total, clamped_total, elements, call, partials, outputs):
     """Returns their sums over the batch, where all samples have one σ and one β, or σ varies inside a sample. Writes
     the σ."""
-    n, nats = number(call.batch.n, call.batch.ACC) * number(call.batch.dims, call.batch.ACC), total * 0.0
+    nats = total * 0.0
     if call.options.MODE == ELEMENT:
-        if partials.s is not None:
-            nats = distortion_of_scaled(total, n)
+        if partials.a is not None:
+            nats = distortion_of_scaled(total, elements, call.options)
     else:
-        ls, inverse = one_sigma(total, call)
-        if partials.s is not None:
-            nats = distortion(total, n, ls, inverse)
+        ls, inverse = one_sigma(total, elements, call)
+        if partials.a is not None:
+            nats = distortion(total, elements, ls, inverse, call.options)
         tl.store(outputs.sigma, exp(ls))
     return nats, one_beta(call) * clamped_total
 
@@ -145,16 +180,17 @@ def elbo_shared_sigma_term_kernel(
     # a tunable
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """slope · Σ_j w_j (D − S_j/σ²) / ΣS for a σ shared by the batch and unequal w_j."""
-    d, r = number(call.batch.dims, call.batch.ACC), number(call.batch.scale, call.batch.ACC)
-    total = tl.load(stats + size(call))
-    _, inverse, slope = shared_sigma(total, call)
-    flows = tl.zeros((ROWS,), call.batch.ACC)
+    """slope · Σ_j w_j (D − A_j/σ^q) / ΣA for a σ shared by the batch and unequal w_j."""
+    total, flows = tl.load(stats + size(call)), tl.zeros((ROWS,), call.batch.ACC)
+    slope = total * 0.0
     for first in range(0, size(call), ROWS):
         rows = first + tl.arange(0, ROWS)
+        sums = sample_sums(stats, rows, call)
+        _, inverse, slope = shared_sigma(total, sums.elements, call)
+        r = reduction_weight(sums.elements, call)
         w = values_of(given.loss, call.numbers.grad_scale, call.grad_outputs.loss, rows, call)
         w += values_of(given.distortion, call.numbers.grad_scale, call.grad_outputs.distortion, rows, call)
-        flows += r * w * distortion_slope(tl.load(stats + rows, rows < size(call), 0.0), d, inverse)
+        flows += r * w * distortion_slope(sums.a, sums.dims, inverse)
     tl.store(shared_sigma_term, sigma_term(slope, tl.sum(flows, 0), total))
 
 
@@ -169,7 +205,8 @@ class EmptyOutputs:
             sigma = (0,)
         elif options.MODE.value == Kind.IMAGE or options.log_sigma.stride is not None:
             sigma = (batch,)
-        shapes: tuple[tuple[int, ...], ...] = (reduced, reduced, reduced, sigma, (3, batch + 1))
+        rows = 3 if inputs.weight is None else 4
+        shapes: tuple[tuple[int, ...], ...] = (reduced, reduced, reduced, sigma, (rows, batch + 1))
         self._makers = [empty(shape, inputs.dtype, device) for shape in shapes]
 
     def __call__(self) -> Outputs:

@@ -7,18 +7,20 @@ import triton.language as tl
 
 from ._elements import (
     columns,
-    difference,
+    errors_at,
     from_units,
     latents_at,
     log_sigma_at,
+    logvar_range,
     row_offsets,
     rows_and_chunk,
     size,
     tiles_of,
+    weights_at,
 )
 from ._factors import ELEMENT, factors, sample_sums
 from ._layout import Inputs, power_of_2
-from ._math import distortion_grad, kl, kl_grad, number, whole
+from ._math import clamped_grad, distortion_grad, kl, kl_grad, number, slope, weighted, whole
 from ._plan import Launch
 from .elbo_finalize import BLOCK
 from .structs import Layout
@@ -35,12 +37,15 @@ def latent_gradients(lpid, grad_kl_clamped, grad_kl, call, gradients):
     for ltile in range(lfirst, lend):
         lcols = columns(ltile, call.latents.tiles.COLS, call.batch.WIDE)
         linside = (lrows < size(call))[:, None] & (lcols < llength)
-        d, t, inverse_prior_variance = latents_at(call, lrows, lcols, linside)
+        d, t, inverse_prior_variance, logvar = latents_at(call, lrows, lcols, linside)
         b = grad_kl_clamped + grad_kl
         if call.latents.FREE_BITS is not None:
             floor = number(call.numbers.free_bits, call.batch.ACC)
             b = tl.where(kl(d, t, inverse_prior_variance) >= floor, grad_kl_clamped, 0.0) + grad_kl
         g_mu, g_logvar, g_prior_mu, g_prior_logvar = kl_grad(b, d, t, inverse_prior_variance)
+        if call.latents.RANGE is not None:
+            least, most = logvar_range(call)
+            g_logvar = clamped_grad(g_logvar, logvar, least, most)
         if gradients.mu is not None:
             tl.store(gradients.mu + lg_at + lcols, g_mu.to(gradients.mu.dtype.element_ty), linside)
         if gradients.logvar is not None:
@@ -54,8 +59,9 @@ def latent_gradients(lpid, grad_kl_clamped, grad_kl, call, gradients):
 
 @triton.jit
 def scalar_gradients(stats, call, given, gradients, ROWS: tl.constexpr):
-    """Writes those of β, and of a log σ that does not vary inside a sample: O(B)."""
+    """Writes those of β, of extra_error, and of a log σ that does not vary inside a sample: O(B)."""
     log_sigma_sum, beta_sum = tl.zeros((ROWS,), call.batch.ACC), tl.zeros((ROWS,), call.batch.ACC)
+    extra_sum = tl.zeros((ROWS,), call.batch.ACC)
     for sfirst in range(0, size(call), ROWS):
         srows = sfirst + tl.arange(0, ROWS)
         own = factors(srows, sample_sums(stats, srows, call), given, call)
@@ -68,10 +74,18 @@ def scalar_gradients(stats, call, given, gradients, ROWS: tl.constexpr):
         ):
             to = gradients.log_sigma.dtype.element_ty
             tl.store(gradients.log_sigma + srows, own.log_sigma.to(to), srows < size(call))
+        if gradients.extra_error is not None:
+            of_extra = own.recon_scale * (1.0 / call.options.Q)  # ∂L/∂A
+            extra_sum += tl.where(srows < size(call), of_extra, 0.0)
+            if call.options.extra_error.stride is not None:
+                to = gradients.extra_error.dtype.element_ty
+                tl.store(gradients.extra_error + srows, of_extra.to(to), srows < size(call))
         if gradients.beta is not None and call.options.beta.stride is not None:
             tl.store(gradients.beta + srows, own.beta.to(gradients.beta.dtype.element_ty), srows < size(call))
     if gradients.log_sigma is not None and call.options.MODE != ELEMENT and call.options.log_sigma.stride is None:
         tl.store(gradients.log_sigma, tl.sum(log_sigma_sum, 0).to(gradients.log_sigma.dtype.element_ty))
+    if gradients.extra_error is not None and call.options.extra_error.stride is None:
+        tl.store(gradients.extra_error, tl.sum(extra_sum, 0).to(gradients.extra_error.dtype.element_ty))
     if gradients.beta is not None and call.options.beta.stride is None:
         tl.store(gradients.beta, tl.sum(beta_sum, 0).to(gradients.beta.dtype.element_ty))
 
@@ -88,15 +102,22 @@ def data_gradients(pid, call, stats, given, gradients):
     for tile in range(first, end):
         cols = columns(tile, call.data.tiles.COLS, call.batch.WIDE)
         inside = (rows < size(call))[:, None] & (cols < length)
-        e = difference(call, rows, cols, inside)
-        g = a * e
+        e, dx_dy = errors_at(call, rows, cols, inside)
+        g = a * slope(e, call.options.Q)
         if call.data.log_sigma.stride is not None:
-            g, g_log_sigma = distortion_grad(a, e, log_sigma_at(call, rows, cols, inside))
+            g, g_log_sigma = distortion_grad(a, e, log_sigma_at(call, rows, cols, inside), call.options.Q)
             if gradients.log_sigma is not None:
+                if call.data.weight.stride is not None:
+                    g_log_sigma = weighted(weights_at(call, rows, cols, inside), g_log_sigma)
                 to = gradients.log_sigma.dtype.element_ty
                 tl.store(gradients.log_sigma + g_at + cols, g_log_sigma.to(to), inside)
+        if call.data.weight.stride is not None:
+            g = weighted(weights_at(call, rows, cols, inside), g)
         if gradients.recon is not None:
-            tl.store(gradients.recon + g_at + cols, g.to(gradients.recon.dtype.element_ty), inside)
+            g_y = g
+            if call.data.ACTIVATION is not None:
+                g_y = g * dx_dy
+            tl.store(gradients.recon + g_at + cols, g_y.to(gradients.recon.dtype.element_ty), inside)
         if gradients.target is not None:
             tl.store(gradients.target + g_at + cols, (-g).to(gradients.target.dtype.element_ty), inside)
 

@@ -1,4 +1,4 @@
-"""Stage one: S_i = Σ_d e² (or Σ_d [e²/σ_d² + 2 log σ_d]) and KL_i, as partial sums of (sample, chunk). The last program
+"""Stage one: A_i = Σ_d |e|^q (or Σ_d [|e|^q/σ_d^q + q log σ_d]) and KL_i, as partial sums of (sample, chunk). The last program
 to be done with its own does stage two."""
 
 from __future__ import annotations
@@ -10,10 +10,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._elements import columns, difference, from_units, latents_at, log_sigma_at, rows_and_chunk, size, tiles_of
+from ._elements import (
+    columns,
+    errors_at,
+    from_units,
+    latents_at,
+    log_sigma_at,
+    rows_and_chunk,
+    size,
+    tiles_of,
+    weights_at,
+)
+from ._factors import values_of
 from ._grid import arrive
 from ._layout import Inputs, Tiles
-from ._math import at_least, kl, number, scaled_error, whole
+from ._math import at_least, kl, number, power, scaled_error, weighted, whole
 from ._plan import Launch, at_most, empty
 from .elbo_finalize import blocks, finalize
 from .structs import Layout, Partials
@@ -30,7 +41,7 @@ def latent_sums(lpid, call, partials):
     for ltile in range(lfirst, lend):
         lcols = columns(ltile, call.latents.tiles.COLS, call.batch.WIDE)
         linside = (lrows < size(call))[:, None] & (lcols < llength)
-        d, t, inverse_prior_variance = latents_at(call, lrows, lcols, linside)
+        d, t, inverse_prior_variance, _ = latents_at(call, lrows, lcols, linside)
         nats = kl(d, t, inverse_prior_variance)
         rate += nats
         if call.latents.FREE_BITS is not None:
@@ -46,21 +57,39 @@ def latent_sums(lpid, call, partials):
 
 
 @triton.jit
+def first_with_extra_error(sums, rows, chunk, call):
+    """Returns A of each row's chunk: what is added to a sample's A is part of its first one's."""
+    if call.options.extra_error.PRESENT is not None:
+        extra = values_of(call.tensors.extra_error, None, call.options.extra_error, rows, call)
+        sums += tl.where(chunk == 0, extra, 0.0)
+    return sums
+
+
+@triton.jit
 def data_sums(pid, call, partials):
-    """Writes the S of the pid-th chunk of the data."""
+    """Writes the A of the pid-th chunk of the data, and the sum of its weights."""
     rows, chunk = rows_and_chunk(pid, call.data.tiles)
     length = from_units(call.data.tiles.length, call.data.tiles.VEC, call.batch.WIDE)
     total = tl.zeros((call.data.tiles.ROWS, call.data.tiles.COLS), call.batch.ACC)
+    counted = tl.zeros((call.data.tiles.ROWS, call.data.tiles.COLS), call.batch.ACC)
     first, end = tiles_of(chunk, call.data.tiles)
     for tile in range(first, end):
         cols = columns(tile, call.data.tiles.COLS, call.batch.WIDE)
         inside = (rows < size(call))[:, None] & (cols < length)
-        e = difference(call, rows, cols, inside)
+        e, _ = errors_at(call, rows, cols, inside)
         if call.data.log_sigma.stride is not None:
-            total += scaled_error(e, log_sigma_at(call, rows, cols, inside))
+            of_each = scaled_error(e, log_sigma_at(call, rows, cols, inside), call.options.Q)
         else:
-            total += e * e
-    tl.store(partials.s + rows * whole(call.data.tiles.chunks) + chunk, tl.sum(total, 1), rows < size(call))
+            of_each = power(e, call.options.Q)
+        if call.data.weight.stride is not None:
+            m = weights_at(call, rows, cols, inside)
+            of_each = weighted(m, of_each)
+            counted += m
+        total += of_each
+    own = rows * whole(call.data.tiles.chunks) + chunk
+    tl.store(partials.a + own, first_with_extra_error(tl.sum(total, 1), rows, chunk, call), rows < size(call))
+    if call.data.weight.stride is not None:
+        tl.store(partials.weights + own, tl.sum(counted, 1), rows < size(call))
 
 
 @triton.jit
@@ -91,11 +120,12 @@ class EmptyPartials:
         def of(tiles: Tiles | None) -> Callable[[], Tensor | None]:
             return nothing if tiles is None else empty((inputs.batch, tiles.chunks), inputs.dtype, device)
 
-        self._s, self._kl = of(data), of(latents)
+        self._a, self._kl = of(data), of(latents)
+        self._weights = nothing if inputs.weight is None else self._a
         self._clamped = self._kl if inputs.free_bits else nothing
 
     def __call__(self) -> Partials:
-        return Partials(self._s(), self._kl(), self._clamped())
+        return Partials(self._a(), self._weights(), self._kl(), self._clamped())
 
 
 def nothing() -> None:

@@ -76,7 +76,7 @@ class Written:
         self.device, self.absent = plan.device, empty((0,), torch.float32, plan.device)
         data, latents = inputs.recon, inputs.mu
         of_log_sigma = None if inputs.log_sigma is None else data  # else one value, or one for each sample
-        leads = Gradients(data, data, latents, latents, of_log_sigma, latents, latents, None)
+        leads = Gradients(data, data, latents, latents, of_log_sigma, latents, latents, None, None)
         # What is not as the kernels write is written to a buffer first: (the tensor whose order it has, dtype).
         self.buffers: dict[int, tuple[Tensor, torch.dtype]] = {}
         for i, lead in enumerate(leads):
@@ -118,7 +118,7 @@ class Grads(Plan):
         data, latents = inputs.data_tiles if of_data else None, inputs.latent_tiles if of_latents else None
         layout = self.layout(data, latents, given)
         programs = sum(tiles.programs(inputs.batch) for tiles in (data, latents) if tiles is not None)
-        programs += asked.beta or (asked.log_sigma and not element)  # one for what is O(B)
+        programs += asked.beta or asked.extra_error or (asked.log_sigma and not element)  # one for what is O(B)
         self.launch = elbo_grads(inputs, layout, programs) if programs else None
         unequal = key.options.sigma_mode == Kind.BATCH and (is_unequal(loss) or is_unequal(distortion))
         self.shared_sigma_term = elbo_shared_sigma_term(inputs, layout) if unequal else None
@@ -166,7 +166,8 @@ class Step(Plan):
 
     def __init__(self, key: Key) -> None:
         super().__init__(key)
-        cut = Cut.of(self.inputs, self.options, resident_programs(key.device))
+        one_slope = self.inputs.activation is None or not key.mask >> Gradients._fields.index("target") & 1
+        cut = Cut.of(self.inputs, self.options, resident_programs(key.device)) if one_slope else None
         self.launch, self.waits = None, cut is not None and cut.waits
         if cut is not None:
             (grad_scale,) = map(on_meta, key.more)
@@ -174,7 +175,7 @@ class Step(Plan):
             self.written = Written(self, key.mask)
             self.partials = EmptyPartials(self.inputs, cut.data, cut.latents, self.device)
             self.outputs = EmptyOutputs(self.inputs, self.options, False, self.device)
-            self.totals = empty((2 * cut.programs if cut.waits else 0,), self.dtype, self.device)
+            self.totals = empty(((2 + cut.counted) * cut.programs if cut.waits else 0,), self.dtype, self.device)
             self.launch = elbo_step(self.inputs, self.layout(cut.data, cut.latents, given), cut)
 
     def __call__(
@@ -197,16 +198,25 @@ class Step(Plan):
         return (*outputs[:4], *self.written.finish(results, written))
 
 
+def readable(tensors: Tensors) -> Tensors:
+    """A mask as the bytes that it is made of, which load as any other numbers do."""
+    if tensors.weight is None or tensors.weight.dtype != torch.bool:
+        return tensors
+    return tensors._replace(weight=tensors.weight.view(torch.uint8))
+
+
 def forward(tensors: Tensors, options: call.Options) -> Outputs:
+    tensors = readable(tensors)
     return Forward(key_of(tensors, options))(tensors, options)
 
 
 def stats(tensors: Tensors, options: call.Options) -> Tensor:
-    plain = options._replace(capacity_value=None, reduction=SUM)
-    return forward(tensors._replace(beta=None, capacity=None), plain).stats
+    plain = options._replace(limit_mode=0, reduction=SUM)
+    return forward(tensors._replace(beta=None, limit=None), plain).stats
 
 
 def grads(tensors: Tensors, options: call.Options, stats: Tensor, grad_outputs: GradOutputs, mask: int) -> Gradients:
+    tensors = readable(tensors)
     plan = Grads(key_of(tensors, options, mask, stats, *grad_outputs))
     return plan(tensors, options, stats, grad_outputs)
 
@@ -214,6 +224,7 @@ def grads(tensors: Tensors, options: call.Options, stats: Tensor, grad_outputs: 
 def step(
     tensors: Tensors, options: call.Options, grad_scale: Tensor | None, grad_scale_value: float, mask: int
 ) -> tuple[Tensor, ...]:
+    tensors = readable(tensors)
     plan = Step(key_of(tensors, options, mask, grad_scale))
     if plan.launch is not None and not (plan.waits and plan.device in _refusing):
         try:

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_elbo import call
+from fused_elbo.reference.math import nats_of_one
 from fused_elbo.sigma import Kind
 
 constant = functools.lru_cache(maxsize=None, typed=True)(tl.constexpr)  # one object each: making one takes a while
@@ -64,10 +65,10 @@ class Run(NamedTuple):
 
 
 class Broadcast(NamedTuple):
-    """log σ where it varies inside a sample, over one run of dimensions or two; samples are `stride` elements apart.
-    Without runs it lies as the data do, and `stride` counts in units."""
+    """What belongs to the elements of a sample and may be repeated, log σ or weights, over one run of dimensions or
+    two; samples are `stride` elements apart. Without runs it lies as the data do, and `stride` counts in units."""
 
-    stride: int | None  # None where σ does not vary inside a sample
+    stride: int | None  # None where there is no such thing
     inner: Run | None
     outer: Run | None
 
@@ -91,7 +92,10 @@ class Data(NamedTuple):
 
     recon: int | None
     target: int | None
+    BYTES: tl.constexpr | None  # None where the target has no bytes
+    ACTIVATION: tl.constexpr | None  # a likelihood.Activation; None for none
     log_sigma: Broadcast
+    weight: Broadcast
     tiles: Tiles
 
 
@@ -103,6 +107,7 @@ class Latents(NamedTuple):
     prior_mu: int | None
     prior_logvar: int | None
     FREE_BITS: tl.constexpr | None  # None without
+    RANGE: tl.constexpr | None  # None where logvar is not clamped
     tiles: Tiles
 
 
@@ -146,18 +151,25 @@ ABSENT = Scalar(None, None)
 class Options(NamedTuple):
     """The kinds of `call.Options`."""
 
+    Q: tl.constexpr  # the likelihood's exponent
+    NATS_OF_ONE: tl.constexpr  # what an element of error 0 costs where σ is 1
     MODE: tl.constexpr  # of σ
     SOFTCLIP: tl.constexpr
+    LIMIT: tl.constexpr | None  # a rate.Kind; None where the rate is not limited
+    MEAN: tl.constexpr | None  # None where the reduction is another one
     log_sigma: Scalar  # where it does not vary inside a sample
     beta: Scalar
-    capacity: Scalar  # absent where the rate is not limited
+    extra_error: Scalar
 
     @classmethod
     def of(cls, tensors: call.Tensors, options: call.Options) -> Options:
         given = None if options.sigma_mode == Kind.ELEMENT else tensors.log_sigma
         return cls(
-            constant(int(options.sigma_mode)), constant(options.softclip), Scalar.of(given, True),
-            Scalar.of(tensors.beta, True), Scalar.of(tensors.capacity, options.capacity_value is not None),
+            constant(options.exponent), constant(nats_of_one(options)),
+            constant(int(options.sigma_mode)), constant(options.softclip),
+            constant(options.limit_mode) if options.limit_mode else None,
+            PRESENT if options.reduction == call.MEAN else None,
+            Scalar.of(given, True), Scalar.of(tensors.beta, True), Scalar.of(tensors.extra_error, False),
         )  # fmt: skip
 
 
@@ -184,15 +196,20 @@ class Numbers(NamedTuple):
     log_sigma: Number
     min_log_sigma: Number
     beta: Number
-    capacity: Number
+    limit: Number
     free_bits: Number
+    logvar_min: Number
+    logvar_max: Number
+    target_low: Number
+    target_step: Number  # what 1 of a byte is
     grad_scale: Number  # of a step
 
     @classmethod
     def of(cls, options: call.Options, dtype: torch.dtype, grad_scale: float = 0.0) -> Numbers:
         values = (
-            options.log_sigma_value, options.min_log_sigma, options.beta_value, options.capacity_value or 0.0,
-            options.free_bits, grad_scale,
+            options.log_sigma_value, options.min_log_sigma, options.beta_value, options.limit_value,
+            options.free_bits, options.logvar_min or 0.0, options.logvar_max or 0.0, options.target_low,
+            (options.target_high - options.target_low) / 255, grad_scale,
         )  # fmt: skip
         return cls(*values) if dtype != torch.float64 else cls(*(number(float(value), dtype) for value in values))
 
@@ -222,7 +239,8 @@ class Call(NamedTuple):
 class Partials(NamedTuple):
     """Partial sums, [batch, chunks]; None where there are no data, or no latents."""
 
-    s: Tensor | None
+    a: Tensor | None
+    weights: Tensor | None  # None where elements have none
     kl: Tensor | None
     clamped: Tensor | None  # None without free bits: it is `kl` then
 
@@ -240,7 +258,7 @@ class Workspace(NamedTuple):
     """What the programs of a step tell one another by."""
 
     partials: Partials
-    totals: Tensor  # what each program has found of S, and then of KL
+    totals: Tensor  # what each program has found of A, then of KL, and then of the weights
     barrier: Tensor
 
 
@@ -252,12 +270,15 @@ class Written(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What a kernel knows of a block of samples: S and the clamped KL of each, and their sums over the batch."""
+    """What a kernel knows of a block of samples: A, the clamped KL, and how many elements, or weights of them, A is a
+    sum of; of each sample, and in the batch."""
 
-    s: tl.tensor
+    a: tl.tensor
     total: tl.tensor
     clamped: tl.tensor
     clamped_total: tl.tensor
+    dims: tl.tensor
+    elements: tl.tensor
 
 
 class Factors(NamedTuple):
