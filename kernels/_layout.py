@@ -203,6 +203,7 @@ class Inputs:
         self.num_warps, self.free_bits = WARPS, options.free_bits > 0
         self.activation = constant(options.activation) if options.activation else None
         self.logvar_range = None if options.logvar_min is None else PRESENT
+        self.is_plain = self.activation is None and self.weight is None  # data are differences, and nothing more
 
     def _along(self, values: Tensor | None) -> tuple[Tensor | None, list[Run]]:
         if self.recon is None or values is None:

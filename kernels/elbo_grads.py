@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -21,7 +22,7 @@ from ._elements import (
 from ._factors import ELEMENT, factors, sample_sums
 from ._layout import Inputs, power_of_2
 from ._math import clamped_grad, distortion_grad, kl, kl_grad, number, slope, weighted, whole
-from ._plan import Launch
+from ._plan import Launch, at_most
 from .elbo_finalize import BLOCK
 from .structs import Layout
 
@@ -146,7 +147,8 @@ def elbo_grads_kernel(
 def elbo_grads(inputs: Inputs, layout: Layout, programs: int) -> Launch:
     """A launch of (call, stats, grad_outputs, gradients), which are dense in the order of the inputs; those of a log σ
     that does not vary inside a sample, and of β, () or contiguous (B,)."""
+    registers = {} if inputs.is_plain or inputs.dtype == torch.float64 else at_most(80)
     return Launch(
         elbo_grads_kernel, programs, layout, min(BLOCK, power_of_2(inputs.batch)),
-        num_warps=inputs.num_warps, enable_fp_fusion=False,
+        num_warps=inputs.num_warps, **registers, enable_fp_fusion=False,
     )  # fmt: skip

@@ -215,12 +215,14 @@ class Cut(NamedTuple):
         return cls(data, latents, min(programs, resident) if waits else programs, threads, waits, counted)
 
 
-def launch_options(cut: Cut) -> dict[str, Any]:
+def launch_options(inputs: Inputs, cut: Cut) -> dict[str, Any]:
     if triton.knobs.runtime.interpret:
         return {}
     target = triton.runtime.driver.active.get_current_target()
     warps = cut.threads // target.warp_size
-    return {"num_warps": warps, "launch_cooperative_grid": cut.waits, **at_most(64)}
+    # Programs that wait are one to an SM, which has registers for what more than squares need.
+    registers = 65536 // cut.threads if cut.waits and not inputs.is_plain else 64
+    return {"num_warps": warps, "launch_cooperative_grid": cut.waits, **at_most(registers)}
 
 
 def elbo_step(inputs: Inputs, layout: Layout, cut: Cut) -> Launch:
@@ -228,4 +230,4 @@ def elbo_step(inputs: Inputs, layout: Layout, cut: Cut) -> Launch:
     samples = min(BLOCK, power_of_2(inputs.batch))
     programs = max(cut.threads, power_of_2(cut.programs))  # so that each value is read by one thread
     how = How(*map(constant, (cut.waits, cut.counted, samples, programs)), blocks(inputs.batch, cut.data, cut.latents, False))
-    return Launch(elbo_step_kernel, cut.programs, layout, how, **launch_options(cut), enable_fp_fusion=False)
+    return Launch(elbo_step_kernel, cut.programs, layout, how, **launch_options(inputs, cut), enable_fp_fusion=False)

@@ -67,7 +67,7 @@ MODES: dict[str, Callable[[int, tuple[int, ...], tuple[int, ...]], dict[str, Any
     "laplace-softclip": lambda b, d, k: {"likelihood": "laplace", "sigma": Optimal(softclip=True), "min_log_sigma": -2},
     "extra": lambda b, d, k: {"extra_error": torch.rand(b)},
     "extra-shared": lambda b, d, k: {"extra_error": torch.tensor(2.5), "log_sigma": torch.tensor(-0.5)},
-    "mask": lambda b, d, k: {"weight": torch.rand(b, *[1] * (len(d) > 1), *d[-2:]) > 0.3},
+    "mask": lambda b, d, k: {"weight": torch.rand(b, *[1] * (len(d) - 2), *d[-2:]) > 0.3},
     "mask-image": lambda b, d, k: {"weight": some_mask(b, d), "sigma": PER_IMAGE, "likelihood": "laplace"},
     "weight": lambda b, d, k: {"weight": torch.rand(b, *d).relu(), "extra_error": torch.rand(b)},
     "weight-channel": lambda b, d, k: {"weight": torch.rand(channels(d)) + 0.1, "log_sigma": torch.tensor(-0.5)},

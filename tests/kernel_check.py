@@ -29,7 +29,7 @@ GUARD = 1 << 12  # elements on each side: a tile
 GAP = 16  # elements between two samples: 16 divides it, so the loads stay as wide as without it
 SENTINEL = 12345.0
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 5e-6, torch.float16: 2e-3}
-IN_SMALL_TILES = ("softclip, none", "free-bits, none")
+IN_SMALL_TILES = ("softclip, none", "free-bits, none", "weight, none")
 
 Arguments = tuple[Tensors, Options]  # of a call of the operators
 
@@ -44,7 +44,8 @@ def guarded(t: Tensor, apart: bool = True) -> Tensor:
     shape, strides = t.shape, list(t.stride())
     if apart and t.dim() and strides[0] == t.numel() // t.shape[0]:
         strides[0] += GAP
-    memory = torch.full((extent(t.shape, strides) + 2 * GUARD,), float("nan"), dtype=t.dtype)
+    outside = float("nan") if t.is_floating_point() else 255 if t.dtype == torch.uint8 else True
+    memory = torch.full((extent(t.shape, strides) + 2 * GUARD,), outside, dtype=t.dtype)
     for dim, stride in enumerate(t.stride()):
         t = t.narrow(dim, 0, 1) if stride == 0 else t  # copy_ refuses an expanded tensor
     return memory.as_strided(t.shape, strides, GUARD).copy_(t).expand(shape)
@@ -89,6 +90,14 @@ def with_nan(call: Call, *which: int) -> Call:
     return call
 
 
+def with_nan_under_the_mask(call: Call) -> Call:
+    hidden = ~call.kw["weight"].expand(call.tensors[0].shape)
+    with torch.no_grad():
+        for t in call.tensors[:2]:
+            t[hidden] = float("nan")
+    return call
+
+
 def without_error(call: Call) -> Call:
     call.tensors[0] = call.tensors[1].detach().clone().requires_grad_()
     return call
@@ -117,15 +126,20 @@ def just_below(call: Call) -> Call:
 def calls() -> dict[str, Call]:
     """Few, but each line of the kernels decides a value in one of them. Batches of 3 leave a row of a tile empty."""
     small: dict[str, Any] = {"batch": 3, "data": (3, 5, 5), "dtype": torch.float64}
-    per_sample = ("softclip", "free-bits", "per-image-softclip", "learned", "learned-image", "beta-sample", "optimal")
+    per_sample = (
+        "softclip", "free-bits", "per-image-softclip", "learned", "learned-image", "beta-sample", "optimal",
+        "mask-image", "weight", "free-nats",
+    )  # fmt: skip
     reduced = (
         "learned-pixel", "prior-shared", "softclip", "floor", "capacity-above", "capacity", "learned-channel",
-        "learned-rows", "learned-channel-image", "beta-tensor",
+        "learned-rows", "learned-channel-image", "beta-tensor", "laplace", "extra-shared", "weight-pixel", "tanh-mask",
+        "bytes-pixel", "logvar-range-prior", "free-nats-batch",
     )  # fmt: skip
     return {
         **{f"{mode}, none": Call(mode, "none", **small) for mode in per_sample},
         **{mode: Call(mode, **small) for mode in reduced},
         "mean": Call("optimal", "mean", **small),
+        "mean of weights": Call("weight", "mean", **small),
         "two orders": in_two_orders(Call("optimal", **small)),
         "fp32": Call("learned-pixel", **small | {"dtype": torch.float32}),
         # What has a kernel of the whole step, in programs that do not wait, or one that waits for itself.
@@ -134,12 +148,19 @@ def calls() -> dict[str, Call]:
         "step, one beta": Call("capacity-above", batch=3),
         "step, one log sigma": Call("learned", batch=3),
         "step, waits": just_below(Call("capacity", batch=2, data=(1501,), latent=(3000,))),
+        "step, weights": Call("weight", "mean", batch=3, data=(1501,)),
+        "bytes-sigmoid": Call("bytes-sigmoid", batch=3),
+        "laplace-image": Call("laplace-image", batch=5, data=(3, 39, 39), latent=(4099,)),
         "wide rows": Call("prior", batch=3, data=(64,), latent=(32,)),
         "two tiles": Call("free-bits", batch=2, data=(5000,), latent=(4100,), dtype=torch.float64),
         "no error": without_error(Call("optimal", "none", **small)),
         "variances of 0 and infinity": beyond_exp(Call("optimal", "none", batch=3)),
         "NaN in the latents": with_nan(Call("free-bits", **small), 2),
         "NaN in the data": with_nan(Call("softclip", **small), 0),
+        "NaN in the data, laplace": with_nan(Call("laplace-learned", **small), 0),
+        "NaN in logvar, clamped": with_nan(Call("logvar-range", **small), 3),
+        "NaN under a mask": with_nan_under_the_mask(Call("mask", **small)),
+        "no error, laplace": without_error(Call("laplace", "none", **small)),
     }
 
 
@@ -157,7 +178,7 @@ def far_apart(step: int) -> Iterator[Arguments]:
 
 
 def double(tensors: Tensors) -> Tensors:
-    return Tensors._make(None if t is None else t.double() for t in tensors)
+    return Tensors._make(t.double() if t is not None and t.is_floating_point() else t for t in tensors)
 
 
 def compare(stage: str, got: Tensor, true: Tensor) -> None:
@@ -180,7 +201,7 @@ class Case:
         self.weights = GradOutputs._make(guarded(torch.randn_like(o, dtype=dtype)) for o in self.outputs[:3])
         weights = GradOutputs._make(w.double() for w in self.weights if w is not None)
         self.gradients = reference.gradients(wide, options, self.outputs.stats, weights)
-        self.mask = mask_of(t is not None for t in self.tensors)
+        self.mask = mask_of(t is not None and t.is_floating_point() for t in self.tensors)
         scales = ((guarded(torch.tensor(-2.5), apart=False), 1.0), (None, -2.5))  # a tensor, and a number
         self.scales = scales if options.reduction != NONE else ()
         self.stepped = reference.step(wide, options, None, -2.5, self.mask) if self.scales else ()

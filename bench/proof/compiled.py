@@ -10,7 +10,8 @@ Writes compiled.md and compiled.csv. No GPU is needed and nothing here has been 
   channel, which every element looks up by its index; [prior]: a Gaussian prior; [large]: 3072 images, of which each
   program walks several tiles in a loop; [by8]: 3×50×36 with 200 latents, sizes that 8 divides and 16 does not.
   elbo_step is the whole step in one launch; [full]: 250 images, for which a program holds all that it can on an H100;
-  [image], [given]: σ per image, and constant, where no program waits for another.
+  [image], [given]: σ per image, and constant, where no program waits for another. [laplace]: that likelihood;
+  [decoder]: a sigmoid before the loss, a target of bytes, a mask that the channels share, and logvar in a range.
 - registers of a thread (gfx942: VGPRs); spill_bytes: stores and loads of spilled registers in ptxas's log, once each
   (gfx942: private memory of a lane); shared_bytes of a block.
 - global_accesses: loads and stores of global memory in the code, wide_accesses: those of 128 bits or more. The rest are
@@ -76,6 +77,8 @@ CASES = {
     "full": ("elbo_step",),
     "image": ("elbo_step",),
     "given": ("elbo_step",),
+    "laplace": ("elbo_stats", "elbo_grads", "elbo_step"),
+    "decoder": ("elbo_stats", "elbo_grads", "elbo_step"),
 }
 KERNELS = [f"{kernel}[{case}]" if case else kernel for case, kernels in CASES.items() for kernel in kernels]
 SIZES = {
@@ -201,6 +204,12 @@ def launches(case: str, dtype: str, target_name: str) -> dict[str, Launch]:
         extra["sigma"] = "optimal-per-image"
     if case == "given":
         extra["sigma"] = 0.1
+    if case == "laplace":
+        extra["likelihood"] = "laplace"
+    if case == "decoder":
+        target = torch.zeros(batch, *image, dtype=torch.uint8)
+        mask = torch.ones(batch, 1, *image[1:], dtype=torch.bool)
+        extra = {"activation": "sigmoid", "weight": mask, "logvar_range": (-30, 20)}
     with offline(target_name), spied() as seen, backend("triton"):
         if not case:  # unequal weights of the samples need one kernel more, and specialise the gradients' differently
             loss = decoupled_elbo(recon, target.detach(), mu, logvar, reduction="none").loss

@@ -34,13 +34,6 @@ LAYOUT, ELEMENTS, MATH, FACTORS, GRID = (f"_{name}.py" for name in ("layout", "e
 STRUCTS, OPERATORS = "structs.py", "operators.py"
 
 MASK = "$ROWS & ($C < $N)"
-DIFFERENCE = "difference($CALL, $R, $C, $M)"
-# What that is, and the target twice more: recon + target.
-TARGET = (
-    "tl.load($CALL.tensors.target + $R[:, None] * from_units($CALL.data.target, $CALL.data.tiles.VEC, False) + $C, "
-    "$M, 0.0).to($CALL.batch.ACC)"
-)
-SUM = f"{DIFFERENCE} + 2.0 * {TARGET}"
 
 MUTANTS = {
     # masks
@@ -63,7 +56,7 @@ MUTANTS = {
         "learned-image, none", place=(1, 3), beside=MASK,
     ),
     "grads_reads_a_column_too_few": Mutant(
-        GRADS, "data_gradients", DIFFERENCE, "difference($CALL, $R, $C, $M & ($C < $N - 1))",
+        GRADS, "data_gradients", "errors_at($CALL, $R, $C, $M)", "errors_at($CALL, $R, $C, $M & ($C < $N - 1))",
         "learned-image, none", beside=MASK,
     ),
     "grads_writes_a_latent_too_many": Mutant(
@@ -92,18 +85,13 @@ MUTANTS = {
         FINALIZE, "finalize", "range(0, $N, $S)", "range(0, $S, $S)", "free-bits, none", place=(1, 2),
     ),
     # signs
-    "e_is_a_sum_in_stats": Mutant(
-        STATS, "data_sums", DIFFERENCE, SUM, "learned-image, none",
-    ),
-    "e_is_a_sum_in_grads": Mutant(
-        GRADS, "data_gradients", DIFFERENCE, SUM, "learned-image, none",
-    ),
+    "e_is_a_sum": Mutant(ELEMENTS, "errors_at", "$X - $T", "$X + $T", "learned-image, none"),
     "sign_of_g_target": Mutant(GRADS, "data_gradients", "(-$G).to($T)", "$G.to($T)", "learned-image, none"),
     "sign_of_g_prior_mu": Mutant(MATH, "kl_grad", "-($A * $B)", "$A * $B", "prior-shared"),
     "sign_of_g_prior_logvar": Mutant(MATH, "kl_grad", "-0.5 * $B * $X", "0.5 * $B * $X", "prior-shared"),
-    "sign_of_the_capacity_gap": Mutant(
-        FACTORS, "factors", "tl.where($G > 0, 1.0, 0.0) - tl.where($G < 0, 1.0, 0.0)", "tl.where($G > 0, 1.0, 0.0)",
-        "capacity-above",
+    "sign_of_the_gap_to_a_capacity": Mutant(
+        MATH, "limited_slope", "tl.where($R > $L, 1.0, 0.0) - tl.where($R < $L, 1.0, 0.0)",
+        "tl.where($R > $L, 1.0, 0.0)", "capacity-above",
     ),
     # factors
     "no_scale_by_grad_loss": Mutant(
@@ -122,7 +110,7 @@ MUTANTS = {
     ),
     "the_mean_is_a_batchmean": Mutant(STRUCTS, "of", "1 / ($B * $D)", "1 / $B", "mean"),
     "g_logvar_without_its_half": Mutant(MATH, "kl_grad", "$B * 0.5 * $X", "$B * $X", "far apart"),
-    "2_log_sigma_is_left_out": Mutant(MATH, "scaled_error", "$E + 2.0 * $X", "$E", "learned-channel-image"),
+    "2_log_sigma_is_left_out": Mutant(MATH, "scaled_error", "$E + $L * (1.0 * $Q)", "$E", "learned-channel-image"),
     "exp_does_not_overflow": Mutant(
         MATH, "exp_reduced", "tl.where($X > 89.0, $Y, $E)", "$E", "variances of 0 and infinity",
     ),
@@ -139,7 +127,7 @@ MUTANTS = {
         STATS, "elbo_stats_kernel", "arrive($C, $N)", "arrive($C, $N - 1)", "mean",
     ),
     "a_batchs_distortion_of_one_sample": Mutant(
-        FINALIZE, "batch_terms", "$N * number(call.batch.dims, $ACC)", "number(call.batch.dims, $ACC)", "mean",
+        FACTORS, "elements_of", "number($$$N) * number($$$D)", "number($$$D)", "mean",
     ),
     "the_step_finishes_before_the_last_program": Mutant(
         STEP, "elbo_step_kernel", "arrive($B, $N)", "arrive($B, $N - 1)", "step, one sigma",
@@ -151,18 +139,20 @@ MUTANTS = {
         STEP, "elbo_step_kernel", "$SUM += latent_sums($$$X)", "$SUM = latent_sums($$$X)", "step, waits",
     ),
     "a_sigma_for_the_wrong_image": Mutant(
-        STEP, "elbo_step_kernel", "held_gradients($P * $T, $E, $S, $$$X)",
-        "held_gradients($P * $T, $E, Sums($S.s + $S.s, $S.total, $S.clamped, $S.clamped_total), $$$X)",
-        "step, per image",
+        STEP, "elbo_step_kernel", "held_gradients($P * $T, $U, $A, $$$X)",
+        "held_gradients($P * $T, $U, $A + $A, $$$X)", "step, per image",
     ),
     "samples_that_are_not_there_pull_on_beta": Mutant(
-        GRADS, "scalar_gradients", "tl.where($R < $B, $X, 0.0)", "$X", "step, one beta", place=(1, 2),
+        GRADS, "scalar_gradients", "tl.where($R < $B, $X, 0.0)", "$X", "step, one beta", place=(1, 3),
     ),
     "samples_that_are_not_there_pull_on_log_sigma": Mutant(
-        GRADS, "scalar_gradients", "tl.where($R < $B, $X, 0.0)", "$X", "step, one log sigma", place=(0, 2),
+        GRADS, "scalar_gradients", "tl.where($R < $B, $X, 0.0)", "$X", "step, one log sigma", place=(0, 3),
+    ),
+    "samples_that_are_not_there_pull_on_extra_error": Mutant(
+        GRADS, "scalar_gradients", "tl.where($R < $B, $X, 0.0)", "$X", "extra-shared", place=(2, 3),
     ),
     # σ inside a sample
-    "one_run_of_log_sigma_only": Mutant(ELEMENTS, "log_sigma_offsets", "$X.outer is not None", "False", "learned-rows"),
+    "one_run_of_log_sigma_only": Mutant(ELEMENTS, "offsets_of", "$X.outer is not None", "False", "learned-rows"),
     "log_sigma_does_not_wrap": Mutant(
         ELEMENTS, "run_offsets", "$C // $D % $N * $S", "$C // $D * $S", "learned-rows",
     ),
@@ -170,7 +160,7 @@ MUTANTS = {
         ELEMENTS, "run_offsets", "$C // $D % $N * $S", "$C * 0 % $N * $S", "learned-channel",
     ),
     "the_samples_log_sigma_is_the_first_ones": Mutant(
-        ELEMENTS, "log_sigma_offsets", "row_offsets($R, $S, $W) + $X", "row_offsets($R, 0, $W) + $X",
+        ELEMENTS, "offsets_of", "row_offsets($R, $S, $W) + $X", "row_offsets($R, 0, $W) + $X",
         "learned-channel-image", place=(1, 2),
     ),
     # σ and the rate
@@ -197,6 +187,60 @@ MUTANTS = {
     ),
     "a_floor_hides_nan": Mutant(
         MATH, "at_least", "tl.where($X < $F, $F, $X)", "tl.maximum($X, $F)", "NaN in the latents",
+    ),
+    # Laplace, weights, what is added to A, what stands before the loss, limits of the rate
+    "no_error_has_a_sign": Mutant(
+        MATH, "slope", "tl.where($E < 0.0, -1.0, $E)", "tl.where($E <= 0.0, -1.0, $E)", "no error, laplace",
+    ),
+    "nan_has_no_sign": Mutant(
+        MATH, "slope", "tl.where($E < 0.0, -1.0, $E)", "tl.where($E < 0.0, -1.0, 0.0)", "NaN in the data, laplace",
+    ),
+    "a_laplace_scale_is_a_variance": Mutant(
+        MATH, "optimal_sigma", "tl.log($X) * (1.0 / $$$Q)", "tl.log($X) * 0.5", "laplace", place=(1, 2),
+    ),
+    "a_mask_multiplies": Mutant(MATH, "weighted", "tl.where($M == 0.0, 0.0, $X)", "$X", "NaN under a mask"),
+    "weights_are_counted_as_one": Mutant(
+        STATS, "data_sums", "counted += $M", "counted += tl.where($M > 0.0, 1.0, 0.0)", "weight, none",
+    ),
+    "a_mean_of_what_has_no_weight_too": Mutant(
+        FACTORS, "reduction_weight", "1.0 / $X", "1.0 / elements_of(call)", "mean of weights",
+    ),
+    "nothing_is_divided_by": Mutant(
+        MATH, "optimal_sigma", "$T / tl.where($N == 0.0, 1.0, $N)", "$T / $N", "mask-image, none",
+    ),
+    "extra_error_in_every_chunk": Mutant(
+        STATS, "first_with_extra_error", "tl.where($C == 0, $E, 0.0)", "$E", "weight, none",
+    ),
+    "extra_error_has_the_scale_of_a_square": Mutant(
+        GRADS, "scalar_gradients", "$A * (1.0 / $Q)", "$A", "weight, none",
+    ),
+    "no_slope_of_the_activation": Mutant(GRADS, "data_gradients", "$G * dx_dy", "$G", "tanh-mask"),
+    "the_slope_of_a_sigmoid": Mutant(MATH, "activated", "$Z * $S * $S", "$Z * $S", "bytes-sigmoid"),
+    "the_slope_of_a_tanh": Mutant(MATH, "activated", "4.0 * $W * $S * $S", "4.0 * $S * $S", "tanh-mask"),
+    "the_sign_of_a_sigmoid": Mutant(
+        MATH, "activated", "tl.where($Y < 0.0, $Z * $S, $S)", "$S", "bytes-sigmoid", place=(0, 1),
+    ),
+    "bytes_from_0_on": Mutant(ELEMENTS, "errors_at", "$T * $S + $L", "$T * $S", "bytes-pixel"),
+    "errors_of_what_is_no_element": Mutant(
+        ELEMENTS, "errors_at", "tl.where(inside, $E, 0.0)", "$E", "bytes-sigmoid",
+    ),
+    "a_clamped_logvar_has_a_gradient": Mutant(
+        MATH, "clamped_grad", "tl.where($X, 0.0, $G)", "$G", "logvar-range-prior",
+    ),
+    "a_clamp_hides_nan": Mutant(
+        MATH, "clamped", "tl.where($L < $M, $M, $L)", "tl.maximum($L, $M)", "NaN in logvar, clamped",
+    ),
+    "free_nats_pass_a_gradient": Mutant(
+        MATH, "limited_slope", "tl.where($R >= $L, 1.0, 0.0)", "tl.where($R >= $L, 1.0, 1.0)", "free-nats, none",
+    ),
+    "the_batchs_rate_for_a_samples_limit": Mutant(
+        FACTORS, "factors", "call.options.LIMIT == $X or call.options.LIMIT == $Y", "True", "free-nats, none",
+    ),
+    "the_step_holds_slopes_without_weights": Mutant(
+        STEP, "slopes", "weighted($M, $A), weighted($M, $U)", "weighted($M, $A), $U", "step, weights",
+    ),
+    "the_step_adds_no_weights_up": Mutant(
+        STEP, "elbo_step_kernel", "elements = sum_of($$$X)", "", "step, weights",
     ),
     # memory
     "strides_of_32_bits": Mutant(ELEMENTS, "from_units", "tl.full((), $N, tl.int64) * $V", "$N * $V", "farther apart"),

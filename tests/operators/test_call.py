@@ -36,8 +36,8 @@ def test_gradients_are_of_the_first_tensors_in_their_order() -> None:
 
 def test_a_schema_has_each_fields_type() -> None:
     assert call.schema(GradOutputs, "grad_") == "Tensor? grad_loss, Tensor? grad_distortion, Tensor? grad_rate"
-    assert call.schema(Options).startswith("int sigma_mode, bool softclip, float log_sigma_value")
-    assert "float? capacity_value" in call.schema(Options)
+    assert call.schema(Options).startswith("int exponent, int activation, bool constant, float target_low")
+    assert "float? logvar_min" in call.schema(Options)
 
 
 def test_the_options_that_are_numbers_are_fields_of_a_call() -> None:
@@ -55,7 +55,10 @@ def of(function: Any) -> dict[str, Any]:
 def test_signatures_show_every_option_with_its_default() -> None:
     assert of(decoupled_elbo) == options.DEFAULTS
     assert of(decoupled_elbo_backward) == {**options.DEFAULTS, "grad_scale": None, "retain_graph": False}
-    assert of(gaussian_kl) == {"prior": None, "free_bits": 0.0, "reduction": "batchmean", "process_group": None}
+    assert of(gaussian_kl) == {
+        "prior": None, "logvar_range": None, "free_bits": 0.0, "limit": None, "reduction": "batchmean",
+        "process_group": None,
+    }  # fmt: skip
     assert inspect.signature(DecoupledELBO).parameters["min_log_sigma"].default == -7.0
     assert "min_log_sigma" not in inspect.signature(LearnedSigmaELBO).parameters
 
