@@ -18,7 +18,7 @@ from on_examples import ROOT, one_thread  # noqa: F401
 from recipes import latent_diffusion, rates, sequences, squared_error
 from torch import Tensor
 
-from fused_elbo import ELBO, decoupled_elbo_backward
+from fused_elbo import ELBO, FreeNats, decoupled_elbo, decoupled_elbo_backward
 
 RECIPES: dict[str, Callable[..., Any]] = {
     name: recipe
@@ -192,6 +192,21 @@ def test_in_autocast_nothing_is_rounded_but_the_tensors() -> None:
     exact = torch.autograd.grad(expected, (recon64, moments64, lpips64))
     for ours, of_theirs, rounding in zip(gradients, exact, (2**-8, 2**-8, 1e-6), strict=True):  # two are bf16
         torch.testing.assert_close(ours.double(), of_theirs, rtol=rounding, atol=0)
+
+
+def test_readme_has_the_losses_that_it_says_it_replaces() -> None:
+    rows = re.findall(r"^\| [^|]+ \| `([^`]+kl[^`]+)` \| `([^`]+)` \|$", (ROOT / "README.md").read_text(), flags=re.M)
+    assert len(rows) == 5
+    given = arguments("latent_diffusion")
+    given |= {"kl": theirs.kl(given["mu"], given["logvar"]), "valid": torch.rand(B, 3, 4, 4) > 0.3}
+    names = {**given, "B": B, "D": D, "w": 0.1, "F": torch.nn.functional, "FreeNats": FreeNats}
+    names["decoupled_elbo"] = decoupled_elbo
+    for replaced, options in rows:
+        wanted = [given[name] for name in ("recon", "mu", "logvar", *["lpips"] * ("lpips" in replaced))]
+        ours = torch.autograd.grad(eval(f"decoupled_elbo(recon, x, mu, logvar, {options}).loss", names), wanted)
+        expected = torch.autograd.grad(eval(replaced, names), wanted, retain_graph=True)
+        for of_ours, of_theirs in zip(ours, expected, strict=True):
+            torch.testing.assert_close(of_ours, of_theirs, rtol=1e-10, atol=1e-14)
 
 
 def test_the_page_has_each_recipe_and_what_stands_in_its_call() -> None:
