@@ -1,8 +1,8 @@
 """Autoencoders for latent diffusion: absolute error, perceptual term, a small weight on the rate, a discriminator.
 
 x is an image (B, C, H, W) or a clip (B, C, T, H, W) and has D numbers, e = recon − x, and `lpips` is the perceptual
-distance p of each image or frame. `mu` and `logvar` are the halves of the encoder's output, before any clamp. Σ counts
-everything in the batch, and KL is the rate of a sample. The discriminator's term comes besides, by `adversarial`.
+distance p of each image or frame, flat. `mu` and `logvar` are the halves of the encoder's output, before any clamp. Σ
+counts everything in the batch, and KL is the rate of a sample. `adversarial` is the discriminator's term.
 """
 
 from __future__ import annotations
