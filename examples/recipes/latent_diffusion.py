@@ -19,7 +19,7 @@ def adversarial(distortion: Tensor, g_loss: Tensor, last_layer: Tensor, weight: 
     Pass `elbo.distortion`, divided by T where the loss is. Then one `backward` of the sum of both serves all.
     """
     size, g_size = (torch.autograd.grad(t, last_layer, retain_graph=True)[0].norm() for t in (distortion, g_loss))
-    return weight * (size / (g_size + 1e-4)).clamp(0.0, 1e4).detach() * g_loss
+    return weight * (size / (g_size + 1e-4)).clamp(0.0, 1e4) * g_loss
 
 
 def latent_diffusion(recon: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, lpips: Tensor) -> ELBO:

@@ -18,7 +18,7 @@ from on_examples import ROOT, one_thread  # noqa: F401
 from recipes import latent_diffusion, rates, sequences, squared_error
 from torch import Tensor
 
-from fused_elbo import ELBO, FreeNats, decoupled_elbo, decoupled_elbo_backward
+from fused_elbo import ELBO, FreeNats, decoupled_elbo, decoupled_elbo_backward, gaussian_kl
 
 RECIPES: dict[str, Callable[..., Any]] = {
     name: recipe
@@ -192,6 +192,14 @@ def test_in_autocast_nothing_is_rounded_but_the_tensors() -> None:
     exact = torch.autograd.grad(expected, (recon64, moments64, lpips64))
     for ours, of_theirs, rounding in zip(gradients, exact, (2**-8, 2**-8, 1e-6), strict=True):  # two are bf16
         torch.testing.assert_close(ours.double(), of_theirs, rtol=rounding, atol=0)
+
+
+def test_in_bf16_a_third_of_a_small_kl_is_lost() -> None:
+    torch.manual_seed(0)
+    mu, logvar = (0.03 * torch.randn(2, 4, 4, 32, 32)).bfloat16()
+    exact = theirs.kl(mu.double(), logvar.double())
+    assert float((theirs.kl(mu, logvar).sum() / exact.sum() - 1).abs()) > 0.3
+    torch.testing.assert_close(gaussian_kl(mu, logvar, reduction="none").double(), exact, rtol=1e-6, atol=0)
 
 
 def test_readme_has_the_losses_that_it_says_it_replaces() -> None:
