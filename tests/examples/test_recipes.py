@@ -203,7 +203,9 @@ def test_in_bf16_a_third_of_a_small_kl_is_lost() -> None:
 
 
 def test_readme_has_the_losses_that_it_says_it_replaces() -> None:
-    rows = re.findall(r"^\| [^|]+ \| `([^`]+kl[^`]+)` \| `([^`]+)` \|$", (ROOT / "README.md").read_text(), flags=re.M)
+    rows = re.findall(
+        r"^\| [^|]+ \| `([^`]+kl[^`]+)` \| `([^`]+)` \|$", (ROOT / "README.md").read_text("utf-8"), flags=re.M
+    )
     assert len(rows) == 5
     given = arguments("latent_diffusion")
     given |= {"kl": theirs.kl(given["mu"], given["logvar"]), "valid": torch.rand(B, 3, 4, 4) > 0.3}
@@ -231,5 +233,6 @@ def test_the_page_has_each_recipe_and_what_stands_in_its_call() -> None:
             trainers.add(trainer)
         for code in re.findall(r"`([^`]+)`", cell):
             assert code in source, name
-    assert f"{len(trainers)} trainers" in page
+    for said in (page, (ROOT / "README.md").read_text(encoding="utf-8")):
+        assert f"{len(trainers)} trainers" in said
     assert f"{len(ALONE)} of the {len(RECIPES)} recipes" in page
