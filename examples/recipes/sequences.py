@@ -28,7 +28,8 @@ def lerobot_act(recon: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, is_pad: Te
     """huggingface/lerobot: src/lerobot/policies/act/modeling_act.py
 
     Loss: the sum of |e| where nothing is padded, over the number of such elements, + 10 · ΣKL/B.
-    Ours: the same number. "mean" divides the rate by the valid elements of a sample, too, so β has their number.
+    Ours: the same number. "mean" divides the rate by the valid elements of a sample, too, so β has their number. Its
+    older versions have ACT's loss.
     """
     valid = ~is_pad[..., None]
     beta = 10.0 * valid.sum() * x.shape[-1] / len(x)
@@ -38,7 +39,7 @@ def lerobot_act(recon: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, is_pad: Te
 
 
 def world_models_experiments(recon: Tensor, x: Tensor, mu: Tensor, logvar: Tensor) -> ELBO:
-    """hardmaru/WorldModelsExperiments: doomrnn/doomvae/doomvae.py
+    """hardmaru/WorldModelsExperiments: carracing/vae/vae.py
 
     Loss: Σe²/B + mean max(KL, K/2): free nats of each sample, half a nat for each latent.
     Ours: D·½log π more.

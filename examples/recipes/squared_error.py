@@ -32,7 +32,7 @@ def pytorch_vae_beta(recon: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, C: fl
 
 
 def pythae(recon: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, beta: float = 4.0) -> ELBO:
-    """clementchadebec/benchmark_VAE: pythae/models/beta_vae/beta_vae_model.py; β = 1 is its VAE
+    """clementchadebec/benchmark_VAE: src/pythae/models/beta_vae/beta_vae_model.py; β = 1 is its VAE
 
     Loss: ½Σe²/B + β · ΣKL/B.
     Ours: the same number.
@@ -41,7 +41,7 @@ def pythae(recon: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, beta: float = 4
 
 
 def pythae_disentangled(recon: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, C: float = 3.0) -> ELBO:
-    """clementchadebec/benchmark_VAE: pythae/models/disentangled_beta_vae/disentangled_beta_vae_model.py
+    """clementchadebec/benchmark_VAE: src/pythae/models/disentangled_beta_vae/disentangled_beta_vae_model.py
 
     Loss: ½Σe²/B + β · mean |KL − C|, each sample held against C, and β = 10.
     Ours: the same number.
