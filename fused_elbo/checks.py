@@ -41,6 +41,7 @@ def tensor(
         dtypes = "float32, float64, bfloat16 or float16"
         expected = dtypes if besides is None else f"{dtypes.replace(' or ', ', ')} or {str(besides)[6:]}"
         hint = "; scale images to [0, 1] first: x.float() / 255" if value.dtype == torch.uint8 else ""
+        hint = f"; a mask is {name}.bool()" if besides == torch.bool else hint
         raise TypeError(f"{name}: expected {expected}, got {value.dtype}{hint}")
     if value.is_nested:  # of either layout; before the layout, for to_dense() knows no jagged one
         advice = f"use torch.nested.to_padded_tensor({name}, 0.0), of which the padding counts as data"
@@ -113,7 +114,9 @@ def element_weight(value: object, recon: Tensor) -> None:
     tensor("weight", value, recon, besides=torch.bool)
     assert isinstance(value, Tensor)
     if not _broadcasts(value, recon):
-        raise ValueError(f"weight: shape {shape(value)} does not broadcast to recon's {shape(recon)}")
+        by_sample = value.reshape(*value.shape[:1], *[1] * (recon.dim() - value.dim()), *value.shape[1:])
+        hint = f"; weight.reshape{shape(by_sample)} is one for each sample" if _broadcasts(by_sample, recon) else ""
+        raise ValueError(f"weight: shape {shape(value)} does not broadcast to recon's {shape(recon)}{hint}")
     if tracing.requires_grad(value):
         raise ValueError("weight: has no gradient here; pass weight.detach()")
 
@@ -129,7 +132,10 @@ def extra_error(value: object, recon: Tensor) -> None:
     assert isinstance(value, Tensor)
     if value.dim() > 0 and value.shape != (recon.shape[0],):
         batch = recon.shape[0]
-        raise ValueError(f"extra_error: expected shape () or ({batch},), one per sample, got shape {shape(value)}")
+        hint = "; pass extra_error.flatten()" if value.numel() == batch else ""
+        raise ValueError(
+            f"extra_error: expected shape () or ({batch},), one per sample, got shape {shape(value)}{hint}"
+        )
 
 
 def beta(value: object, batch: int, like: Tensor) -> None:
@@ -318,6 +324,16 @@ def prior(value: object, mu: Tensor, called: str = "prior", beside: str = "mu") 
         tensor(name, t, mu, called=beside)
         if not _broadcasts(t, mu):
             raise ValueError(f"{name}: shape {shape(t)} does not broadcast to {beside}'s {shape(mu)}")
+
+
+_OF_LEVELS = {"limit": 'clamp what reduction="none" returns', "logvar_range": "clamp the logvar of each level"}
+
+
+def of_one_level(options: Mapping[str, Any]) -> None:
+    """What `gaussian_kl` takes with tensors, and not with lists."""
+    for name, advice in _OF_LEVELS.items():
+        if options[name] is not None:
+            raise ValueError(f"{name}: is not for lists of levels, got {options[name]!r}; {advice}")
 
 
 def levels(mu: object, logvar: object, prior: object) -> None:

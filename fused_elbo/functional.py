@@ -248,7 +248,7 @@ def gaussian_kl(
 
     ½ Σ_k [ (μ − μ_p)²/exp(l_p) + exp(l − l_p) − 1 − (l − l_p) ], with free_bits Σ_k max(KL_ik, free_bits), and what a
     limit makes of it. Arguments (process_group, for its weights, too), dtypes and errors as in `decoupled_elbo`, except
-    that "mean" divides by the number of latents, there being no data.
+    that "mean" divides by the number of latents, there being no data, and that lists take no limit and no logvar_range.
 
     For the levels of a hierarchical VAE, give lists: mu and logvar with a tensor for each level, (B, *latent) of any
     shape after the same B, and `prior` with (mu_p, logvar_p), or None for N(0, I), for each. The result is the sum of

@@ -68,6 +68,7 @@ def rate(mu: Any, logvar: Any, prior: Any, options: Mapping[str, Any]) -> Tensor
     levels = arguments.levels(mu, logvar, prior, group is not None)
     index = checks.reduction(reduction)
     checks.numbers(options)
+    checks.of_one_level(options)
     latents = sum(cast(Tensor, level[0]).shape[1:].numel() for level in levels)
     if group is not None:
         of_each = {**options, "reduction": "batchmean" if reduction == "mean" else reduction}
