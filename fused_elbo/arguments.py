@@ -141,9 +141,7 @@ def _limit(options: Mapping[str, Any], like: Tensor) -> tuple[int, Any]:
     return int(kind), limit.nats
 
 
-def _of_elements(
-    recon: Tensor | None, sigma: Sigma, options: Mapping[str, Any]
-) -> tuple[Tensor | None, Tensor | None]:
+def _of_elements(recon: Tensor | None, sigma: Sigma, options: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
     """(weight, extra_error), as the operators take them."""
     weight, extra_error = options["weight"], options["extra_error"]
     if recon is None or (weight is None and extra_error is None):

@@ -111,10 +111,13 @@ def _all_reduce(stats: Tensor, tensors: Tensors, options: Options, group: Proces
     dist.all_reduce(sums, group=group)
     a, kl_clamped, elements, samples = sums.unbind(0)
     features = x.shape[1:].numel()
-    of_sample = reduction_weight(options.reduction, samples, features, elements if weighted else None)
-    weight = dist.get_world_size(group) * of_sample
-    dims = stats[3, :-1] if weighted else 0 if tensors.recon is None else features
-    return BatchTerms(a, elements, kl_clamped / samples, dims, weight)
+    if weighted:
+        dims, of_sample = stats[3, :-1], reduction_weight(options.reduction, samples, features, elements)
+    else:
+        dims = 0 if tensors.recon is None else features
+        of_sample = reduction_weight(options.reduction, samples, elements / samples)
+        elements = torch.where(samples == 0, float("nan"), elements)  # no batch at all, and not one without weights
+    return BatchTerms(a, elements, kl_clamped / samples, dims, dist.get_world_size(group) * of_sample)
 
 
 def _stats(tensors: Tensors, options: Options, backend: str | None) -> Tensor:

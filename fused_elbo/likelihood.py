@@ -13,6 +13,7 @@ needs of its data. The exponent is what the operators are told.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import IntEnum
 from typing import Any
 
@@ -39,7 +40,7 @@ def activation(value: object) -> int:
     return int(_one_of("activation", value, ACTIVATIONS))
 
 
-def _one_of(name: str, value: Any, values: dict[Any, int]) -> int:
+def _one_of(name: str, value: Any, values: Mapping[Any, int]) -> int:
     if not isinstance(value, str) and value is not None:
         raise TypeError(f"{name}: expected one of {', '.join(map(repr, values))}, got {type(value).__name__}")
     if value not in values:

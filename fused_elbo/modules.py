@@ -92,8 +92,8 @@ class DecoupledELBO(_Criterion):
     beta, sigma and all options that are not below: as in `fused_elbo.decoupled_elbo`. Each is a plain attribute: set
     `beta` and `capacity` to follow a schedule. A tensor there stays on its device when the module moves. `forward(...,
     prior=…, weight=…, extra_error=…)` passes on what belongs to one batch, and `backward(…, grad_scale=…)` stands for
-    `criterion(…).loss.backward()`, in one pass. Make a module with a process_group after `dist.init_process_group`: before it, dist.group.WORLD is None.
-    It cannot be deep-copied, as SyncBatchNorm with a group of its own cannot.
+    `criterion(…).loss.backward()`, in one pass. Make a module with a process_group after `dist.init_process_group`:
+    before it, dist.group.WORLD is None. It cannot be deep-copied, as SyncBatchNorm with a group of its own cannot.
 
     momentum: with a number (0.1, say) and an optimal σ, training keeps a running average of σ² (of the Laplace
         likelihood b²) in the buffer

@@ -106,7 +106,7 @@ def limit_of(call):
 def limited_rates(clamped, call):
     """Returns what β multiplies in the loss of each sample."""
     if call.options.LIMIT == SAMPLE_CAPACITY or call.options.LIMIT == SAMPLE_FREE_NATS:
-        return limited(clamped, limit_of(call), call.options.LIMIT)
+        return limited(clamped, limit_of(call), call.options)
     else:
         return clamped
 
@@ -115,7 +115,7 @@ def limited_rates(clamped, call):
 def limited_batch(clamped_total, call):
     """Returns what a limit per batch makes of the samples' rates: their sum, times β."""
     n = number(call.batch.n, call.batch.ACC)
-    return n * one_beta(call) * limited(clamped_total / n, limit_of(call), call.options.LIMIT)
+    return n * one_beta(call) * limited(clamped_total / n, limit_of(call), call.options)
 
 
 @triton.jit
@@ -146,8 +146,8 @@ def factors(rows, sums, given, call):
         rate = sums.clamped
         if call.options.LIMIT == BATCH_CAPACITY or call.options.LIMIT == BATCH_FREE_NATS:
             rate = rate * 0.0 + sums.clamped_total / number(call.batch.n, call.batch.ACC)
-        grad_kl_clamped = grad_kl_clamped * limited_slope(rate, limit_of(call), call.options.LIMIT)
-        of_beta = g * limited(rate, limit_of(call), call.options.LIMIT)
+        grad_kl_clamped = grad_kl_clamped * limited_slope(rate, limit_of(call), call.options)
+        of_beta = g * limited(rate, limit_of(call), call.options)
 
     recon_scale, of_log_sigma = w, w * 0.0
     if call.options.MODE != ELEMENT:

@@ -164,18 +164,18 @@ def distortion_slope(a, dims, inverse_scale):
 
 
 @triton.jit
-def limited(rate, limit, KIND: tl.constexpr):
+def limited(rate, limit, options):
     """What β multiplies in the place of a rate: max(K, λ), or |K − C|."""
-    if KIND == BATCH_FREE_NATS or KIND == SAMPLE_FREE_NATS:
+    if options.LIMIT == BATCH_FREE_NATS or options.LIMIT == SAMPLE_FREE_NATS:
         return at_least(rate, limit)
     else:
         return tl.abs(rate - limit)
 
 
 @triton.jit
-def limited_slope(rate, limit, KIND: tl.constexpr):
+def limited_slope(rate, limit, options):
     """∂ limited / ∂ rate"""
-    if KIND == BATCH_FREE_NATS or KIND == SAMPLE_FREE_NATS:
+    if options.LIMIT == BATCH_FREE_NATS or options.LIMIT == SAMPLE_FREE_NATS:
         return tl.where(rate >= limit, 1.0, 0.0)
     else:
         return tl.where(rate > limit, 1.0, 0.0) - tl.where(rate < limit, 1.0, 0.0)

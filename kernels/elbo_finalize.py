@@ -32,7 +32,7 @@ from ._factors import (
     values_of,
 )
 from ._layout import Inputs, Tiles, power_of_2
-from ._math import distortion, distortion_of_scaled, distortion_slope, exp, number, sigma_term, whole
+from ._math import distortion, distortion_of_scaled, distortion_slope, exp, sigma_term, whole
 from ._plan import Launch, empty
 from .structs import Blocks, Layout, Options, Sums, constant
 

@@ -1,5 +1,5 @@
-"""Stage one: A_i = Σ_d |e|^q (or Σ_d [|e|^q/σ_d^q + q log σ_d]) and KL_i, as partial sums of (sample, chunk). The last program
-to be done with its own does stage two."""
+"""Stage one: A_i = Σ_d |e|^q (or Σ_d [|e|^q/σ_d^q + q log σ_d]) and KL_i, as partial sums of (sample, chunk). The last
+program to be done with its own does stage two."""
 
 from __future__ import annotations
 

@@ -229,5 +229,7 @@ def elbo_step(inputs: Inputs, layout: Layout, cut: Cut) -> Launch:
     """A launch of (call, grad_outputs, written, workspace)."""
     samples = min(BLOCK, power_of_2(inputs.batch))
     programs = max(cut.threads, power_of_2(cut.programs))  # so that each value is read by one thread
-    how = How(*map(constant, (cut.waits, cut.counted, samples, programs)), blocks(inputs.batch, cut.data, cut.latents, False))
+    how = How(
+        *map(constant, (cut.waits, cut.counted, samples, programs)), blocks(inputs.batch, cut.data, cut.latents, False)
+    )
     return Launch(elbo_step_kernel, cut.programs, layout, how, **launch_options(inputs, cut), enable_fp_fusion=False)

@@ -37,7 +37,10 @@ def sigma_of(recon: Tensor, target: Tensor, kw: dict[str, Any]) -> Tensor:
         mode = Optimal(per_image=mode == "optimal-per-image")
     floor, q = kw.get("min_log_sigma", -7.0), exponent_of(kw)
     errors, weights = (recon - target).abs() ** q, weight_of(recon, kw)
-    totals, counts = per_sample(torch.where(weights > 0, weights * errors, 0)) + extra_of(recon, kw), per_sample(weights)
+    totals, counts = (
+        per_sample(torch.where(weights > 0, weights * errors, 0)) + extra_of(recon, kw),
+        per_sample(weights),
+    )
     if not mode.per_image:
         totals, counts = totals.sum(), counts.sum()
     mean = totals / torch.where(counts > 0, counts, 1)

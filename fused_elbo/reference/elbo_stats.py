@@ -22,7 +22,8 @@ class Elements(NamedTuple):
 
 def elements(tensors: Tensors, options: Options, dtype: torch.dtype) -> Elements:
     recon, target, weight = tensors.recon, tensors.target, tensors.weight
-    assert recon is not None and target is not None
+    assert recon is not None
+    assert target is not None
     y, x, log_sigma = recon.to(dtype), math.scaled_target(target, dtype, options), element_sigma(tensors, options)
     if log_sigma is not None:
         log_sigma = log_sigma.to(dtype).expand(recon.shape)
@@ -30,7 +31,8 @@ def elements(tensors: Tensors, options: Options, dtype: torch.dtype) -> Elements
         weight = weight.to(dtype).expand(recon.shape)
         # Before anything is computed: 0 times NaN is NaN, in the gradients of gradients too.
         y, x, log_sigma = (None if t is None else torch.where(weight != 0, t, 0.0) for t in (y, x, log_sigma))
-        assert y is not None and x is not None
+        assert y is not None
+        assert x is not None
     return Elements(y, math.activated(y, options) - x, log_sigma, weight)
 
 

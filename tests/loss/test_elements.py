@@ -154,7 +154,7 @@ def test_nan_passes_an_activation() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
-@pytest.mark.parametrize("low, high", [(0.0, 1.0), (-1.0, 1.0), (-7.0, -3.0)])
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-1.0, 1.0), (-7.0, -3.0)])
 def test_bytes_stand_for_numbers_of_a_range(dtype: torch.dtype, low: float, high: float) -> None:
     target = torch.arange(256, dtype=torch.uint8).reshape(2, 128)
     recon = torch.randn(2, 128).to(dtype)
