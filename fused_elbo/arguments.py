@@ -32,11 +32,33 @@ def elbo(recon: Tensor, target: Tensor, mu: Tensor, logvar: Tensor, options: Map
     checks.pair("recon", recon, "target", target, may_be_empty)
     checks.pair("mu", mu, "logvar", logvar, may_be_empty)
     checks.same_batch(recon, mu)
+    key = None if torch.compiler.is_compiling() else _plain(options)
+    if key is not None and key in _of_plain:
+        dispatch.check_served(recon)
+        return Tensors(recon, target, *_one_dtype(mu, logvar, None)), _of_plain[key]
     checks.weight(options["beta"], mu.shape[0], recon)
     if options["capacity"] is not None:
         checks.capacity(options["capacity"], options["beta"], options["reduction"], recon)
     sigma = resolve_sigma((recon, target, mu, logvar), options)
-    return _pack(recon, target, _one_dtype(mu, logvar, options["prior"]), sigma, options)
+    call = _pack(recon, target, _one_dtype(mu, logvar, options["prior"]), sigma, options)
+    if key is not None:
+        if len(_of_plain) == MOST:
+            _of_plain.clear()
+        _of_plain[key] = call[1]
+    return call
+
+
+MOST = 128  # of options that are kept: β may be another number at every step
+_PLAIN = frozenset((float, int, bool, str, type(None)))
+_of_plain: dict[tuple[Any, ...], Options] = {}  # options that have passed the checks, by `_plain`
+
+
+def _plain(options: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """The values of options that say nothing of tensors and mean the same in every call, so that they are checked once;
+    None if there are others. With their types, since True is no number."""
+    values = tuple(options.values())
+    types = tuple(map(type, values))
+    return (values, types) if _PLAIN.issuperset(types) else None
 
 
 def nll(recon: Tensor, target: Tensor, options: Mapping[str, Any]) -> Call:

@@ -73,7 +73,7 @@ class Written:
         given, inputs = plan.given, plan.inputs
         asked = [bool(mask >> i & 1) and given[i] is not None for i in range(len(Gradients._fields))]
         self.asked, self.places = Gradients._make(asked), [i for i, wanted in enumerate(asked) if wanted]
-        self.device, self.absent = plan.device, empty((0,), torch.float32, plan.device)
+        self.device = plan.device
         data, latents = inputs.recon, inputs.mu
         of_log_sigma = None if inputs.log_sigma is None else data  # else one value, or one for each sample
         leads = Gradients(data, data, latents, latents, of_log_sigma, latents, latents, None)
@@ -89,7 +89,7 @@ class Written:
                     self.buffers[i] = (lead, t.dtype)
 
     def empty(self, tensors: Tensors) -> tuple[list[Any], Gradients]:
-        """Returns the results, and what the kernels write: the same, but for buffers."""
+        """Returns the results, None where none is wanted, and what the kernels write: the same, but for buffers."""
         results: list[Any] = [None] * len(Gradients._fields)
         for i in self.places:
             results[i] = torch.empty_like(tensors[i])
@@ -102,7 +102,7 @@ class Written:
     def finish(self, results: list[Any], written: Gradients) -> Gradients:
         for i in self.buffers:
             results[i].copy_(written[i].sum_to_size(results[i].shape))
-        return Gradients._make([self.absent() if g is None else g for g in results])
+        return Gradients._make(results)
 
 
 @cached
