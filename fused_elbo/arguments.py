@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,13 +26,14 @@ class Sigma(NamedTuple):
     log_sigma_value: float = 0.0
 
 
-def elbo(recon: Tensor, target: Tensor, mu: Tensor, logvar: Tensor, options: Mapping[str, Any]) -> Call:
-    """The call that `decoupled_elbo` means."""
+def elbo(
+    recon: Tensor, target: Tensor, mu: Tensor, logvar: Tensor, options: Mapping[str, Any], key: Hashable = None
+) -> Call:
+    """The call that `decoupled_elbo` means. Options that have a `key` (`options.plain`) are checked once."""
     may_be_empty = options["process_group"] is not None
     checks.pair("recon", recon, "target", target, may_be_empty)
     checks.pair("mu", mu, "logvar", logvar, may_be_empty)
     checks.same_batch(recon, mu)
-    key = None if torch.compiler.is_compiling() else _plain(options)
     if key is not None and key in _of_plain:
         dispatch.check_served(recon)
         return Tensors(recon, target, *_one_dtype(mu, logvar, None)), _of_plain[key]
@@ -48,17 +49,8 @@ def elbo(recon: Tensor, target: Tensor, mu: Tensor, logvar: Tensor, options: Map
     return call
 
 
-MOST = 128  # of options that are kept: β may be another number at every step
-_PLAIN = frozenset((float, int, bool, str, type(None)))
-_of_plain: dict[tuple[Any, ...], Options] = {}  # options that have passed the checks, by `_plain`
-
-
-def _plain(options: Mapping[str, Any]) -> tuple[Any, ...] | None:
-    """The values of options that say nothing of tensors and mean the same in every call, so that they are checked once;
-    None if there are others. With their types, since True is no number."""
-    values = tuple(options.values())
-    types = tuple(map(type, values))
-    return (values, types) if _PLAIN.issuperset(types) else None
+MOST = 128  # that are kept: β may be another number at every step
+_of_plain: dict[Hashable, Options] = {}  # what came of options that have passed the checks, by `options.plain`
 
 
 def nll(recon: Tensor, target: Tensor, options: Mapping[str, Any]) -> Call:

@@ -147,7 +147,7 @@ class _Step(torch.autograd.Function):
         ctx.gradients = outputs[4:]
         ctx.mark_non_differentiable(*outputs[1:4])
         ctx.set_materialize_grads(False)
-        return tuple(outputs[:4])
+        return cast(tuple[Tensor, ...], outputs[:4])
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -6,10 +6,10 @@ import functools
 import operator
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
 from torch._C import DispatchKey, _functorch  # type: ignore[attr-defined]
 from torch.autograd import profiler
-from torch.overrides import has_torch_function
+from torch.nn import Parameter
 
 
 def known(fact: bool) -> bool:
@@ -34,12 +34,12 @@ def of_grads_batched(grad: Tensor) -> bool:
 
 
 def _bits(*keys: DispatchKey) -> int:
-    return functools.reduce(operator.or_, (torch._C.DispatchKeySet(key).raw_repr() for key in keys))
+    return functools.reduce(operator.or_, (_C.DispatchKeySet(key).raw_repr() for key in keys))
 
 
-_USUAL = _bits(
-    DispatchKey.BackendSelect, DispatchKey.ADInplaceOrView
-)  # keys of a thread that stop at no operator of ours
+# Keys of a thread that stop at no operator of ours.
+_USUAL = _bits(DispatchKey.BackendSelect, DispatchKey.ADInplaceOrView)
+_PLAIN = frozenset((Tensor, Parameter))
 
 
 def is_straight(tensors: tuple[Tensor | None, ...]) -> bool:
@@ -47,18 +47,15 @@ def is_straight(tensors: tuple[Tensor | None, ...]) -> bool:
     their device and nothing besides.
 
     The thread has then no mode, transform or tracer that sees the operator, for all of them are keys of PyTorch's
-    dispatcher or modes of __torch_function__, and no profiler that notes it. No tensor is fake, batched, functional, of
-    a subclass, of zeros alone, or negated by a bit of its own. (Its keys would tell that too, in more time than these
-    three calls take.)
+    dispatcher or modes of __torch_function__, and no profiler that notes it. Outside these, a tensor of no subclass is
+    its memory, unless that is to be negated, or there is none because all are zeros. (Its own keys would tell that too,
+    in more time than these calls take.)
     """
-    if torch.compiler.is_compiling() or profiler._is_profiler_enabled:
+    if torch.compiler.is_compiling() or profiler._is_profiler_enabled or _C._is_torch_function_mode_enabled():
         return False
-    if torch._C._dispatch_tls_local_include_set().raw_repr() | _USUAL != _USUAL:
+    if _C._dispatch_tls_local_include_set().raw_repr() | _USUAL != _USUAL:
         return False
-    if has_torch_function(tensors):  # of a subclass, or of a mode
-        return False
-    is_more = torch._C._dispatch_isTensorSubclassLike
-    return not [t for t in tensors if t is not None and (is_more(t) or t.is_neg() or t._is_zerotensor())]
+    return not [t for t in tensors if t is not None and (type(t) not in _PLAIN or t.is_neg() or t._is_zerotensor())]
 
 
 def transforms_traced() -> bool:

@@ -237,10 +237,10 @@ class Blocks(NamedTuple):
 
 
 class Workspace(NamedTuple):
-    """What the programs of a step tell one another by."""
+    """What the programs of a launch tell one another by."""
 
     partials: Partials
-    totals: Tensor  # what each program has found of S, and then of KL
+    totals: Tensor | None  # what each program of a step has found of S, and then of KL
     barrier: Tensor
 
 
