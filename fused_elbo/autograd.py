@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import backends, reference, tracing
 from .call import GradOutputs, Options, Tensors, mask_of
-from .dispatch import implementation
+from .dispatch import nearest
 from .operators import registry
 
 _TENSORS = len(Tensors._fields)
@@ -72,7 +72,7 @@ def refuse_forward_mode() -> NoReturn:
     )
 
 
-def for_inputs(gradients: tuple[Tensor, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+def for_inputs(gradients: tuple[Tensor | None, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """What a Function's backward returns: a gradient, or None, for each argument of its apply."""
     rest = (None,) * (len(needs) - len(gradients))
     return (*[g if needed else None for g, needed in zip(gradients, needs, strict=False)], *rest)
@@ -85,7 +85,7 @@ class ElboFunction(torch.autograd.Function):
     @staticmethod
     def compute(args: tuple[Any, ...]) -> tuple[Tensor, ...]:
         tensors, (options, backend) = Tensors._make(args[:_TENSORS]), args[_TENSORS:]
-        return implementation(backend, tensors).forward(tensors, options)
+        return nearest(backend, tensors).forward(tensors, options)
 
     @staticmethod
     def save(ctx: Any, args: tuple[Any, ...], stats: Tensor) -> None:
@@ -96,13 +96,13 @@ class ElboFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         *inputs, stats = ctx.saved_tensors  # once: activation checkpointing recomputes at each access
-        tensors, needs = Tensors._make(inputs), ctx.needs_input_grad
+        tensors, needs, given = Tensors._make(inputs), ctx.needs_input_grad, GradOutputs(*grad_outputs[:3])
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # A backward that is itself differentiated: the formulas, with S and KL as functions of the inputs again.
             by, stats = reference, reference.stats(tensors, ctx.options)
         else:
-            by = implementation(ctx.backend, tensors)
-        gradients = by.grads(tensors, ctx.options, stats, GradOutputs(*grad_outputs[:3]), mask_of(needs))
+            by = nearest(ctx.backend, tensors, stats, *given)
+        gradients = by.grads(tensors, ctx.options, stats, given, mask_of(needs))
         return for_inputs(gradients, needs)
 
     @staticmethod
@@ -143,11 +143,11 @@ class _Step(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         tensors, (options, backend, scale, number) = Tensors._make(args[:_TENSORS]), args[_TENSORS:]
         ctx.needs = ctx.needs_input_grad
-        outputs = implementation(backend, tensors).step(tensors, options, scale, number, mask_of(ctx.needs))
+        outputs = nearest(backend, tensors, scale).step(tensors, options, scale, number, mask_of(ctx.needs))
         ctx.gradients = outputs[4:]
         ctx.mark_non_differentiable(*outputs[1:4])
         ctx.set_materialize_grads(False)
-        return tuple(outputs[:4])
+        return cast(tuple[Tensor, ...], outputs[:4])
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:

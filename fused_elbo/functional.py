@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import arguments, autograd, distributed, levels
 from .arguments import Call
-from .options import ElboOptions, GaussianOptions, KLOptions, NLLOptions, complete, defaults_of, shown
+from .options import ElboOptions, GaussianOptions, KLOptions, NLLOptions, complete, defaults_of, plain, shown
 from .sigma import Kind
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def decoupled_elbo(
     True
     """
     given = complete(options, _ELBO, "decoupled_elbo")
-    call = arguments.elbo(recon, target, mu, logvar, given)
+    call = arguments.elbo(recon, target, mu, logvar, given, plain(options))
     if given["process_group"] is not None:
         return _elbo(call, distributed.elbo(*call, process_group=given["process_group"]))
     return _elbo(call, autograd.elbo(*call))
@@ -184,7 +184,7 @@ def decoupled_elbo_backward(
     given = complete(options, _ELBO, "decoupled_elbo_backward")
     if given["reduction"] == "none":
         raise ValueError('reduction: "none" gives a loss for each sample, and backward starts from one number')
-    call = arguments.elbo(recon, target, mu, logvar, given)
+    call = arguments.elbo(recon, target, mu, logvar, given, plain(options))
     scale = arguments.grad_scale(grad_scale, recon)
     if given["process_group"] is not None:
         group = given["process_group"]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
+import torch
 from torch import Tensor
 
 from .rate import Capacity, FreeNats
@@ -115,6 +116,23 @@ def complete(given: Mapping[str, Any], taken: Mapping[str, Any], function: str) 
         if name not in taken:
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}; it takes {', '.join(taken)}")
     return {**DEFAULTS, **given}
+
+
+_PLAIN = frozenset((float, int, bool, str, type(None)))
+
+
+def plain(given: Mapping[str, Any]) -> Hashable:
+    """A key for options that say nothing of tensors, and so mean the same in every call; None where there are others.
+    With their types, since True is no number."""
+    if torch.compiler.is_compiling():
+        return None
+    types: list[Hashable] = []
+    for value in given.values():
+        within = (type(value),) if type(value) is not tuple else tuple(map(type, value))
+        if not _PLAIN.issuperset(within):
+            return None
+        types.append(within)
+    return tuple(given.items()), tuple(types)
 
 
 def shown(options: Any) -> Callable[[F], F]:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+
 import torch
-from torch import Tensor
-from torch._C import _functorch  # type: ignore[attr-defined]
+from torch import _C, Tensor
+from torch._C import DispatchKey, _functorch  # type: ignore[attr-defined]
+from torch.autograd import profiler
+from torch.nn import Parameter
 
 
 def known(fact: bool) -> bool:
@@ -26,6 +31,31 @@ def requires_grad(t: Tensor) -> bool:
 def of_grads_batched(grad: Tensor) -> bool:
     """Whether a backward runs for autograd.grad's is_grads_batched, whose vmap takes no operator that returns lists."""
     return _functorch.is_legacy_batchedtensor(grad)
+
+
+def _bits(*keys: DispatchKey) -> int:
+    return functools.reduce(operator.or_, (_C.DispatchKeySet(key).raw_repr() for key in keys))
+
+
+# Keys of a thread that stop at no operator of ours.
+_USUAL = _bits(DispatchKey.BackendSelect, DispatchKey.ADInplaceOrView)
+_PLAIN = frozenset((Tensor, Parameter))
+
+
+def is_straight(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether an operator of ours, called with these tensors of a CPU or GPU and gradients off, would run the kernel of
+    their device and nothing besides.
+
+    The thread has then no mode, transform or tracer that sees the operator, for all of them are keys of PyTorch's
+    dispatcher or modes of __torch_function__, and no profiler that notes it. Outside these, a tensor of no subclass is
+    its memory, unless that is to be negated, or there is none because all are zeros. (Its own keys would tell that too,
+    in more time than these calls take.)
+    """
+    if torch.compiler.is_compiling() or profiler._is_profiler_enabled or _C._is_torch_function_mode_enabled():
+        return False
+    if _C._dispatch_tls_local_include_set().raw_repr() | _USUAL != _USUAL:
+        return False
+    return not [t for t in tensors if t is not None and (type(t) not in _PLAIN or t.is_neg() or t._is_zerotensor())]
 
 
 def transforms_traced() -> bool:

@@ -5,10 +5,14 @@ Only programs that are all on the GPU at once may wait: a cooperative launch of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .structs import Partials, Workspace
 
 
 @triton.jit
@@ -55,6 +59,11 @@ def resident_programs(device: torch.device) -> int:
     return triton.runtime.driver.active.utils.get_device_properties(0)["multiprocessor_count"]
 
 
+def on_default_stream(device: torch.device) -> bool:
+    """Whether launches run one after another, and so may share memory. (A CPU has no index.)"""
+    return device.index is None or not torch.cuda.current_stream(device).cuda_stream
+
+
 _barriers: dict[torch.device, Tensor] = {}
 
 
@@ -65,8 +74,35 @@ def barrier_of(device: torch.device) -> Tensor:
     theirs. On any other stream a launch gets new ones, and they may not be kept: a CUDA graph is captured there, whose
     memory is its own, and torch.compile's warm-up for one runs there (one small launch more, that sets them to 0).
     """
-    if device.type == "cuda" and torch.cuda.current_stream(device).cuda_stream:
+    if not on_default_stream(device):
         return torch.zeros(2, dtype=torch.int32, device=device)
     if device not in _barriers:
         _barriers[device] = torch.zeros(2, dtype=torch.int32, device=device)
     return _barriers[device]
+
+
+MOST_KEPT = 16384  # bytes of a plan, of which there may be thousands: what any but large batches need
+
+
+class Scratch:
+    """The memory by which programs of a launch tell one another what they have found. Where launches run one after
+    another it is kept for the next one, as their barrier is."""
+
+    def __init__(
+        self, device: torch.device, partials: Callable[[], Partials], totals: Callable[[], Tensor | None]
+    ) -> None:
+        self._device, self._partials, self._totals = device, partials, totals
+        self._kept: Workspace | None = None
+
+    def __call__(self) -> Workspace:
+        if not on_default_stream(self._device):
+            return self._new()
+        if self._kept is not None:
+            return self._kept
+        made = self._new()
+        if sum(t.nbytes for t in (*made.partials, made.totals) if t is not None) <= MOST_KEPT:
+            self._kept = made
+        return made
+
+    def _new(self) -> Workspace:
+        return Workspace(self._partials(), self._totals(), barrier_of(self._device))

@@ -26,40 +26,43 @@ MOST = 1024  # plans of an operator that are kept, the latest used: some trainer
 ALIGNED = 16  # bytes: what Triton compiles a pointer's accesses for, or else for single elements
 
 
+Shape = tuple[Any, ...]  # of a tensor: sizes, strides, dtype, whether it is aligned
+
+
 class Key(NamedTuple):
     """What a plan depends on. Two calls with equal keys launch the same compiled kernels with the same grids."""
 
-    tensors: tuple[Any, ...]  # `shapes_of` them
+    tensors: tuple[Shape | None, ...]
+    more: tuple[Shape | None, ...]  # of the other tensors
     options: Options  # with numbers that are the same for all
     device: torch.device
     mask: int  # of the gradients
-    more: tuple[Any, ...]  # `shapes_of` the other tensors
-    environment: tuple[Any, ...]
 
 
-def shapes_of(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    return tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % ALIGNED == 0) for t in tensors])
-
-
-def key_of(tensors: Tensors, options: Options, mask: int = 0, *more: Tensor | None) -> Key:
+def key_of(tensors: Tensors, options: Options, mask: int = 0, *more: Tensor | None) -> tuple[Any, ...]:
+    """What `cached` takes: a `Key` before it has names, which take longer than all the rest of a look-up, and what else
+    decides what Triton would compile and launch: its knobs, and its driver where no tensor tells."""
     first = tensors.recon if tensors.recon is not None else tensors.mu
     assert first is not None
     logvar_range = None if options.logvar_min is None else 0.0
-    kinds = Options(  # by place, since names take twice the time
-        options.exponent, options.activation, options.constant, 0.0, 1.0, options.sigma_mode, options.softclip, 0.0,
-        0.0, float(options.free_bits > 0), 1.0, options.limit_mode, 0.0, logvar_range, logvar_range, options.reduction,
-    )  # fmt: skip
-    device = first.device
-    return Key(shapes_of(tensors), kinds, device, mask, shapes_of(more), _environment(device))
-
-
-def _environment(device: torch.device) -> tuple[Any, ...]:
-    """What else decides what Triton would compile and launch: its knobs, and its driver where no tensor tells."""
     runtime, compilation = triton.knobs.runtime, triton.knobs.compilation
-    driver = None if device.type == "cuda" or runtime.interpret else triton.runtime.driver.active
     return (
-        driver, _layout.FORCE_WIDE, runtime.debug, runtime.add_stages_inspection_hook, compilation.instrumentation_mode,
+        tuple([
+            None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % ALIGNED == 0)
+            for t in (*tensors, *more)
+        ]),
+        (
+            options.exponent, options.activation, options.constant, 0.0, 1.0, options.sigma_mode, options.softclip, 0.0,
+            0.0, float(options.free_bits > 0), 1.0, options.limit_mode, 0.0, logvar_range, logvar_range,
+            options.reduction,
+        ),
+        first.device, mask,
+        None if _INTERPRETED or first.is_cuda else triton.runtime.driver.active,
+        _layout.FORCE_WIDE, runtime.debug, runtime.add_stages_inspection_hook, compilation.instrumentation_mode,
     )  # fmt: skip
+
+
+_INTERPRETED = triton.knobs.runtime.interpret  # read when the kernels are imported, as by Triton for each of them
 
 
 def on_meta(shape: tuple[Any, ...] | None) -> Tensor | None:
@@ -67,9 +70,10 @@ def on_meta(shape: tuple[Any, ...] | None) -> Tensor | None:
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
-    """Returns what makes a contiguous tensor. torch.empty_strided takes half of torch.empty's time on the host."""
-    strides = torch.empty(shape, device="meta").stride()
-    return functools.partial(torch.empty_strided, tuple(shape), strides, dtype=dtype, device=device)
+    """Returns what makes a contiguous tensor. torch.empty_strided takes half of torch.empty's time on the host, and
+    called by functools.partial it would take as long again."""
+    size, strides = tuple(shape), torch.empty(shape, device="meta").stride()
+    return lambda: torch.empty_strided(size, strides, dtype=dtype, device=device)
 
 
 class Launch:
@@ -117,10 +121,17 @@ P = TypeVar("P")
 _caches: list[Any] = []
 
 
-def cached(plan: Callable[[Key], P]) -> Callable[[Key], P]:
-    """A plan for each key. Threads may make one twice; both are right."""
-    _caches.append(functools.lru_cache(maxsize=MOST)(plan))
-    return _caches[-1]
+def cached(plan: Callable[[Key], P]) -> Callable[[tuple[Any, ...]], P]:
+    """A plan for each `key_of`. Threads may make one twice; both are right."""
+
+    @functools.lru_cache(maxsize=MOST)
+    def kept(key: tuple[Any, ...]) -> P:
+        shapes, kinds, device, mask, *_ = key
+        count = len(Tensors._fields)
+        return plan(Key(shapes[:count], shapes[count:], Options._make(kinds), device, mask))
+
+    _caches.append(kept)
+    return kept
 
 
 def forget() -> None:
@@ -132,8 +143,12 @@ if hasattr(os, "register_at_fork"):  # a child has no right to its parent's GPU 
     os.register_at_fork(after_in_child=forget)
 
 
+_NOTHING = contextlib.nullcontext()
+
+
 def device_guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Makes a GPU the current one, on which Triton launches."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
+    """Makes a GPU the current one, on which Triton launches. (A CPU has no index, and to ask for it is quicker than to
+    ask for the type.)"""
+    if device.index is None or device.index == torch.cuda.current_device():
+        return _NOTHING
     return torch.cuda.device(device)

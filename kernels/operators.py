@@ -18,14 +18,14 @@ from fused_elbo.errors import sentence
 from fused_elbo.sigma import Kind
 
 from . import _layout, structs
-from ._grid import barrier_of, resident_programs
+from ._grid import Scratch, resident_programs
 from ._layout import Inputs, Tiles, is_in_order
 from ._plan import Key, cached, device_guard, empty, key_of, on_meta
 from .elbo_finalize import EmptyOutputs, elbo_shared_sigma_term
 from .elbo_grads import elbo_grads
-from .elbo_stats import EmptyPartials, elbo_stats
+from .elbo_stats import EmptyPartials, elbo_stats, nothing
 from .elbo_step import Cut, elbo_step
-from .structs import ABSENT, Batch, GradOutputsLayout, Layout, Numbers, Options, Scalar, Workspace
+from .structs import ABSENT, Batch, GradOutputsLayout, Layout, Numbers, Options, Scalar
 
 
 class Plan:
@@ -54,15 +54,16 @@ class Forward(Plan):
         super().__init__(key)
         inputs = self.inputs
         layout = self.layout(inputs.data_tiles, inputs.latent_tiles, GradOutputsLayout(ABSENT, ABSENT, ABSENT))
-        self.partials = EmptyPartials(inputs, inputs.data_tiles, inputs.latent_tiles, self.device)
+        partials = EmptyPartials(inputs, inputs.data_tiles, inputs.latent_tiles, self.device)
+        self.scratch = Scratch(self.device, partials, nothing)
         self.outputs = EmptyOutputs(inputs, self.options, self.per_sample, self.device)
         self.launch = elbo_stats(inputs, layout, self.per_sample)
 
     def __call__(self, tensors: Tensors, options: call.Options) -> Outputs:
         tensors, numbers = self.ordered(tensors), Numbers.of(options, self.dtype)
-        partials, outputs = self.partials(), self.outputs()
+        outputs, scratch = self.outputs(), self.scratch()
         with device_guard(self.device):
-            self.launch(tensors, numbers, outputs, partials, barrier_of(self.device))
+            self.launch(tensors, numbers, outputs, scratch.partials, scratch.barrier)
         return outputs
 
 
@@ -73,7 +74,7 @@ class Written:
         given, inputs = plan.given, plan.inputs
         asked = [bool(mask >> i & 1) and given[i] is not None for i in range(len(Gradients._fields))]
         self.asked, self.places = Gradients._make(asked), [i for i, wanted in enumerate(asked) if wanted]
-        self.device, self.absent = plan.device, empty((0,), torch.float32, plan.device)
+        self.device = plan.device
         data, latents = inputs.recon, inputs.mu
         of_log_sigma = None if inputs.log_sigma is None else data  # else one value, or one for each sample
         leads = Gradients(data, data, latents, latents, of_log_sigma, latents, latents, None, None)
@@ -89,7 +90,7 @@ class Written:
                     self.buffers[i] = (lead, t.dtype)
 
     def empty(self, tensors: Tensors) -> tuple[list[Any], Gradients]:
-        """Returns the results, and what the kernels write: the same, but for buffers."""
+        """Returns the results, None where none is wanted, and what the kernels write: the same, but for buffers."""
         results: list[Any] = [None] * len(Gradients._fields)
         for i in self.places:
             results[i] = torch.empty_like(tensors[i])
@@ -102,7 +103,7 @@ class Written:
     def finish(self, results: list[Any], written: Gradients) -> Gradients:
         for i in self.buffers:
             results[i].copy_(written[i].sum_to_size(results[i].shape))
-        return Gradients._make([self.absent() if g is None else g for g in results])
+        return Gradients._make(results)
 
 
 @cached
@@ -173,9 +174,10 @@ class Step(Plan):
             (grad_scale,) = map(on_meta, key.more)
             given = GradOutputsLayout(Scalar.of(grad_scale, True), ABSENT, ABSENT)
             self.written = Written(self, key.mask)
-            self.partials = EmptyPartials(self.inputs, cut.data, cut.latents, self.device)
+            partials = EmptyPartials(self.inputs, cut.data, cut.latents, self.device)
+            totals = empty(((2 + cut.counted) * cut.programs if cut.waits else 0,), self.dtype, self.device)
+            self.scratch = Scratch(self.device, partials, totals)
             self.outputs = EmptyOutputs(self.inputs, self.options, False, self.device)
-            self.totals = empty(((2 + cut.counted) * cut.programs if cut.waits else 0,), self.dtype, self.device)
             self.launch = elbo_step(self.inputs, self.layout(cut.data, cut.latents, given), cut)
 
     def __call__(
@@ -184,12 +186,11 @@ class Step(Plan):
         assert self.launch is not None
         results, written = self.written.empty(tensors)
         tensors, numbers = self.ordered(tensors), Numbers.of(options, self.dtype, grad_scale_value)
-        outputs = self.outputs()
+        outputs, scratch = self.outputs(), self.scratch()
         with device_guard(self.device):
-            workspace = Workspace(self.partials(), self.totals(), barrier_of(self.device))
             try:
                 self.launch(
-                    tensors, numbers, structs.GradOutputs(grad_scale), structs.Written(outputs, written), workspace
+                    tensors, numbers, structs.GradOutputs(grad_scale), structs.Written(outputs, written), scratch
                 )
             except Exception as error:
                 if self.waits:

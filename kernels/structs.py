@@ -255,10 +255,10 @@ class Blocks(NamedTuple):
 
 
 class Workspace(NamedTuple):
-    """What the programs of a step tell one another by."""
+    """What the programs of a launch tell one another by."""
 
     partials: Partials
-    totals: Tensor  # what each program has found of A, then of KL, and then of the weights
+    totals: Tensor | None  # what each program of a step has found of A, then of KL, and then of the weights
     barrier: Tensor
 
 

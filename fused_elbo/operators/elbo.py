@@ -17,7 +17,7 @@ reference provide, `kernels_of` makes the dispatcher's flat kernels of it, and `
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -58,13 +58,13 @@ class Implementation(Protocol):
 
     def grads(
         self, tensors: Tensors, options: Options, stats: Tensor, grad_outputs: GradOutputs, mask: int
-    ) -> tuple[Tensor, ...]:
-        """As `Gradients`."""
+    ) -> tuple[Tensor | None, ...]:
+        """As `Gradients`; what the mask does not ask for may be None."""
         ...
 
     def step(
         self, tensors: Tensors, options: Options, grad_scale: Tensor | None, grad_scale_value: float, mask: int
-    ) -> tuple[Tensor, ...]: ...
+    ) -> tuple[Tensor | None, ...]: ...
 
 
 # ------------------------------------------------------------------------------------------------- shapes (the fakes)
@@ -152,6 +152,9 @@ def kernels_of(implementation: Implementation) -> dict[str, Callable[..., Any]]:
     def call(args: tuple[Any, ...]) -> tuple[Tensors, Options]:
         return Tensors._make(args[:_TENSORS]), Options._make(args[_TENSORS:_CALL])
 
+    def present(results: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:
+        return tuple([like.new_empty(0, dtype=torch.float32) if t is None else t for t in results])
+
     def stats(*args: Any) -> Tensor:
         return implementation.stats(*call(args))
 
@@ -160,15 +163,20 @@ def kernels_of(implementation: Implementation) -> dict[str, Callable[..., Any]]:
 
     def grads(*args: Any) -> tuple[Tensor, ...]:
         stats, *grad_outputs, mask = args[_CALL:]
-        return implementation.grads(*call(args), stats, GradOutputs._make(grad_outputs), mask)
+        return present(implementation.grads(*call(args), stats, GradOutputs._make(grad_outputs), mask), stats)
 
     def step(*args: Any) -> tuple[Tensor, ...]:
-        return implementation.step(*call(args), *args[_CALL:])
+        outputs = implementation.step(*call(args), *args[_CALL:])
+        return present(outputs, cast(Tensor, outputs[0]))
 
     return {"stats": stats, "forward": forward, "grads": grads, "step": step}
 
 
+in_python: dict[str, Implementation] = {}  # by type of device: what `register` has put behind its operators
+
+
 def register(implementation: Implementation, key: str) -> None:
     """Put an implementation behind fused_elbo's operators, for a dispatch key."""
+    in_python[key.lower()] = implementation
     for name, kernel in kernels_of(implementation).items():
         registry.implement(name, kernel, key)

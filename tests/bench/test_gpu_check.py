@@ -125,7 +125,7 @@ class Watch:
 
 def test_the_steps_under_compute_sanitizer_have_every_sigma_and_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     watch = Watch()
-    monkeypatch.setattr(autograd, "implementation", lambda *_: watch)
+    monkeypatch.setattr(autograd, "nearest", lambda *_: watch)
     gpu_cases.steps("cpu")
     assert watch.kinds == {"forward": set(Kind), "step": set(Kind)}
     assert watch.masks == {"grads": 0xFF, "step": 0xFF}  # each of recon, …, log σ, prior and β

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -28,7 +29,8 @@ import triton
 from offline import Offline, active
 from triton.runtime.jit import JITFunction
 
-from fused_elbo.kernels import _plan, operators
+from fused_elbo.kernels import _grid, _plan, operators
+from fused_elbo.kernels.structs import Partials
 
 
 class Compiled:
@@ -206,6 +208,26 @@ def test_a_fork_starts_anew(seen: Seen) -> None:
         os._exit(operators.Forward.cache_info().currsize)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert operators.Forward.cache_info().currsize == 1
+
+
+def test_memory_between_programs_is_kept_for_the_default_stream_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The streams are pretended. What is kept may not lie in the memory of a CUDA graph, and not be much."""
+    stream, gpu = mock.Mock(cuda_stream=0), torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(_grid, "barrier_of", lambda device: torch.zeros(2))
+
+    def of(numbers: int) -> _grid.Scratch:
+        return _grid.Scratch(gpu, lambda: Partials(torch.empty(numbers), None, None), lambda: torch.empty(8))
+
+    small, large = of(64), of(_grid.MOST_KEPT // 4)
+    kept = small()
+    assert small() is kept
+    assert large() is not large()
+    stream.cuda_stream = 1
+    others = [small(), small()]
+    assert len({id(each.partials.s) for each in (kept, *others)}) == 3
+    stream.cuda_stream = 0
+    assert small() is kept
 
 
 # ------------------------------------------------------------------------------------------ with kernels that compile

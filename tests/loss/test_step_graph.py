@@ -32,7 +32,7 @@ def test_only_what_requires_a_gradient(mode: str, wanted: tuple[int, ...], monke
     if not make().leaves():  # nothing but the four, of which none is wanted
         return
     masks: list[int] = []
-    implementation = autograd.implementation(backends.forced, Tensors(torch.empty(0)))
+    implementation = autograd.nearest(backends.forced, Tensors(torch.empty(0)))
     step = implementation.step
     monkeypatch.setattr(implementation, "step", lambda *args: masks.append(args[-1]) or step(*args))
     compare(make)
@@ -149,7 +149,7 @@ def test_views_of_one_tensor() -> None:
 def test_gradients_are_freed_once_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in loss.backward(), recon's is gone when the encoder's backward runs, and a leaf's .grad is no copy."""
     made: list[StorageWeakRef] = []
-    implementation = autograd.implementation(backends.forced, Tensors(torch.empty(0)))
+    implementation = autograd.nearest(backends.forced, Tensors(torch.empty(0)))
     step = implementation.step
 
     def spy(*args: Any) -> tuple[Tensor, ...]:

@@ -108,8 +108,8 @@ def test_only_what_is_asked_for() -> None:
 
 def test_backward_runs_on_the_backend_of_its_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[str] = []
-    original = autograd.implementation
-    monkeypatch.setattr(autograd, "implementation", lambda *asked: used.append(asked[0]) or original(*asked))
+    original = autograd.nearest
+    monkeypatch.setattr(autograd, "nearest", lambda *asked: used.append(asked[0]) or original(*asked))
     chosen, call = backends.forced, Call("optimal")
     elbo = call(decoupled_elbo)
     with backend_("reference"):

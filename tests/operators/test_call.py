@@ -11,6 +11,7 @@ import torch
 from fused_elbo import (
     DecoupledELBO,
     LearnedSigmaELBO,
+    arguments,
     call,
     decoupled_elbo,
     decoupled_elbo_backward,
@@ -73,3 +74,26 @@ def test_every_option_has_a_type_and_a_default() -> None:
 def test_an_option_that_there_is_not(function: Any) -> None:
     with pytest.raises(TypeError, match=r"got an unexpected keyword argument 'betta'; it takes .*free_bits"):
         function(betta=1.0)
+
+
+def test_options_that_are_plain_values_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(arguments, "_of_plain", {})
+    monkeypatch.setattr(arguments, "resolve_sigma", lambda *args: seen.append(args[1]) or arguments.Sigma())
+    x, z, prior = torch.zeros(2, 3), torch.zeros(2, 2), (torch.zeros(2), torch.zeros(2))
+    for kw in ({}, {"beta": 2}, {"beta": 2.0}, {"beta": torch.tensor(2.0)}, {"prior": prior}):
+        for _ in range(3):
+            decoupled_elbo(x, x, z, z, **kw)
+    assert [(given["beta"], given["prior"]) for given in seen[:3]] == [(1.0, None), (2, None), (2.0, None)]
+    assert len(seen) == 3 + 3 + 3  # what belongs to one call alone is looked at every time
+    for step in range(2 * arguments.MOST):
+        decoupled_elbo(x, x, z, z, beta=step / 7)
+    assert len(arguments._of_plain) <= arguments.MOST
+
+
+def test_a_value_that_only_equals_a_good_one_is_refused() -> None:
+    x, z = torch.zeros(2, 3), torch.zeros(2, 2)
+    decoupled_elbo(x, x, z, z, beta=1, free_bits=0)
+    for name, value in (("beta", True), ("free_bits", False)):
+        with pytest.raises(TypeError, match=f"{name}: expected a number, got {value}"):
+            decoupled_elbo(x, x, z, z, **{name: value})
