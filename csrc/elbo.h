@@ -80,7 +80,7 @@ struct Number {
 ELBO_INLINE double at(const Number& number, int64_t i) {
   double value = number.value;
   if (number.tensor.base == nullptr) return value;
-  with_type(number.tensor.dtype, [&](auto* type) {
+  with_floating(number.tensor.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     value = static_cast<double>(*reinterpret_cast<const T*>(number.tensor.at(i, 0)));
   });

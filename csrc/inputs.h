@@ -102,15 +102,16 @@ struct Inputs {
   }
 
  private:
-  // On a GPU: recon in its own dtype, target in the same, in float or in bytes; all else double where anything is. A log
-  // σ for each element has target's dtype too, or, beside bytes, that of the computation.
+  // On a GPU: recon in its own dtype, target in the same, in float or in bytes; all else double where anything is. A
+  // log σ for each element has target's dtype too, or, beside bytes, that of the computation.
   void set_data(const Tensor& r, const Tensor& t, const OptTensor& element_log_sigma) {
     recon = walkable(r);
     if (for_cuda && batch.is_double) recon = in_order_of(*recon, *recon, ScalarType::Double);
     log_sigma_is_broadcast = element_log_sigma && element_log_sigma->numel() != recon->numel();
-    bool alike = t.scalar_type() == recon->scalar_type() || t.scalar_type() == ScalarType::Byte;
+    bool alike = t.scalar_type() == recon->scalar_type();
     if (element_log_sigma && !log_sigma_is_broadcast) alike &= element_log_sigma->scalar_type() == t.scalar_type();
-    target = in_order_of(t, *recon, alike || !for_cuda ? t.scalar_type() : dtype());
+    const bool as_it_is = alike || t.scalar_type() == ScalarType::Byte || !for_cuda;
+    target = in_order_of(t, *recon, as_it_is ? t.scalar_type() : dtype());
     Data& data = batch.data;
     data.dims = sample_size(*recon);
     data.recon = span_of(*recon);
@@ -133,8 +134,11 @@ struct Inputs {
     batch.data.log_sigma.values = span_of(*log_sigma);
   }
 
-  void set_weight(const Tensor& values) {
+  // On a GPU of no wider dtype than the computation's.
+  void set_weight(const Tensor& given) {
     batch.data.has_weight = true;
+    const bool too_wide = for_cuda && !batch.is_double && given.scalar_type() == ScalarType::Double;
+    const Tensor values = too_wide ? of_dtype(given, dtype()) : given;
     if (values.numel() == recon->numel()) {
       weight = in_order_of(values, *recon);
     } else {

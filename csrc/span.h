@@ -27,9 +27,9 @@ struct Span {
   }
 };
 
-// Calls f with a null pointer of the C++ type of a dtype.
+// Calls f with a null pointer of the C++ type of a floating dtype.
 template <class F>
-ELBO_INLINE void with_type(ScalarType dtype, F f) {
+ELBO_INLINE void with_floating(ScalarType dtype, F f) {
   switch (dtype) {
     case ScalarType::Float:
       return f(static_cast<float*>(nullptr));
@@ -37,12 +37,16 @@ ELBO_INLINE void with_type(ScalarType dtype, F f) {
       return f(static_cast<double*>(nullptr));
     case ScalarType::BFloat16:
       return f(static_cast<BFloat16*>(nullptr));
-    case ScalarType::Byte:
-    case ScalarType::Bool:
-      return f(static_cast<uint8_t*>(nullptr));
     default:
       return f(static_cast<Half*>(nullptr));
   }
+}
+
+// The same where there are bytes too.
+template <class F>
+ELBO_INLINE void with_type(ScalarType dtype, F f) {
+  const bool is_byte = dtype == ScalarType::Byte || dtype == ScalarType::Bool;
+  is_byte ? f(static_cast<uint8_t*>(nullptr)) : with_floating(dtype, f);
 }
 
 }  // namespace elbo

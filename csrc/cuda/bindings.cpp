@@ -36,7 +36,7 @@ struct OnDevice {
 };
 
 Inputs inputs_of(const Call& call) {
-  return Inputs(call.tensors, call.options.sigma_mode, call.free_bits, /*for_cuda=*/true);
+  return Inputs(call.tensors, call.options.sigma_mode, call.elements, /*for_cuda=*/true);
 }
 
 // Stages one and two.
@@ -52,7 +52,7 @@ void run_forward(
 Tensor stats(const Call& call) {
   const OnDevice on(call);
   const Inputs in = inputs_of(call);
-  const Tensor result = empty(in, {3, in.batch.size + 1});
+  const Tensor result = empty(in, {stats_rows(in.batch), in.batch.size + 1});
   Outputs outputs;
   outputs.stats = result.data_ptr();
   run_forward(in, chunked(in.batch), call.options, outputs, on.stream);
@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Call& call) {
   return {out.loss, out.distortion, out.rate, out.sigma, out.stats};
 }
 
-EightTensors grads(const GradsCall& call) {
+NineTensors grads(const GradsCall& call) {
   const OnDevice on(call);
   const Inputs in = inputs_of(call);
   const Tensor stats = torch::stable::contiguous(call.stats);
@@ -76,8 +76,7 @@ EightTensors grads(const GradsCall& call) {
   return out.finish();
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> step(
-    const StepCall& call) {
+decltype(std::tuple_cat(FourTensors{}, NineTensors{})) step(const StepCall& call) {
   const OnDevice on(call);
   const Inputs in = inputs_of(call);
   ChunkedBatch batch = chunked(in.batch);
@@ -86,14 +85,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   GradientTensors tensors(in, call, call.mask, empty_strided);
   const Gradients& gradients = tensors.gradients;
   const Number scale = number_of(call.grad_scale, call.grad_scale_value);
-  const StepPlan plan = wants_data(gradients) ? elbo_step_plan(batch, options) : StepPlan{};
+  const StepPlan plan = wants_data(gradients) ? elbo_step_plan(batch, options, gradients) : StepPlan{};
   if (plan.fits) {
     const Sums sums(in, batch, false);
     const Tensor workspace = torch::stable::new_empty(in.any(), {plan.data_blocks + 2}, ScalarType::Double);
     elbo_step(
         batch, plan, options, scale, sums.partials, static_cast<double*>(workspace.data_ptr()), out.outputs, gradients,
         on.stream);
-  } else if (wants_data(gradients) && elbo_step_each_fits(batch, options)) {
+  } else if (wants_data(gradients) && elbo_step_each_fits(batch, options, gradients)) {
     const Sums sums(in, batch, true);
     elbo_step_each(batch, options, scale, sums.partials, gradients, on.stream);
     if (options.sigma_mode == kImage) batch.data_chunks = {batch.data.dims, 1, batch.size};

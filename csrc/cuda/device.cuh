@@ -53,6 +53,10 @@ struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Few {
 template <int Bytes>
 struct WordOf;
 template <>
+struct WordOf<2> {
+  using type = uint16_t;
+};
+template <>
 struct WordOf<4> {
   using type = uint32_t;
 };
@@ -111,7 +115,7 @@ struct Values {
 template <class A, int N>
 __device__ inline Values<A, N> load_any(const Span& span, const char* at, int i, Count<N> count) {
   Values<A, N> out;
-  with_type(span.dtype, [&](auto* type) {
+  with_floating(span.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const auto few = load(reinterpret_cast<const T*>(at) + i, count);
 #pragma unroll
@@ -122,7 +126,7 @@ __device__ inline Values<A, N> load_any(const Span& span, const char* at, int i,
 
 template <int N, class F>
 __device__ inline void store_any(const Span& span, char* at, int i, Count<N> count, F f) {
-  with_type(span.dtype, [&](auto* type) {
+  with_floating(span.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     store_values(reinterpret_cast<T*>(at) + i, count, f);
   });
@@ -160,7 +164,7 @@ struct Packed {
   template <class A>
   __device__ Values<A, 2> take(ScalarType dtype) {
     Values<A, 2> out;
-    with_type(dtype, [&](auto* type) {
+    with_floating(dtype, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
       constexpr int n = sizeof(T) / 2;  // words of two elements
       Few<T, 2> few;
@@ -176,7 +180,7 @@ struct Packed {
 
   template <class F>
   __device__ void put(ScalarType dtype, F f) {
-    with_type(dtype, [&](auto* type) {
+    with_floating(dtype, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
       constexpr int n = sizeof(T) / 2;
       Few<T, 2> few;

@@ -19,7 +19,8 @@ struct Chunks {
 
 Chunks chunks_of(int64_t dims, int64_t batch);
 
-// Data are of the dtypes (x, x) or (half, float), computed in float; or all double. Latents are of any dtypes.
+// Data are of the dtypes (x, x) or (half, float), computed in float, or all double; or the target is of bytes. Latents
+// and weights are of any dtypes.
 struct ChunkedBatch : Batch {
   Chunks data_chunks, latent_chunks;
 };
@@ -28,9 +29,10 @@ inline ChunkedBatch chunked(const Batch& batch) {
   return {batch, chunks_of(batch.data.dims, batch.size), chunks_of(batch.latents.dims, batch.size)};
 }
 
-// Sums of the chunks, [batch, per_sample], of the compute type; `clamped` is `kl` where there are no free bits.
+// Sums of the chunks, [batch, per_sample], of the compute type; `clamped` is `kl` where there are no free bits, and
+// `weights` null where there are none.
 struct Partials {
-  void *s = nullptr, *kl = nullptr, *clamped = nullptr;
+  void *a = nullptr, *kl = nullptr, *clamped = nullptr, *weights = nullptr;
 };
 
 void elbo_stats(const ChunkedBatch& batch, const Partials& partials, cudaStream_t stream);
@@ -43,6 +45,10 @@ void elbo_grads(
     const ChunkedBatch& batch, const void* stats, const Options& options, const GradOutputs& grad_outputs,
     const Gradients& gradients, cudaStream_t stream);
 
+inline bool wants_small(const Gradients& g) {
+  return g.log_sigma.base || g.beta.base || g.extra_error.base;
+}
+
 // Those that are O(B).
 inline Gradients small_alone(const Gradients& g) {
   Gradients small;
@@ -50,12 +56,14 @@ inline Gradients small_alone(const Gradients& g) {
   small.log_sigma_each = g.log_sigma_each;
   small.beta = g.beta;
   small.beta_each = g.beta_each;
+  small.extra_error = g.extra_error;
+  small.extra_error_each = g.extra_error_each;
   return small;
 }
 
 // Loss and gradients of grad_scale · loss in one launch. `fits` is false where the batch, or what is asked, is not for
 // it: then the three above do.
-StepPlan elbo_step_plan(const ChunkedBatch& batch, const Options& options);
+StepPlan elbo_step_plan(const ChunkedBatch& batch, const Options& options, const Gradients& gradients);
 
 // partials: of the latents. workspace: data_blocks + 2 numbers. outputs: without stats.
 void elbo_step(
@@ -64,9 +72,9 @@ void elbo_step(
     cudaStream_t stream);
 
 // The same in one pass where σ is given or each sample's own, in two launches: elbo_finalize follows, and where
-// gradients of σ or β are asked for, elbo_grads for these alone. partials.s: of chunks, or of samples where each has
-// its own σ.
-bool elbo_step_each_fits(const ChunkedBatch& batch, const Options& options);
+// gradients of σ, of β or of an extra error are asked for, elbo_grads for these alone. partials.a: of chunks, or of
+// samples where each has its own σ.
+bool elbo_step_each_fits(const ChunkedBatch& batch, const Options& options, const Gradients& gradients);
 
 void elbo_step_each(
     const ChunkedBatch& batch, const Options& options, const Number& grad_scale, const Partials& partials,

@@ -9,7 +9,7 @@ constexpr int kFinalizeThreads = 1024;
 
 struct FinalizeArguments {
   int64_t batch, dims;  // dims: of the data, 0 if there are none
-  double scale;         // the reduction's weight
+  double scale;         // the reduction's weight, unless it depends on the elements' weights
   Partials partials;
   int64_t data_chunks, latent_chunks;  // of a sample
   Options options;
@@ -18,12 +18,13 @@ struct FinalizeArguments {
 
 // Of what the block has summed up: every thread has its copy.
 struct Totals {
-  double s, kl, clamped;
+  double a, kl, clamped, weights;
 };
 
-// Σ over the chunks of each sample, into stats; and over the batch.
+// Σ over the chunks of each sample, with what is added to it, into stats; and over the batch.
 template <class A>
-__device__ double sum_chunks(const void* partials, int64_t batch, int64_t chunks, A* row) {
+__device__ double sum_chunks(
+    const void* partials, int64_t batch, int64_t chunks, A* row, const Number& extra = Number{}) {
   const A* from = static_cast<const A*>(partials);
   if (from == nullptr) {
     for (int64_t i = threadIdx.x; i <= batch; i += blockDim.x) row[i] = A(0);
@@ -44,7 +45,7 @@ __device__ double sum_chunks(const void* partials, int64_t batch, int64_t chunks
         sum += static_cast<double>(from[sample * chunks + p]);
     }
     sum = block_each ? block_sum(sum) : warp_sum(sum, lanes);
-    if (sample < batch && threadIdx.x % width == 0) row[sample] = static_cast<A>(sum);
+    if (sample < batch && threadIdx.x % width == 0) row[sample] = static_cast<A>(sum + at(extra, sample));
   }
   __syncthreads();
   double own = 0;
@@ -60,14 +61,17 @@ __device__ void finish(const FinalizeArguments& args, const Totals& totals) {
   const Outputs& out = args.outputs;
   const A* stats = static_cast<const A*>(out.stats);
   const int64_t row = args.batch + 1;
-  const double batch = static_cast<double>(args.batch), dims = static_cast<double>(args.dims);
+  const double batch = static_cast<double>(args.batch);
+  const bool weighs = args.partials.weights != nullptr;
   A *loss = static_cast<A*>(out.loss), *nats = static_cast<A*>(out.distortion), *rate = static_cast<A*>(out.rate);
+  const double elements = weighs ? totals.weights : batch * static_cast<double>(args.dims);
   double distortions = 0, losses = 0;
   for (int64_t i = threadIdx.x; i < args.batch; i += blockDim.x) {
-    const double s = stats[i], kl = stats[row + i], clamped = stats[2 * row + i];
-    const Sigma sigma = sigma_of(options, i, s, totals.s, batch, dims);
-    const double d = options.sigma_mode == kElement ? distortion(s, dims) : distortion(s, dims, sigma);
-    const double l = d + at(options.beta, i) * clamped;
+    const double a = stats[i], kl = stats[row + i], clamped = stats[2 * row + i];
+    const double dims = weighs ? static_cast<double>(stats[3 * row + i]) : static_cast<double>(args.dims);
+    const Sigma sigma = sigma_of(options, i, a, totals.a, elements, dims);
+    const double d = distortion_of(options, a, dims, sigma);
+    const double l = d + at(options.beta, i) * limited_rate(options, clamped);
     if (options.sigma_mode != kElement && (out.sigma_each || i == 0)) {
       static_cast<A*>(out.sigma)[i] = static_cast<A>(::exp(sigma.log_sigma));
     }
@@ -80,16 +84,16 @@ __device__ void finish(const FinalizeArguments& args, const Totals& totals) {
     losses += l;
   }
   if (options.reduction == kNone) return;
-  distortions = args.scale * block_sum(distortions);
-  losses = args.scale * block_sum(losses);
+  const double scale = totals.weights == 0 ? args.scale : reduction_weight(options.reduction, batch, totals.weights);
+  distortions = scale * block_sum(distortions);
+  losses = scale * block_sum(losses);
   if (threadIdx.x != 0) return;
-  if (options.has_capacity) {
-    const double gap = capacity_gap(options, totals.clamped, batch);
-    losses = distortions + capacity_penalty(args.scale, batch, at(options.beta, 0), gap);
+  if (limits_batch(options.limit_mode)) {
+    losses = distortions + scale * limited_batch(options, batch, totals.clamped / batch);
   }
   *loss = static_cast<A>(losses);
   *nats = static_cast<A>(distortions);
-  *rate = static_cast<A>(args.scale * totals.kl);
+  *rate = static_cast<A>(scale * totals.kl);
 }
 
 template <class A>
@@ -98,9 +102,10 @@ __device__ void run_finalize(const FinalizeArguments& args) {
   const Partials& from = args.partials;
   const int64_t row = args.batch + 1;
   Totals totals;
-  totals.s = sum_chunks(from.s, args.batch, args.data_chunks, stats);
+  totals.a = sum_chunks(from.a, args.batch, args.data_chunks, stats, args.options.extra_error);
   totals.kl = sum_chunks(from.kl, args.batch, args.latent_chunks, stats + row);
   totals.clamped = sum_chunks(from.clamped, args.batch, args.latent_chunks, stats + 2 * row);
+  totals.weights = from.weights ? sum_chunks(from.weights, args.batch, args.data_chunks, stats + 3 * row) : 0;
   if (args.outputs.loss) finish<A>(args, totals);
 }
 

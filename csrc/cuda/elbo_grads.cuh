@@ -2,13 +2,13 @@
 #pragma once
 
 #include "elbo_finalize.cuh"
-#include "elements.cuh"
+#include "mixed.cuh"
 
 namespace elbo {
 
 struct GradsArguments {
   ChunkedBatch batch;
-  double scale;  // the reduction's weight
+  double scale;  // the reduction's weight, unless it depends on the elements' weights
   const void* stats;
   Options options;
   GradOutputs grad_outputs;
@@ -20,8 +20,8 @@ struct GradsArguments {
 
 // The numbers of the batch that every sample's factors need.
 struct BatchTerms {
-  double total;         // Σ S
-  double gap;           // to the capacity
+  double total;         // Σ A
+  double mean_rate;     // which a limit per batch is held against
   double shared_sigma;  // what reaches every difference through a σ that the batch shares
 };
 
@@ -30,14 +30,27 @@ __device__ inline Weight loss_weight(const GradsArguments& args, int64_t i) {
   return {args.scale * at(args.grad_outputs.loss, i), 0, 0};
 }
 
+// How many elements sample i has, or the sum of their weights; the batch is the last one.
+template <class A>
+__device__ double elements_of(const GradsArguments& args, int64_t i) {
+  const Batch& batch = args.batch;
+  if (batch.data.has_weight) return static_cast<const A*>(args.stats)[3 * (batch.size + 1) + i];
+  return static_cast<double>(batch.data.dims) * (i == batch.size ? static_cast<double>(batch.size) : 1.0);
+}
+
+template <class A>
+__device__ double scale_of(const GradsArguments& args) {
+  if (!args.batch.data.has_weight) return args.scale;
+  return reduction_weight(args.options, args.batch, elements_of<A>(args, args.batch.size));
+}
+
 template <class A>
 __device__ Factors factors_of(const GradsArguments& args, const BatchTerms& terms, int64_t i) {
   const A* stats = static_cast<const A*>(args.stats);
-  const double batch = static_cast<double>(args.batch.size), dims = static_cast<double>(args.batch.data.dims);
-  const double s = stats[i], clamped = stats[2 * (args.batch.size + 1) + i];
-  const Weight weight = weight_of(args.scale, args.grad_outputs, i);
-  const Sigma sigma = sigma_of(args.options, i, s, terms.total, batch, dims);
-  Factors f = factors_of(args.options, sigma, i, s, clamped, dims, terms.gap, weight);
+  const double a = stats[i], clamped = stats[2 * (args.batch.size + 1) + i], dims = elements_of<A>(args, i);
+  const Weight weight = weight_of(scale_of<A>(args), args.grad_outputs, i);
+  const Sigma sigma = sigma_of(args.options, i, a, terms.total, elements_of<A>(args, args.batch.size), dims);
+  Factors f = factors_of(args.options, sigma, i, a, clamped, dims, terms.mean_rate, weight);
   f.recon_scale += terms.shared_sigma;
   return f;
 }
@@ -47,20 +60,35 @@ __device__ void put(const Span& to, int64_t i, double value) {
   store_any(to, to.at(0, i), 0, Count<1>{}, [value](int) { return static_cast<A>(value); });
 }
 
-// By the whole block. The first block also writes the gradients of a given log σ and of β.
+// ∂L/∂A_i, or their sum where all samples have the same extra error. By a whole block.
+template <class A>
+__device__ void put_extra_error(const GradsArguments& args, const BatchTerms& terms) {
+  const Gradients& out = args.gradients;
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < args.batch.size; i += blockDim.x) {
+    const double own = factors_of<A>(args, terms, i).recon_scale / args.options.q;
+    sum += own;
+    if (out.extra_error_each) put<A>(out.extra_error, i, own);
+  }
+  sum = block_sum(sum);
+  if (threadIdx.x == 0 && !out.extra_error_each) put<A>(out.extra_error, 0, sum);
+}
+
+// By the whole block. The first block also writes the gradients that are O(batch).
 template <class A>
 __device__ BatchTerms prologue(const GradsArguments& args) {
   const A* stats = static_cast<const A*>(args.stats);
   const Gradients& out = args.gradients;
   const int64_t row = args.batch.size + 1;
-  const double batch = static_cast<double>(args.batch.size), dims = static_cast<double>(args.batch.data.dims);
   BatchTerms terms = {static_cast<double>(stats[row - 1]), 0, 0};
-  if (args.options.has_capacity) terms.gap = capacity_gap(args.options, static_cast<double>(stats[3 * row - 1]), batch);
+  if (limits_batch(args.options.limit_mode)) {
+    terms.mean_rate = static_cast<double>(stats[3 * row - 1]) / static_cast<double>(args.batch.size);
+  }
 
   const bool small = blockIdx.x == 0 && (out.log_sigma.base || out.beta.base);
   const bool alike = weighs_alike(args.grad_outputs);
   const bool is_shared = args.options.sigma_mode == kBatch;
-  double slopes = 0, beta = 0;  // Σ_j w_j (D − S_j/σ²), which is also the gradient of a given log σ; and β's gradient
+  double slopes = 0, beta = 0;  // Σ_j w_j (D − A_j/σ^q), which is also the gradient of a given log σ; and β's gradient
   if (small || (is_shared && !alike)) {
     for (int64_t i = threadIdx.x; i < args.batch.size; i += blockDim.x) {
       const Factors f = factors_of<A>(args, terms, i);
@@ -75,13 +103,15 @@ __device__ BatchTerms prologue(const GradsArguments& args) {
     if (small && threadIdx.x == 0 && out.beta.base && !out.beta_each) put<A>(out.beta, 0, beta);
   }
   if (is_shared) {
-    const Sigma sigma = sigma_of(args.options, 0, 0, terms.total, batch, dims);
+    const double elements = elements_of<A>(args, args.batch.size);
+    const Sigma sigma = sigma_of(args.options, 0, 0, terms.total, elements, 0);
     if (alike) {
-      const Weight weight = weight_of(args.scale, args.grad_outputs, 0);
-      slopes = (weight.loss + weight.distortion) * distortion_slope(terms.total, batch * dims, sigma.inverse_variance);
+      const Weight weight = weight_of(scale_of<A>(args), args.grad_outputs, 0);
+      slopes = (weight.loss + weight.distortion) * distortion_slope(terms.total, elements, sigma.inverse_scale);
     }
     terms.shared_sigma = shared_sigma_term(sigma, slopes, terms.total);
   }
+  if (blockIdx.x == 0 && out.extra_error.base) put_extra_error<A>(args, terms);
   return terms;
 }
 
@@ -90,6 +120,15 @@ __device__ BatchTerms prologue(const GradsArguments& args) {
 template <class T>
 __device__ T* begin_of(const Span& span, const Chunk& p) {
   return span.base ? reinterpret_cast<T*>(span.at(p.sample, p.first)) : nullptr;
+}
+
+template <class A, class R>
+__device__ MixedSums<A> mixed_gradient(const Data& data, const Gradients& out, A a, const Chunk& p) {
+  const MixedChunk<A, R> elements(data, p.sample, p.first);
+  const MixedWritten to(out, p);
+  return mixed_sums(elements, p.n, to.head(elements, p.n), a, [&](int i, const auto& g, auto count) {
+    to.template put<R>(i, g, count);
+  });
 }
 
 template <class A, class R, class T, bool Element>
@@ -109,9 +148,9 @@ __device__ void data_gradient(const Data& data, const Gradients& out, A a, const
 #pragma unroll
         for (int j = 0; j < count.n; ++j) {
           if constexpr (Element) {
-            g[j] = distortion_grad<A>(a, fetched.error(j), fetched.log_sigma.value[j]);
+            g[j] = distortion_grad<2>(a, fetched.error(j), fetched.log_sigma.value[j]);
           } else {
-            g[j].recon = a * fetched.error(j);
+            g[j].recon = scaled_slope<2>(a, fetched.error(j));
           }
         }
         if (g_recon) store_values(g_recon + i, count, [&](int j) { return g[j].recon; });
@@ -144,6 +183,7 @@ __device__ void latent_gradient(
           const A m = values.mu.value[j], l = values.logvar.value[j];
           g[j] = latents.has_prior ? kl_grad<A>(b, m, l, values.prior_mu.value[j], values.prior_logvar.value[j])
                                    : kl_grad<A>(b, m, l);
+          if (latents.has_range) g[j].logvar = elements.range_grad(g[j].logvar, values, j);
         }
         mu.put(held.mu, i, count, [&](int j) { return g[j].mu; });
         logvar.put(held.logvar, i, count, [&](int j) { return g[j].logvar; });
@@ -166,7 +206,12 @@ __device__ void run_grads(const GradsArguments& args) {
       [&](const Chunk& chunk) {
         const Factors f = factors_of<A>(args, terms, chunk.sample);
         if (chunk.is_data) {
-          data_gradient<A, R, T, Element>(args.batch.data, args.gradients, static_cast<A>(f.recon_scale), chunk);
+          const A a = static_cast<A>(f.recon_scale);
+          if constexpr (kIsMixed<T>) {
+            mixed_gradient<A, R>(args.batch.data, args.gradients, a, chunk);
+          } else {
+            data_gradient<A, R, T, Element>(args.batch.data, args.gradients, a, chunk);
+          }
         } else {
           const A grad_kl_clamped = static_cast<A>(f.grad_kl_clamped), grad_kl = static_cast<A>(f.grad_kl);
           latent_gradient<A>(args.batch.latents, args.gradients, grad_kl_clamped, grad_kl, chunk);

@@ -20,7 +20,8 @@ void elbo_stats(const ChunkedBatch& batch, const Partials& partials, cudaStream_
     using A = typename decltype(types)::A;
     using R = typename decltype(types)::R;
     using T = typename decltype(types)::T;
-    const auto kernel = batch.data.has_log_sigma ? elbo_stats_kernel<A, R, T, true> : elbo_stats_kernel<A, R, T, false>;
+    const auto kernel =
+        batch.data.has_log_sigma ? elbo_stats_kernel<A, R, T, true> : elbo_stats_kernel<A, R, T, kIsMixed<T>>;
     launch("elbo_stats", kernel, args, blocks, kThreads, stream);
   });
 }

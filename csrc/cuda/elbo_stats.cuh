@@ -1,7 +1,8 @@
-// Stage one: S_i = Σ_d e² (or Σ_d [e²/σ_d² + 2 log σ_d]) and KL_i, as one partial sum for each chunk of a sample.
+// Stage one: A_i = Σ_d |e|^q (or Σ_d [|e|^q/σ_d^q + q log σ_d]) and KL_i, as one partial sum for each chunk of a
+// sample; and of the weights, where elements have any.
 #pragma once
 
-#include "elements.cuh"
+#include "mixed.cuh"
 
 namespace elbo {
 
@@ -23,9 +24,9 @@ __device__ A squared_error(const Data& data, const Chunk& p) {
         for (int j = 0; j < count.n; ++j) {
           const A e = fetched.error(j);
           if constexpr (Element) {
-            part += scaled_error<A>(e, fetched.log_sigma.value[j]);
+            part += scaled_error<2>(e, fetched.log_sigma.value[j]);
           } else {
-            part += e * e;
+            part += power<2>(e);
           }
         }
         sum += part;
@@ -54,6 +55,17 @@ __device__ void rates(const Latents& latents, const Chunk& p, A& rate, A& clampe
   clamped = warp_sum(sum_clamped);
 }
 
+template <class A, class R, class T, bool Element>
+__device__ void write_errors(const Data& data, const Partials& out, const Chunk& chunk) {
+  if constexpr (kIsMixed<T>) {
+    const MixedChunk<A, R> elements(data, chunk.sample, chunk.first);
+    write_sums(mixed_sums(elements, chunk.n, elements.head(chunk.n), A(0), [](int, const auto&, auto) {}), out, chunk);
+  } else {
+    const A a = squared_error<A, R, T, Element>(data, chunk);
+    if (lane() == 0) static_cast<A*>(out.a)[chunk.index] = a;
+  }
+}
+
 template <class A>
 __device__ void write_rates(const Batch& batch, const Partials& out, const Chunk& chunk) {
   A rate, clamped;
@@ -67,8 +79,7 @@ template <class A, class R, class T, bool Element>
 __device__ void run_stats(const StatsArguments& args) {
   for_chunks(args.batch, true, true, warp_of_blocks(0), warps_of_blocks(gridDim.x), [&](const Chunk& chunk) {
     if (chunk.is_data) {
-      const A s = squared_error<A, R, T, Element>(args.batch.data, chunk);
-      if (lane() == 0) static_cast<A*>(args.partials.s)[chunk.index] = s;
+      write_errors<A, R, T, Element>(args.batch.data, args.partials, chunk);
     } else {
       write_rates<A>(args.batch, args.partials, chunk);
     }
@@ -76,7 +87,8 @@ __device__ void run_stats(const StatsArguments& args) {
 }
 
 template <class A, class R, class T, bool Element>
-__global__ void __launch_bounds__(kThreads, kLeastBlocks<A, 3>) elbo_stats_kernel(StatsArguments args) {
+__global__ void __launch_bounds__(kThreads, kLeastBlocks<A, kIsMixed<T> ? 2 : 3>)
+    elbo_stats_kernel(StatsArguments args) {
   run_stats<A, R, T, Element>(args);
 }
 

@@ -18,16 +18,17 @@ void with_step_kernel(const Batch& batch, F f) {
 
 }  // namespace
 
-StepPlan elbo_step_plan(const ChunkedBatch& batch, const Options& options) {
+StepPlan elbo_step_plan(const ChunkedBatch& batch, const Options& options, const Gradients& gradients) {
   const Data& data = batch.data;
   if (options.sigma_mode != kBatch || batch.is_double || data.dims == 0) return {};
+  if (!keeps_slopes(data, gradients) || limits_samples(options.limit_mode)) return {};
   if (!one_block_of_memory(data.recon, data, batch.size) || !one_block_of_memory(data.target, data, batch.size))
     return {};
   const int64_t vector = 16 / data.recon.itemsize;
   if (batch.size * data.dims % vector != 0) return {};
   StepPlan plan = step_plan(
       batch.size * data.dims, batch.size * batch.latents.dims, static_cast<int>(vector), multiprocessors(),
-      shared_for_differences());
+      shared_for_differences(), is_mixed(data) ? 0 : kHeld);
   if (!plan.fits) return plan;
   // A grid barrier needs every block on the device at once: asked, not hoped for.
   with_step_kernel(batch, [&](auto kernel) {

@@ -1,6 +1,6 @@
 // Loss and gradients in one pass, for one σ = √MSE of the batch: every block keeps its differences on chip, in
-// registers and then in shared memory, the grid agrees on Σ e², and the gradients are written from what was kept. recon
-// and target are read once: 3N instead of 5N.
+// registers and then in shared memory, the grid agrees on Σ|e|^q, and the gradients are written from what was kept.
+// recon and target are read once: 3N instead of 5N.
 //
 // The last blocks have no data: they do the latents, and the very last one what is O(B). So that arithmetic takes no
 // registers from the differences.
@@ -20,8 +20,8 @@ struct StepArguments {
   Partials partials;     // of the latents
   StepPlan plan;
   int64_t elements;  // of recon, all samples
-  double* sums;      // of e², one for each block with data
-  double* agreed;    // what the last block tells the others: a, and the gap to the capacity
+  double* sums;      // of |e|^q, one for each block with data
+  double* agreed;    // what the last block tells the others: a, and the mean rate
 };
 
 extern __shared__ float on_chip[];  // differences that registers have no room for, [rows][V][threads]
@@ -95,10 +95,28 @@ struct Held {
   static __device__ float square(const float (&x)[V]) {
     float sum = 0;
 #pragma unroll
-    for (int j = 0; j < V; ++j) sum += x[j] * x[j];
+    for (int j = 0; j < V; ++j) sum += power<2>(x[j]);
     return sum;
   }
 };
+
+// What is told of elements at run time takes the registers: all differences are in shared memory.
+template <class R>
+__device__ void mixed_role(const StepArguments& args) {
+  using Elements = MixedChunk<float, R>;
+  const cooperative_groups::grid_group grid = cooperative_groups::this_grid();
+  const int64_t each = static_cast<int64_t>(args.plan.rows) * kWarpSize * Elements::V;
+  const int64_t first = warp_of_blocks(0) * each;
+  const int n = static_cast<int>(max(min(args.elements - first, each), int64_t{0}));
+  const Chunk p = {true, 0, 0, first, n};  // all samples are one block of memory
+  const Elements elements(args.grads.batch.data, 0, first);
+  const KeptSlopes<R> kept(on_chip + warp() * each, args.grads.gradients, p);
+  const double total = block_sum(kept.keep(elements, n, 0));
+  if (threadIdx.x == 0) args.sums[blockIdx.x] = total;
+  grid.sync();  // as in data_role
+  grid.sync();
+  kept.write(n, 0, static_cast<float>(args.agreed[0]));
+}
 
 template <class R, class T>
 __device__ void data_role(const StepArguments& args) {
@@ -138,41 +156,53 @@ __device__ inline void last_block(const StepArguments& args) {
   const int64_t each = batch.latent_chunks.per_sample;
   const auto* clamped_of = static_cast<const float*>(args.partials.clamped);
   const double size = static_cast<double>(batch.size), n = size * static_cast<double>(batch.data.dims);
-  double s = 0, kl = 0, clamped = 0, weighed = 0;
-  for (int b = threadIdx.x; b < args.plan.data_blocks; b += blockDim.x) s += args.sums[b];
+  double a = 0, kl = 0, clamped = 0, weighed = 0;
+  for (int b = threadIdx.x; b < args.plan.data_blocks; b += blockDim.x) a += args.sums[b];
+  for (int64_t i = threadIdx.x; i < batch.size; i += blockDim.x) a += at(options.extra_error, i);
   for (int64_t p = threadIdx.x; p < batch.latent_chunks.count; p += blockDim.x) {
     const double c = clamped_of[p];
     kl += static_cast<const float*>(args.partials.kl)[p];
     clamped += c;
     weighed += at(options.beta, p / each) * c;
   }
-  s = block_sum(s);
+  a = block_sum(a);
   kl = block_sum(kl);
   clamped = block_sum(clamped);
   weighed = block_sum(weighed);
 
-  const double gap = options.has_capacity ? capacity_gap(options, clamped, size) : 0;
-  const Sigma sigma = sigma_of(options, 0, 0, s, size, static_cast<double>(batch.data.dims));
+  const double mean_rate = clamped / size;
+  const Sigma sigma = sigma_of(options, 0, 0, a, n, 0);
   const Weight weight = loss_weight(args.grads, 0);
   if (out.beta.base && out.beta_each) {
     for (int64_t i = threadIdx.x; i < batch.size; i += blockDim.x) {
       double own = 0;
       for (int64_t p = 0; p < each; ++p) own += clamped_of[i * each + p];
-      put<float>(out.beta, i, factors_of(options, sigma, i, 0, own, 0, gap, weight).beta);
+      put<float>(out.beta, i, factors_of(options, sigma, i, 0, own, 0, mean_rate, weight).beta);
     }
   }
   if (threadIdx.x != 0) return;
-  const double scale = args.grads.scale, nats = scale * distortion(s, n, sigma);
-  const double penalty =
-      options.has_capacity ? capacity_penalty(scale, size, at(options.beta, 0), gap) : scale * weighed;
+  const bool limited = limits_batch(options.limit_mode);
+  const double scale = args.grads.scale, nats = scale * distortion_of(options, a, n, sigma);
+  const double penalty = scale * (limited ? limited_batch(options, size, mean_rate) : weighed);
   *static_cast<float*>(args.outputs.loss) = static_cast<float>(nats + penalty);
   *static_cast<float*>(args.outputs.distortion) = static_cast<float>(nats);
   *static_cast<float*>(args.outputs.rate) = static_cast<float>(scale * kl);
   *static_cast<float*>(args.outputs.sigma) = static_cast<float>(::exp(sigma.log_sigma));
-  const Factors all = factors_of(options, sigma, 0, s, clamped, n, gap, weight);  // of the batch as one sample
-  args.agreed[0] = all.recon_scale + shared_sigma_term(sigma, all.log_sigma, s);
-  args.agreed[1] = gap;
-  if (out.beta.base && !out.beta_each) put<float>(out.beta, 0, options.has_capacity ? size * all.beta : all.beta);
+  const Factors all = factors_of(options, sigma, 0, a, clamped, n, mean_rate, weight);  // of the batch as one sample
+  args.agreed[0] = all.recon_scale + shared_sigma_term(sigma, all.log_sigma, a);
+  args.agreed[1] = mean_rate;
+  if (out.beta.base && !out.beta_each) put<float>(out.beta, 0, limited ? size * all.beta : all.beta);
+}
+
+// ∂L/∂A_i, the same of every sample; or their sum. After the last block has told.
+__device__ inline void put_extra_error(const StepArguments& args) {
+  const Gradients& out = args.grads.gradients;
+  if (out.extra_error.base == nullptr) return;
+  const double own = args.agreed[0] / args.grads.options.q;
+  const int64_t size = args.grads.batch.size;
+  if (!out.extra_error_each && threadIdx.x == 0) put<float>(out.extra_error, 0, own * static_cast<double>(size));
+  if (!out.extra_error_each) return;
+  for (int64_t i = threadIdx.x; i < size; i += blockDim.x) put<float>(out.extra_error, i, own);
 }
 
 __device__ inline void latent_role(const StepArguments& args) {
@@ -185,17 +215,23 @@ __device__ inline void latent_role(const StepArguments& args) {
   grid.sync();
   if (blockIdx.x == gridDim.x - 1) last_block(args);
   grid.sync();
-  const double gap = args.agreed[1];
+  if (blockIdx.x == gridDim.x - 1) put_extra_error(args);
+  const double mean_rate = args.agreed[1];
   for_chunks(batch, false, args.grads.with_latents, index, warps, [&](const Chunk& chunk) {
     const Weight weight = loss_weight(args.grads, 0);
-    const Factors f = factors_of(options, Sigma{}, chunk.sample, 0, 0, 0, gap, weight);
+    const Factors f = factors_of(options, Sigma{}, chunk.sample, 0, 0, 0, mean_rate, weight);
     latent_gradient<float>(batch.latents, args.grads.gradients, static_cast<float>(f.grad_kl_clamped), 0.0f, chunk);
   });
 }
 
 template <class R, class T>
 __device__ void run_step(const StepArguments& args) {
-  static_cast<int>(blockIdx.x) < args.plan.data_blocks ? data_role<R, T>(args) : latent_role(args);
+  if (static_cast<int>(blockIdx.x) >= args.plan.data_blocks) return latent_role(args);
+  if constexpr (kIsMixed<T>) {
+    mixed_role<R>(args);
+  } else {
+    data_role<R, T>(args);
+  }
 }
 
 template <class R, class T>

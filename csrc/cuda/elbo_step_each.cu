@@ -2,10 +2,11 @@
 
 namespace elbo {
 
-bool elbo_step_each_fits(const ChunkedBatch& batch, const Options& options) {
-  if (batch.is_double || batch.data.dims == 0 || batch.data.has_log_sigma || options.has_capacity) return false;
-  if (options.sigma_mode == kGiven) return true;
-  if (options.sigma_mode != kImage) return false;
+bool elbo_step_each_fits(const ChunkedBatch& batch, const Options& options, const Gradients& gradients) {
+  const Data& data = batch.data;
+  if (batch.is_double || data.dims == 0 || data.has_log_sigma || options.limit_mode != kNoLimit) return false;
+  if (options.sigma_mode == kGiven) return !data.has_weight || options.reduction != kMean;
+  if (options.sigma_mode != kImage || !keeps_slopes(data, gradients)) return false;
   // A block for each sample: with few of them the multiprocessors that have none cost more than the second pass.
   return batch.data.dims * 4 <= shared_for_differences() && 5 * batch.size >= 3 * multiprocessors();
 }

@@ -1,5 +1,5 @@
 // Loss and gradients in one pass over the data where the samples have nothing to agree on: σ is given, or each sample's
-// own optimum. Then S of a sample, if anything, decides its gradient, and no barrier of the grid is needed; the loss
+// own optimum. Then A of a sample, if anything, decides its gradient, and no barrier of the grid is needed; the loss
 // is elbo_finalize's. recon and target are read once: 3N instead of 5N.
 #pragma once
 
@@ -11,18 +11,18 @@ namespace elbo {
 
 struct StepEachArguments {
   GradsArguments grads;  // without stats: `loss` of its grad_outputs alone counts
-  Partials partials;     // for elbo_finalize: S of chunks where σ is given, else of samples
+  Partials partials;     // for elbo_finalize: of chunks where σ is given, else of samples
   int data_blocks;       // of a block for each sample; the others do the latents
 };
 
 extern __shared__ float on_chip[];  // the differences of a sample
 
-// The factors of a sample, given S where σ is its own optimum.
-__device__ inline Factors own_factors(const GradsArguments& args, int64_t i, double s) {
+// The factors of a sample, given A where σ is its own optimum.
+__device__ inline Factors own_factors(const GradsArguments& args, int64_t i, double a) {
   const Weight weight = loss_weight(args, i);
-  const double batch = static_cast<double>(args.batch.size), dims = static_cast<double>(args.batch.data.dims);
-  const Sigma sigma = sigma_of(args.options, i, s, 0, batch, dims);
-  return factors_of(args.options, sigma, i, s, 0, dims, 0, weight);
+  const double dims = static_cast<double>(args.batch.data.dims);
+  const Sigma sigma = sigma_of(args.options, i, a, 0, 0, dims);
+  return factors_of(args.options, sigma, i, a, 0, dims, 0, weight);
 }
 
 // One warp over a part of a sample: Σ e² of its lane's elements, and with each group of differences `use(i, e, count)`.
@@ -37,7 +37,7 @@ __device__ float differences(const Elements& elements, int n, int head, Use use)
 #pragma unroll
         for (int j = 0; j < count.n; ++j) {
           e.value[j] = fetched.error(j);
-          part += e.value[j] * e.value[j];
+          part += power<2>(e.value[j]);
         }
         sum += part;
         use(i, e, count);
@@ -60,48 +60,77 @@ struct Written {
   }
 };
 
+// What a warp keeps on chip of its elements until their factor is known. It writes what it has read itself.
+template <class R, class T>
+struct KeptDifferences {
+  using Elements = DataChunk<float, R, T, false>;
+  float* kept;
+  Written<R, T> out;
+
+  __device__ KeptDifferences(float* kept, const Gradients& gradients, const Chunk& p) : kept(kept), out(gradients, p) {}
+
+  __device__ int head(const Elements& elements, int n) const {
+    return elements.head(n, out.recon, out.target);
+  }
+
+  // Returns the lane's sum.
+  __device__ float keep(const Elements& elements, int n, int head) const {
+    return differences(elements, n, head, [&](int i, const auto& e, auto count) {
+#pragma unroll
+      for (int j = 0; j < count.n; ++j) kept[i + j] = e.value[j];
+    });
+  }
+
+  __device__ void write(int n, int head, float a) const {
+    walk<Elements::Turns, Elements::V>(
+        n, head,
+        [&](int i, auto count) {
+          Values<float, count.n> e;
+#pragma unroll
+          for (int j = 0; j < count.n; ++j) e.value[j] = kept[i + j];
+          return e;
+        },
+        [&](int i, const auto& e, auto count) { out.put(i, e, a, count); });
+  }
+};
+
+template <class R, class T>
+using Kept = std::conditional_t<kIsMixed<T>, KeptSlopes<R>, KeptDifferences<R, T>>;
+
 // σ is given: a chunk needs nothing but itself.
 template <class R, class T>
 __device__ void given_chunk(const StepEachArguments& args, const Chunk& p) {
-  const Batch& batch = args.grads.batch;
-  const DataChunk<float, R, T, false> elements(batch.data, p.sample, p.first);
-  const Written<R, T> out(args.grads.gradients, p);
+  const Data& data = args.grads.batch.data;
+  const Gradients& gradients = args.grads.gradients;
   const float a = static_cast<float>(own_factors(args.grads, p.sample, 0).recon_scale);
-  const float sum = warp_sum(differences(
-      elements, p.n, elements.head(p.n, out.recon, out.target),
-      [&](int i, const auto& e, auto count) { out.put(i, e, a, count); }));
-  if (lane() == 0) static_cast<float*>(args.partials.s)[p.index] = sum;
+  if constexpr (kIsMixed<T>) {
+    write_sums(mixed_gradient<float, R>(data, gradients, a, p), args.partials, p);
+  } else {
+    const DataChunk<float, R, T, false> elements(data, p.sample, p.first);
+    const Written<R, T> out(gradients, p);
+    const float sum = warp_sum(differences(
+        elements, p.n, elements.head(p.n, out.recon, out.target),
+        [&](int i, const auto& e, auto count) { out.put(i, e, a, count); }));
+    if (lane() == 0) static_cast<float*>(args.partials.a)[p.index] = sum;
+  }
 }
 
-// σ is the sample's own: a block keeps the differences until it knows S. A warp writes what it has read itself.
+// σ is the sample's own: a block keeps what it needs until it knows A.
 template <class R, class T>
 __device__ void own_sample(const StepEachArguments& args, int64_t sample) {
-  using Elements = DataChunk<float, R, T, false>;
+  using Elements = typename Kept<R, T>::Elements;
   const Data& data = args.grads.batch.data;
   constexpr int row = kWarpSize * Elements::V;
   const int dims = static_cast<int>(data.dims), each = ((dims + row - 1) / row + kStepWarps - 1) / kStepWarps * row;
   const int first = min(warp() * each, dims);
   const Chunk p = {true, sample, sample, first, min(each, dims - first)};
   const Elements elements(data, sample, first);
-  const Written<R, T> out(args.grads.gradients, p);
-  const int head = elements.head(p.n, out.recon, out.target);
-  float* kept = on_chip + first;
-  const double s = block_sum(differences(elements, p.n, head, [&](int i, const auto& e, auto count) {
-#pragma unroll
-    for (int j = 0; j < count.n; ++j) kept[i + j] = e.value[j];
-  }));
-  if (threadIdx.x == 0) static_cast<float*>(args.partials.s)[sample] = static_cast<float>(s);
-  const float a =
-      static_cast<float>(own_factors(args.grads, sample, static_cast<double>(static_cast<float>(s))).recon_scale);
-  walk<Elements::Turns, Elements::V>(
-      p.n, head,
-      [&](int i, auto count) {
-        Values<float, count.n> e;
-#pragma unroll
-        for (int j = 0; j < count.n; ++j) e.value[j] = kept[i + j];
-        return e;
-      },
-      [&](int i, const auto& e, auto count) { out.put(i, e, a, count); });
+  const Kept<R, T> kept(on_chip + first, args.grads.gradients, p);
+  const int head = kept.head(elements, p.n);
+  const float sum = static_cast<float>(block_sum(kept.keep(elements, p.n, head)));
+  if (threadIdx.x == 0) static_cast<float*>(args.partials.a)[sample] = sum;
+  const double a = static_cast<float>(sum + at(args.grads.options.extra_error, sample));  // as elbo_finalize stores it
+  kept.write(p.n, head, static_cast<float>(own_factors(args.grads, sample, a).recon_scale));
   __syncthreads();  // in the next sample, vectors may begin elsewhere, and lanes have other elements
 }
 

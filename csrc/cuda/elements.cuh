@@ -148,18 +148,31 @@ struct LatentChunk {
   template <int N>
   struct Taken {
     Values<A, N> mu, logvar, prior_mu, prior_logvar;
+    Values<A, N> unlimited;  // logvar, where it has a range, as it was given
   };
 
   template <int N>
   __device__ Taken<N> take(Held& held, int i, Count<N> count) const {
     Taken<N> t;
     t.mu = mu.take<A>(held.mu, i, count);
-    t.logvar = logvar.take<A>(held.logvar, i, count);
+    t.logvar = t.unlimited = logvar.take<A>(held.logvar, i, count);
+    if (latents.has_range) {
+      const A least = static_cast<A>(latents.logvar_min), most = static_cast<A>(latents.logvar_max);
+#pragma unroll
+      for (int j = 0; j < N; ++j) t.logvar.value[j] = clamped(t.logvar.value[j], least, most);
+    }
     if (latents.has_prior) {
       t.prior_mu = prior_mu.take<A>(held.prior_mu, i, count);
       t.prior_logvar = prior_logvar.take<A>(held.prior_logvar, i, count);
     }
     return t;
+  }
+
+  // The gradient of logvar, from that of what is within its range.
+  template <int N>
+  __device__ A range_grad(A of_logvar, const Taken<N>& t, int j) const {
+    const A least = static_cast<A>(latents.logvar_min), most = static_cast<A>(latents.logvar_max);
+    return clamped_grad(of_logvar, t.unlimited.value[j], least, most);
   }
 
   template <int N>

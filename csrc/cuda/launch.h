@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "elbo.h"
 
@@ -66,6 +67,24 @@ inline void launch(
   check(run(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), pointers, shared_bytes, stream), name);
 }
 
+// The type of a target whose dtype is known only at run time, like all else that may be of an element: see mixed.cuh.
+struct Mixed {};
+
+template <class T>
+constexpr bool kIsMixed = std::is_same_v<T, Mixed>;
+
+// Whether an element is more than the square of a difference, of two numbers or with a σ of its own.
+inline bool is_mixed(const Data& data) {
+  const bool more = data.exponent != 2 || data.activation != kNoActivation || data.has_weight;
+  return data.dims != 0 && (more || data.target.dtype == ScalarType::Byte);
+}
+
+// Whether one pass can do with what it keeps of an element until the sample's factor a is known, u of recon's gradient
+// a·u: the target's is −a·u unless there is an activation, and 0·u must be 0 for what has the weight 0.
+inline bool keeps_slopes(const Data& data, const Gradients& gradients) {
+  return !data.has_weight && !(data.activation != kNoActivation && gradients.target.base);
+}
+
 template <class Compute, class Recon, class Target>
 struct Types {
   using A = Compute;
@@ -76,18 +95,24 @@ struct Types {
 // Calls f(Types<compute type, recon's, target's>).
 template <class F>
 inline void with_types(const Batch& batch, F f) {
-  const auto target_like = [&](auto* half) {
-    using H = std::remove_pointer_t<decltype(half)>;
+  const bool mixed = is_mixed(batch.data);
+  const auto full = [&](auto* type) {
+    using A = std::remove_pointer_t<decltype(type)>;
+    mixed ? f(Types<A, A, Mixed>{}) : f(Types<A, A, A>{});
+  };
+  const auto half = [&](auto* type) {
+    using H = std::remove_pointer_t<decltype(type)>;
+    if (mixed) return f(Types<float, H, Mixed>{});
     batch.data.target.dtype == ScalarType::Float ? f(Types<float, H, float>{}) : f(Types<float, H, H>{});
   };
-  if (batch.is_double) return f(Types<double, double, double>{});
+  if (batch.is_double) return full(static_cast<double*>(nullptr));
   switch (batch.data.recon.dtype) {
     case ScalarType::BFloat16:
-      return target_like(static_cast<BFloat16*>(nullptr));
+      return half(static_cast<BFloat16*>(nullptr));
     case ScalarType::Half:
-      return target_like(static_cast<Half*>(nullptr));
+      return half(static_cast<Half*>(nullptr));
     default:
-      return f(Types<float, float, float>{});
+      return full(static_cast<float*>(nullptr));
   }
 }
 

@@ -18,8 +18,9 @@ struct StepPlan {
 };
 
 // vector: elements in 128 bits of recon. shared_limit: bytes of shared memory that a block may ask for, less what the
-// kernel has besides.
-constexpr StepPlan step_plan(int64_t elements, int64_t latents, int vector, int multiprocessors, int64_t shared_limit) {
+// kernel has besides. held: differences in a thread's registers.
+constexpr StepPlan step_plan(
+    int64_t elements, int64_t latents, int vector, int multiprocessors, int64_t shared_limit, int held = kHeld) {
   StepPlan plan;
   const int64_t rows = (elements + 32 * vector - 1) / (32 * vector), blocks = (rows + kStepWarps - 1) / kStepWarps;
   // The latents' share of the elements, of the blocks: two reads and a write for each, as the data have.
@@ -28,7 +29,7 @@ constexpr StepPlan step_plan(int64_t elements, int64_t latents, int vector, int 
   if (plan.latent_blocks >= multiprocessors) return plan;
   plan.data_blocks = static_cast<int>(std::min<int64_t>(blocks, multiprocessors - plan.latent_blocks));
   const int64_t warps = static_cast<int64_t>(plan.data_blocks) * kStepWarps, each = (rows + warps - 1) / warps;
-  plan.shared_bytes = std::max<int64_t>(each - kHeld / vector, 0) * vector * kStepThreads * 4;
+  plan.shared_bytes = std::max<int64_t>(each - held / vector, 0) * vector * kStepThreads * 4;
   plan.fits = plan.shared_bytes <= shared_limit;
   plan.rows = plan.fits ? static_cast<int>(each) : 0;
   return plan;

@@ -7,11 +7,12 @@
 namespace elbo {
 
 struct Sums {
-  OptTensor s, kl, clamped;
+  OptTensor a, kl, clamped, weights;
   Partials partials;
 
   Sums(const Inputs& in, const ChunkedBatch& batch, bool of_data) {
-    if (of_data && batch.data.dims) partials.s = make(s, in, batch.data_chunks);
+    if (of_data && batch.data.dims) partials.a = make(a, in, batch.data_chunks);
+    if (of_data && batch.data.has_weight) partials.weights = make(weights, in, batch.data_chunks);
     if (batch.latents.dims == 0) return;
     partials.kl = make(kl, in, batch.latent_chunks);
     partials.clamped = batch.latents.has_free_bits ? make(clamped, in, batch.latent_chunks) : partials.kl;

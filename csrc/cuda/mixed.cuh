@@ -1,0 +1,351 @@
+// The data where an element is more than two numbers whose dtypes are known when compiling: |e| in the place of e², an
+// activation, a weight, a target of bytes; with or without a σ of its own. One kernel does all of these, which it is
+// told at run time: the branches are uniform, memory is what the passes wait for, and a kernel for each combination
+// would take users minutes to compile.
+#pragma once
+
+#include "elements.cuh"
+
+namespace elbo {
+
+// N neighbours of a dtype known only at run time, no wider than A: as they lie in memory until they are used, so that
+// the loads of all tensors are under way at once.
+template <class A, int N>
+struct Raw {
+  uint32_t words[N * sizeof(A) / 4];
+
+  template <class T>
+  __device__ void keep(const Few<T, N>& few) {
+    memcpy(words, &few, sizeof few);
+  }
+
+  __device__ void read(const char* at, int64_t itemsize, Count<N> count) {
+    if (itemsize == 1) {
+      keep(load(reinterpret_cast<const uint8_t*>(at), count));
+    } else if (itemsize == 2) {
+      keep(load(reinterpret_cast<const uint16_t*>(at), count));
+    } else if (sizeof(A) == 4 || itemsize == 4) {
+      keep(load(reinterpret_cast<const uint32_t*>(at), count));
+    } else if constexpr (sizeof(A) == 8) {
+      keep(load(reinterpret_cast<const uint64_t*>(at), count));
+    }
+  }
+
+  __device__ Values<A, N> take(ScalarType dtype) const {
+    Values<A, N> out;
+    with_type(dtype, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      if constexpr (sizeof(T) <= sizeof(A)) {
+        Few<T, N> few;
+        memcpy(&few, words, sizeof few);
+#pragma unroll
+        for (int j = 0; j < N; ++j) out.value[j] = static_cast<A>(few.value[j]);
+      }
+    });
+    return out;
+  }
+};
+
+// A tensor beside recon, or a gradient, from the beginning of a chunk.
+struct Part {
+  const Span& span;
+  char* at;  // null: there is no such tensor
+
+  __device__ Part(const Span& span, int64_t sample, int64_t first)
+      : span(span), at(span.base ? span.at(sample, first) : nullptr) {}
+
+  // Whether n neighbours from the i-th on are where one access, or several of 128 bits, can move them.
+  __device__ bool fits(int i, int n) const {
+    return at == nullptr || aligned(at + i * span.itemsize, min(n * span.itemsize, int64_t{16}));
+  }
+
+  template <int N, class F>
+  __device__ void put(int i, Count<N> count, F f) const {
+    if (at) store_any(span, at, i, count, f);
+  }
+};
+
+// What may be repeated: log σ, a weight. Null where elements have none.
+template <class A>
+struct Repeated {
+  const Broadcast& broadcast;
+  const char* at;  // of the chunk where it lies as the data do, else of the sample
+  uint32_t first;
+
+  __device__ Repeated(bool exists, const Broadcast& broadcast, int64_t sample, int64_t first)
+      : broadcast(broadcast),
+        at(exists ? broadcast.values.at(sample, broadcast.rank ? 0 : first) : nullptr),
+        first(static_cast<uint32_t>(first)) {}
+
+  __device__ bool fits(int i, int n) const {
+    const int64_t itemsize = broadcast.values.itemsize;
+    return at == nullptr || broadcast.rank || aligned(at + i * itemsize, min(n * itemsize, int64_t{16}));
+  }
+
+  template <int N>
+  __device__ void read(Raw<A, N>& raw, int i, Count<N> count) const {
+    const int64_t itemsize = broadcast.values.itemsize;
+    if (at && broadcast.rank == 0) raw.read(at + i * itemsize, itemsize, count);
+  }
+
+  // What is repeated is looked up here: it is in a cache, and one division after the other takes longer.
+  template <int N>
+  __device__ Values<A, N> take(const Raw<A, N>& raw, int i) const {
+    if (broadcast.rank == 0) return raw.take(broadcast.values.dtype);
+    int64_t offsets[N];
+#pragma unroll
+    for (int j = 0; j < N; ++j) offsets[j] = offset_of<uint32_t>(broadcast, first + i + j);
+    Values<A, N> out;
+    with_type(broadcast.values.dtype, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+#pragma unroll
+      for (int j = 0; j < N; ++j) out.value[j] = static_cast<A>(reinterpret_cast<const T*>(at)[offsets[j]]);
+    });
+    return out;
+  }
+};
+
+template <class A, class R>
+struct MixedChunk {
+  static constexpr int V = 16 / sizeof(A);  // of a half dtype 64 bits, or there would be too few registers
+  const Data& data;
+  const R* recon;
+  const Part target;
+  const Repeated<A> log_sigma, weight;
+
+  __device__ MixedChunk(const Data& data, int64_t sample, int64_t first)
+      : data(data),
+        recon(reinterpret_cast<const R*>(data.recon.at(sample, first))),
+        target(data.target, sample, first),
+        log_sigma(data.has_log_sigma, data.log_sigma, sample, first),
+        weight(data.has_weight, data.weight, sample, first) {}
+
+  // Elements before the first vector; n where there is none.
+  template <class... Written>
+  __device__ int head(int n, const Written&... written) const {
+    const int head = head_of(n, recon);
+    const bool fit = target.fits(head, V) && log_sigma.fits(head, V) && weight.fits(head, V);
+    return head < n && fit && (written.fits(head, V) && ...) ? head : n;
+  }
+
+  template <int N>
+  struct Fetched {
+    Few<R, N> recon;
+    Raw<A, N> target, log_sigma, weight;
+  };
+
+  template <int N>
+  __device__ Fetched<N> load(int i, Count<N> count) const {
+    Fetched<N> f;
+    f.recon = elbo::load(recon + i, count);
+    f.target.read(target.at + i * target.span.itemsize, target.span.itemsize, count);
+    log_sigma.read(f.log_sigma, i, count);
+    weight.read(f.weight, i, count);
+    return f;
+  }
+
+  template <int N>
+  __device__ Values<A, N> target_of(const Fetched<N>& f) const {
+    Values<A, N> t = f.target.take(target.span.dtype);
+    if (target.span.dtype == ScalarType::Byte) {
+      const A step = static_cast<A>(data.target_step), low = static_cast<A>(data.target_low);
+#pragma unroll
+      for (int j = 0; j < N; ++j) t.value[j] = scaled_byte<A>(t.value[j], step, low);
+    }
+    return t;
+  }
+
+  // x̂; and ∂x̂/∂y, which counts where there is an activation.
+  template <int N>
+  __device__ Values<A, N> recon_of(const Fetched<N>& f, Values<A, N>& slopes) const {
+    Values<A, N> x;
+    const auto activate = [&](auto function) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const Activated<A> one = function(static_cast<A>(f.recon.value[j]));
+        x.value[j] = one.value;
+        slopes.value[j] = one.slope;
+      }
+    };
+    if (data.activation == kNoActivation) {
+      activate([](A y) { return Activated<A>{y, A(1)}; });
+    } else if (data.activation == kSigmoid) {
+      activate([](A y) { return sigmoid(y); });
+    } else {
+      activate([](A y) { return hyperbolic_tangent(y); });
+    }
+    return x;
+  }
+};
+
+template <class A>
+struct MixedSums {
+  A a = 0, weights = 0;
+};
+
+// The gradients of N elements, in what comes first and last of a chain: recon's is y's where there is an activation.
+template <class A, int N>
+struct MixedGrads {
+  Values<A, N> recon, target, log_sigma;
+};
+
+// One warp over `groups` groups of N elements, as walk_groups, but that `use` is there once: the loads of the next
+// group are asked for before one is used.
+template <int N, class At, class Load, class Use>
+__device__ inline void walk_ahead(int groups, Count<N> count, At at, Load load, Use use) {
+  decltype(load(0, count)) next;
+  int g = lane();
+  if (g < groups) next = load(at(g), count);
+#pragma unroll 1
+  while (g < groups) {
+    const auto fetched = next;
+    const int i = at(g);
+    g += kWarpSize;
+    if (g < groups) next = load(at(g), count);
+    use(i, fetched, count);
+  }
+}
+
+// Calls f(Count<q>, whether σ is an element's own).
+template <class F>
+__device__ inline void with_likelihood(const Data& data, F f) {
+  const auto with_q = [&](auto q) { data.has_log_sigma ? f(q, std::true_type{}) : f(q, std::false_type{}); };
+  data.exponent == 2 ? with_q(Count<2>{}) : with_q(Count<1>{});
+}
+
+// One warp over n elements: the sums, and for each group of elements `take(i, gradients, count)`, a being the sample's
+// factor.
+template <class A, class R, class Take>
+__device__ MixedSums<A> mixed_sums(const MixedChunk<A, R>& elements, int n, int head, A a, Take take) {
+  constexpr int V = MixedChunk<A, R>::V;
+  const Data& data = elements.data;
+  const int vectors = (n - head) / V, between = vectors * V;
+  MixedSums<A> sums;
+  const auto load = [&](int i, auto count) { return elements.load(i, count); };
+  const auto use = [&](int i, const auto& fetched, auto count) {
+    constexpr int N = count.n;
+    MixedGrads<A, N> g;
+    Values<A, N> slopes, costs;
+    const Values<A, N> x = elements.recon_of(fetched, slopes), t = elements.target_of(fetched);
+    with_likelihood(data, [&](auto q, auto own) {
+      constexpr int Q = decltype(q)::n;
+      Values<A, N> log_sigma;
+      if constexpr (own.value) log_sigma = elements.log_sigma.take(fetched.log_sigma, i);
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const A e = difference(x.value[j], t.value[j]);
+        if constexpr (own.value) {
+          costs.value[j] = scaled_error<Q>(e, log_sigma.value[j]);
+          const DistortionGrad<A> d = distortion_grad<Q>(a, e, log_sigma.value[j]);
+          g.target.value[j] = -d.recon;
+          g.log_sigma.value[j] = d.log_sigma;
+        } else {
+          costs.value[j] = power<Q>(e);
+          g.target.value[j] = -scaled_slope<Q>(a, e);
+          g.log_sigma.value[j] = 0;
+        }
+        g.recon.value[j] = -g.target.value[j] * slopes.value[j];
+      }
+    });
+    if (data.has_weight) {
+      const Values<A, N> weight = elements.weight.take(fetched.weight, i);
+      A part = 0;
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const A m = weight.value[j];
+        part += m;
+        costs.value[j] = weighted(m, costs.value[j]);
+        g.recon.value[j] = weighted(m, g.recon.value[j]);
+        g.target.value[j] = weighted(m, g.target.value[j]);
+        g.log_sigma.value[j] = weighted(m, g.log_sigma.value[j]);
+      }
+      sums.weights += part;
+    }
+    A part = 0;
+#pragma unroll
+    for (int j = 0; j < N; ++j) part += costs.value[j];
+    sums.a += part;
+    take(i, g, count);
+  };
+  walk_ahead(vectors, Count<V>{}, [=](int g) { return head + g * V; }, load, use);
+  walk_ahead(n - between, Count<1>{}, [=](int g) { return g < head ? g : g + between; }, load, use);
+  return sums;
+}
+
+template <class A>
+__device__ void write_sums(const MixedSums<A>& sums, const Partials& out, const Chunk& chunk) {
+  const A a = warp_sum(sums.a), weights = warp_sum(sums.weights);
+  if (lane() != 0) return;
+  static_cast<A*>(out.a)[chunk.index] = a;
+  if (out.weights) static_cast<A*>(out.weights)[chunk.index] = weights;
+}
+
+// Where a chunk's gradients go.
+struct MixedWritten {
+  const Part recon, target, log_sigma;
+
+  __device__ MixedWritten(const Gradients& out, const Chunk& p)
+      : recon(out.recon, p.sample, p.first),
+        target(out.target, p.sample, p.first),
+        log_sigma(out.element_log_sigma, p.sample, p.first) {}
+
+  template <class A, class R>
+  __device__ int head(const MixedChunk<A, R>& elements, int n) const {
+    return elements.head(n, recon, target, log_sigma);
+  }
+
+  template <class R, class A, int N>
+  __device__ void put(int i, const MixedGrads<A, N>& g, Count<N> count) const {
+    if (recon.at) store_values(reinterpret_cast<R*>(recon.at) + i, count, [&](int j) { return g.recon.value[j]; });
+    target.put(i, count, [&](int j) { return g.target.value[j]; });
+    log_sigma.put(i, count, [&](int j) { return g.log_sigma.value[j]; });
+  }
+};
+
+// What a warp keeps on chip of its elements until their factor is known: see keeps_slopes.
+template <class R>
+struct KeptSlopes {
+  using Elements = MixedChunk<float, R>;
+  float* kept;
+  MixedWritten out;
+
+  __device__ KeptSlopes(float* kept, const Gradients& gradients, const Chunk& p) : kept(kept), out(gradients, p) {}
+
+  // Of element j of a lane's vector that begins at the i-th: in 32 banks for the lanes of a warp.
+  template <int N>
+  __device__ float& at(int i, int j, Count<N>) const {
+    return kept[i + (j + lane() * N / kWarpSize) % N];
+  }
+
+  __device__ int head(const Elements& elements, int n) const {
+    return out.head(elements, n);
+  }
+
+  // Returns the lane's sum.
+  __device__ float keep(const Elements& elements, int n, int head) const {
+    return mixed_sums(
+               elements, n, head, 1.0f,
+               [&](int i, const auto& g, auto count) {
+#pragma unroll
+                 for (int j = 0; j < count.n; ++j) at(i, j, count) = g.recon.value[j];
+               })
+        .a;
+  }
+
+  __device__ void write(int n, int head, float a) const {
+    walk<1, Elements::V>(
+        n, head,
+        [&](int i, auto count) {
+          MixedGrads<float, count.n> g;
+#pragma unroll
+          for (int j = 0; j < count.n; ++j) {
+            g.recon.value[j] = a * at(i, j, count);
+            g.target.value[j] = -g.recon.value[j];
+          }
+          return g;
+        },
+        [&](int i, const auto& g, auto count) { out.template put<R>(i, g, count); });
+  }
+};
+
+}  // namespace elbo
