@@ -77,18 +77,24 @@ def scalar_gradients(stats, call, given, gradients, ROWS: tl.constexpr):
 
 
 @triton.jit
+def tile_of_data(tile, rows, call):
+    """Returns its columns, and which of its elements there are."""
+    cols = columns(tile, call.data.tiles.COLS, call.batch.WIDE)
+    length = from_units(call.data.tiles.length, call.data.tiles.VEC, call.batch.WIDE)
+    return cols, (rows < size(call))[:, None] & (cols < length)
+
+
+@triton.jit
 def data_gradients(pid, call, stats, given, gradients):
     """Writes those of the pid-th chunk of the call.data."""
     rows, chunk = rows_and_chunk(pid, call.data.tiles)
+    first, end = tiles_of(chunk, call.data.tiles)
+    cols, inside = tile_of_data(first, rows, call)
+    e = difference(call, rows, cols, inside)  # asked for before the factors, which wait for stats
     own = factors(rows, sample_sums(stats, rows, call), given, call)
     a = own.recon_scale[:, None]
-    length = from_units(call.data.tiles.length, call.data.tiles.VEC, call.batch.WIDE)
-    g_at = row_offsets(rows, length, call.batch.WIDE)
-    first, end = tiles_of(chunk, call.data.tiles)
+    g_at = row_offsets(rows, from_units(call.data.tiles.length, call.data.tiles.VEC, call.batch.WIDE), call.batch.WIDE)
     for tile in range(first, end):
-        cols = columns(tile, call.data.tiles.COLS, call.batch.WIDE)
-        inside = (rows < size(call))[:, None] & (cols < length)
-        e = difference(call, rows, cols, inside)
         g = a * e
         if call.data.log_sigma.stride is not None:
             g, g_log_sigma = distortion_grad(a, e, log_sigma_at(call, rows, cols, inside))
@@ -99,6 +105,8 @@ def data_gradients(pid, call, stats, given, gradients):
             tl.store(gradients.recon + g_at + cols, g.to(gradients.recon.dtype.element_ty), inside)
         if gradients.target is not None:
             tl.store(gradients.target + g_at + cols, (-g).to(gradients.target.dtype.element_ty), inside)
+        cols, inside = tile_of_data(tile + 1, rows, call)
+        e = difference(call, rows, cols, inside & (tile + 1 < end))
 
 
 @triton.jit

@@ -48,13 +48,17 @@ def tile_of(pid, call):
 
 
 @triton.jit
-def differences(pid, call, partials):
-    """(e, Σe² of each row)."""
-    chunks, rows, cols, inside = tile_of(pid, call)
-    e = difference(call, rows, cols, inside)
+def differences(pid, call):
+    _, rows, cols, inside = tile_of(pid, call)
+    return difference(call, rows, cols, inside)
+
+
+@triton.jit
+def sums_of_rows(pid, e, call, partials):
+    chunks, rows, _, _ = tile_of(pid, call)
     s = tl.sum(e * e, 1)
     tl.store(partials.s + chunks, s, rows < size(call))
-    return e, s
+    return s
 
 
 @triton.jit
@@ -77,10 +81,22 @@ def held_gradients(pid, e, sums, call, given, gradients):
         tl.store(gradients.target + g_at, (-g).to(gradients.target.dtype.element_ty), inside)
 
 
+@triton.jit
+def agreed_gradients(pid, e, sums, call, given, partials, gradients, BLOCK: tl.constexpr):
+    """Those of a tile of programs that have waited. sums.s: of the rows, not yet of an image in several of them."""
+    if call.options.MODE == IMAGE:
+        s = sums_of_samples(pid, call, partials, BLOCK)
+        held_gradients(pid, e, Sums(s, sums.total, sums.clamped, sums.clamped_total), call, given, gradients)
+    else:
+        held_gradients(pid, e, sums, call, given, gradients)
+
+
 class How(NamedTuple):
     """A `Cut`, as a kernel is told of it."""
 
     WAITS: tl.constexpr
+    TILES: tl.constexpr  # of the data, in a program: two or three where it waits, else one
+    AHEAD: tl.constexpr  # all of them are asked for before the first is added up, where threads wait for one another
     SAMPLES: tl.constexpr  # that scalar_gradients takes at a time
     PROGRAMS: tl.constexpr  # the least power of 2 that is no less
     blocks: Blocks
@@ -102,13 +118,25 @@ def elbo_step_kernel(
     for lpid in range(programs - 1 - pid, whole(call.latents.tiles.programs), programs):
         clamped_total += latent_sums(lpid, call, workspace.partials)
 
-    # Programs that wait hold two tiles. (One of twice the size is loaded with so much in flight that registers spill.)
-    TILES: tl.constexpr = 2 if how.WAITS else 1
-    e, s = differences(pid * TILES, call, workspace.partials)
+    first = pid * how.TILES
+    e = differences(first, call)
+    if how.AHEAD:
+        e1 = differences(first + 1, call)
+        if how.TILES == 3:
+            e2 = differences(first + 2, call)
+    s = sums_of_rows(first, e, call, workspace.partials)
     if how.WAITS:
-        e1, s1 = differences(pid * TILES + 1, call, workspace.partials)
+        if not how.AHEAD:
+            e1 = differences(first + 1, call)
+        s1 = sums_of_rows(first + 1, e1, call, workspace.partials)
+        own_total = tl.sum(s, 0) + tl.sum(s1, 0)
+        if how.TILES == 3:
+            if not how.AHEAD:
+                e2 = differences(first + 2, call)
+            s2 = sums_of_rows(first + 2, e2, call, workspace.partials)
+            own_total += tl.sum(s2, 0)
         if call.options.MODE == BATCH:
-            tl.store(workspace.totals + pid, tl.sum(s, 0) + tl.sum(s1, 0))
+            tl.store(workspace.totals + pid, own_total)
         if call.options.capacity.PRESENT is not None:
             tl.store(workspace.totals + programs + pid, clamped_total)
         pid += grid_barrier(workspace.barrier, programs)
@@ -116,14 +144,19 @@ def elbo_step_kernel(
             total = sum_of(workspace.totals, programs, how.PROGRAMS)
         if call.options.capacity.PRESENT is not None:
             clamped_total = sum_of(workspace.totals + programs, programs, how.PROGRAMS)
+        if how.TILES == 3:
+            agreed_gradients(
+                pid * how.TILES + 2, e2, Sums(s2, total, s2 * 0.0, clamped_total), call, given, workspace.partials,
+                written.gradients, how.blocks.DATA,
+            )  # fmt: skip
+        agreed_gradients(
+            pid * how.TILES + 1, e1, Sums(s1, total, s1 * 0.0, clamped_total), call, given, workspace.partials,
+            written.gradients, how.blocks.DATA,
+        )  # fmt: skip
         if call.options.MODE == IMAGE:
-            s1 = sums_of_samples(pid * TILES + 1, call, workspace.partials, how.blocks.DATA)
-        sums1 = Sums(s1, total, s1 * 0.0, clamped_total)
-        held_gradients(pid * TILES + 1, e1, sums1, call, given, written.gradients)
-        if call.options.MODE == IMAGE:
-            s = sums_of_samples(pid * TILES, call, workspace.partials, how.blocks.DATA)
+            s = sums_of_samples(pid * how.TILES, call, workspace.partials, how.blocks.DATA)
     sums = Sums(s, total, s * 0.0, clamped_total)
-    held_gradients(pid * TILES, e, sums, call, given, written.gradients)
+    held_gradients(pid * how.TILES, e, sums, call, given, written.gradients)
 
     for lpid in range(programs - 1 - pid, whole(call.latents.tiles.programs), programs):
         lrows, _ = rows_and_chunk(lpid, call.latents.tiles)
@@ -147,16 +180,20 @@ class Cut(NamedTuple):
 
     data: Tiles
     latents: Tiles
+    tiles: int  # of the data, in a program
     programs: int
     threads: int
     waits: bool
+    ahead: bool  # see How; a program of THREADS asks for enough by one tile, and has no registers for more
 
     @classmethod
     def of(cls, inputs: Inputs, options: Options, resident: int) -> Cut | None:
         """None where the stages must run one after another. `resident`: programs that are surely on the GPU at once.
 
-        Where programs wait for one another, their tiles are the smallest with which `resident` programs hold the batch,
-        so that it spreads over the whole GPU; the largest are of THREADS · HELD elements, two in a program.
+        Where programs wait for one another, each holds two tiles, or three, and the least that let `resident` programs
+        hold the batch: it spreads over the whole GPU, though a tile's size is a power of 2. The largest tiles are of
+        THREADS · HELD elements, two in a program. (One of twice the size is loaded with so much in flight that
+        registers spill.)
         """
         mode, limited = options.MODE.value, options.capacity.PRESENT is not None
         if mode == ELEMENT.value or inputs.dtype == torch.float64 or not inputs.dims or not inputs.latent_dims:
@@ -166,16 +203,19 @@ class Cut(NamedTuple):
         waits = mode == BATCH.value or limited or (per_image and not whole)
         tile = SMALLEST if waits else max(2 * SMALLEST, power_of_2(inputs.dims) if whole else 0)
         data = inputs.tiles_of_data(Tiles.of_chunks, tile, whole)
-        while waits and cdiv(data.programs(batch), 2) > resident:
-            tile *= 2
-            if tile > largest:
+        tiles = 2 if waits else 1
+        while waits and cdiv(data.programs(batch), tiles) > resident:
+            tile, tiles = (tile, 3) if tiles == 2 else (2 * tile, 2)
+            if tile * tiles > 2 * largest:
                 return None
             data = inputs.tiles_of_data(Tiles.of_chunks, tile, whole)
         threads = min(THREADS, tile // (8 if waits else 16))
-        wide = 4 if inputs.prior_mu is not None else 16 // inputs.mu.element_size()
+        ahead = waits and threads < THREADS
+        # 128 bits a thread. With a prior, 64 registers spill if they hold eight elements of each of four tensors.
+        wide = 4 if inputs.prior_mu is not None and not ahead else 16 // inputs.mu.element_size()
         latents = inputs.tiles_of_latents(Tiles.of, wide * threads)
-        programs = cdiv(data.programs(batch), 2 if waits else 1) + latents.programs(batch)
-        return cls(data, latents, min(programs, resident) if waits else programs, threads, waits)
+        programs = cdiv(data.programs(batch), tiles) + latents.programs(batch)
+        return cls(data, latents, tiles, min(programs, resident) if waits else programs, threads, waits, ahead)
 
 
 def launch_options(cut: Cut) -> dict[str, Any]:
@@ -183,12 +223,14 @@ def launch_options(cut: Cut) -> dict[str, Any]:
         return {}
     target = triton.runtime.driver.active.get_current_target()
     warps = cut.threads // target.warp_size
-    return {"num_warps": warps, "launch_cooperative_grid": cut.waits, **at_most(64)}
+    registers = min(255, 64 * THREADS // cut.threads) if cut.waits else 64  # one program on an SM, or several
+    return {"num_warps": warps, "launch_cooperative_grid": cut.waits, **at_most(registers)}
 
 
 def elbo_step(inputs: Inputs, layout: Layout, cut: Cut) -> Launch:
     """A launch of (call, grad_outputs, written, workspace)."""
     samples = min(BLOCK, power_of_2(inputs.batch))
     programs = max(cut.threads, power_of_2(cut.programs))  # so that each value is read by one thread
-    how = How(*map(constant, (cut.waits, samples, programs)), blocks(inputs.batch, cut.data, cut.latents, False))
+    constants = (cut.waits, cut.tiles, cut.ahead, samples, programs)
+    how = How(*map(constant, constants), blocks(inputs.batch, cut.data, cut.latents, False))
     return Launch(elbo_step_kernel, cut.programs, layout, how, **launch_options(cut), enable_fp_fusion=False)

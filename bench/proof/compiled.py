@@ -9,7 +9,8 @@ Writes compiled.md and compiled.csv. No GPU is needed and nothing here has been 
 - kernel: of the default loss at 64×3×64×64 with 128 latents; [pixel]: a log σ for each pixel; [channel]: for each
   channel, which every element looks up by its index; [prior]: a Gaussian prior; [large]: 3072 images, of which each
   program walks several tiles in a loop; [by8]: 3×50×36 with 200 latents, sizes that 8 divides and 16 does not.
-  elbo_step is the whole step in one launch; [full]: 250 images, for which a program holds all that it can on an H100;
+  elbo_step is the whole step in one launch, in which a program holds three tiles of 2048 elements (sm_80: two of
+  4096); [full]: 250 images, for which a program holds all that it can on an H100;
   [image], [given]: σ per image, and constant, where no program waits for another.
 - registers of a thread (gfx942: VGPRs); spill_bytes: stores and loads of spilled registers in ptxas's log, once each
   (gfx942: private memory of a lane); shared_bytes of a block.
@@ -116,8 +117,8 @@ class Launch:
         return sum(a.tiles.ROWS.value * a.tiles.COLS.value * self.tiles(type(a)) for a in walked)
 
     def tiles(self, kind: type) -> int:
-        """Of one pass through the code: programs of elbo_step that wait hold two of the data."""
-        return 2 if kind is Data and self.how is not None and self.how.WAITS.value else 1
+        """Of one pass through the code: programs of elbo_step that wait hold some of the data."""
+        return self.how.TILES.value if kind is Data and self.how is not None else 1
 
     def bytes_per_thread(self, elements: dict[int, type], warp_size: int) -> int:
         """Of the big tensors in one tile of data and one of latents, with {elements of a tensor: kind of its tile}."""
