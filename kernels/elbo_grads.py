@@ -85,7 +85,18 @@ def tile_of_data(tile, rows, call):
 
 
 @triton.jit
-def data_gradients(pid, call, stats, given, gradients):
+def write_by_segments(values, tile, rows, call, to, SEGMENT: tl.constexpr):
+    """Writes the sums of a tile's segments, of SEGMENT neighbours each: all of one are inside, or none."""
+    SEGMENTS: tl.constexpr = call.data.tiles.COLS // SEGMENT
+    segments = tl.reshape(values, (call.data.tiles.ROWS, SEGMENTS, SEGMENT))
+    length = from_units(call.data.tiles.length, call.data.tiles.VEC, call.batch.WIDE) // SEGMENT
+    cols = columns(tile, SEGMENTS, call.batch.WIDE)
+    at = to + row_offsets(rows, length, call.batch.WIDE) + cols
+    tl.store(at, tl.sum(segments, 2).to(to.dtype.element_ty), (rows < size(call))[:, None] & (cols < length))
+
+
+@triton.jit
+def data_gradients(pid, call, stats, given, gradients, SEGMENT: tl.constexpr):
     """Writes those of the pid-th chunk of the call.data."""
     rows, chunk = rows_and_chunk(pid, call.data.tiles)
     first, end = tiles_of(chunk, call.data.tiles)
@@ -99,14 +110,17 @@ def data_gradients(pid, call, stats, given, gradients):
         if call.data.log_sigma.stride is not None:
             g, g_log_sigma = distortion_grad(a, e, log_sigma_at(call, rows, cols, inside))
             if gradients.log_sigma is not None:
-                to = gradients.log_sigma.dtype.element_ty
-                tl.store(gradients.log_sigma + g_at + cols, g_log_sigma.to(to), inside)
+                if SEGMENT > 1:
+                    write_by_segments(g_log_sigma, tile, rows, call, gradients.log_sigma, SEGMENT)
+                else:
+                    to = gradients.log_sigma.dtype.element_ty
+                    tl.store(gradients.log_sigma + g_at + cols, g_log_sigma.to(to), inside)
         if gradients.recon is not None:
             tl.store(gradients.recon + g_at + cols, g.to(gradients.recon.dtype.element_ty), inside)
         if gradients.target is not None:
             tl.store(gradients.target + g_at + cols, (-g).to(gradients.target.dtype.element_ty), inside)
         cols, inside = tile_of_data(tile + 1, rows, call)
-        e = difference(call, rows, cols, inside & (tile + 1 < end))
+        e = difference(call, rows, cols, inside & (cols < end * call.data.tiles.COLS))  # none past the chunk
 
 
 @triton.jit
@@ -115,13 +129,13 @@ def elbo_grads_kernel(
     call, stats, given,
     # outputs: dense; those not wanted are None
     gradients,
-    # a tunable
-    ROWS: tl.constexpr,
+    # tunables
+    ROWS: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
     pid, data_programs = tl.program_id(0), whole(call.data.tiles.programs)
     if call.data.recon is not None and pid < data_programs:  # see elbo_stats_kernel
         # From the end, where the pass before this one has stopped: the cache still holds what that one read last.
-        data_gradients(data_programs - 1 - pid, call, stats, given, gradients)
+        data_gradients(data_programs - 1 - pid, call, stats, given, gradients, SEGMENT)
     elif call.latents.mu is not None and pid < data_programs + whole(call.latents.tiles.programs):
         lrows, _ = rows_and_chunk(pid - data_programs, call.latents.tiles)
         own = factors(lrows, sample_sums(stats, lrows, call), given, call)
@@ -132,8 +146,9 @@ def elbo_grads_kernel(
 
 def elbo_grads(inputs: Inputs, layout: Layout, programs: int) -> Launch:
     """A launch of (call, stats, grad_outputs, gradients), which are dense in the order of the inputs; those of a log σ
-    that does not vary inside a sample, and of β, () or contiguous (B,)."""
+    that does not vary inside a sample, and of β, () or contiguous (B,); that of one which is broadcast inside a sample, as
+    `Inputs.segments` lie."""
     return Launch(
-        elbo_grads_kernel, programs, layout, min(BLOCK, power_of_2(inputs.batch)),
+        elbo_grads_kernel, programs, layout, min(BLOCK, power_of_2(inputs.batch)), inputs.segment,
         num_warps=inputs.num_warps, enable_fp_fusion=False,
     )  # fmt: skip

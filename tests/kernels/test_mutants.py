@@ -55,16 +55,15 @@ MUTANTS = {
         STATS, "data_sums", "tl.store($P, $X, $R < $B)", "tl.store($P, $X, $R <= $B)", "learned-image, none",
     ),
     "grads_writes_a_column_too_many": Mutant(
-        GRADS, "data_gradients", "tl.store($P, $G.to($T), $M)", "tl.store($P, $G.to($T), $C <= $N)",
-        "learned-image, none", place=(1, 3), beside=MASK,
+        GRADS, "tile_of_data", MASK, "$ROWS & ($C <= $N)", "learned-image, none",
     ),
     "grads_writes_a_column_too_few": Mutant(
         GRADS, "data_gradients", "tl.store($P, $G.to($T), $M)", "tl.store($P, $G.to($T), $M & ($C > 0))",
         "learned-image, none", place=(1, 3), beside=MASK,
     ),
     "grads_reads_a_column_too_few": Mutant(
-        GRADS, "data_gradients", DIFFERENCE, "difference($CALL, $R, $C, $M & ($C < $N - 1))",
-        "learned-image, none", beside=MASK,
+        GRADS, "data_gradients", DIFFERENCE, "difference($CALL, $R, $C, $M & ($C > 0))",
+        "learned-image, none", place=(0, 2),
     ),
     "grads_writes_a_latent_too_many": Mutant(
         GRADS, "latent_gradients", "tl.store($P, $G.to($T), $M)", "tl.store($P, $G.to($T), $ROWS & ($C <= $N))",
@@ -96,7 +95,7 @@ MUTANTS = {
         STATS, "data_sums", DIFFERENCE, SUM, "learned-image, none",
     ),
     "e_is_a_sum_in_grads": Mutant(
-        GRADS, "data_gradients", DIFFERENCE, SUM, "learned-image, none",
+        GRADS, "data_gradients", DIFFERENCE, SUM, "learned-image, none", place=(0, 2),
     ),
     "sign_of_g_target": Mutant(GRADS, "data_gradients", "(-$G).to($T)", "$G.to($T)", "learned-image, none"),
     "sign_of_g_prior_mu": Mutant(MATH, "kl_grad", "-($A * $B)", "$A * $B", "prior-shared"),
@@ -166,6 +165,7 @@ MUTANTS = {
     "log_sigma_does_not_wrap": Mutant(
         ELEMENTS, "run_offsets", "$C // $D % $N * $S", "$C // $D * $S", "learned-rows",
     ),
+    "one_gradient_of_a_segment": Mutant(GRADS, "write_by_segments", "tl.sum($S, 2)", "tl.max($S, 2)", "learned-channel"),
     "one_log_sigma_for_a_run": Mutant(
         ELEMENTS, "run_offsets", "$C // $D % $N * $S", "$C * 0 % $N * $S", "learned-channel",
     ),
