@@ -146,8 +146,8 @@ def elbo_grads_kernel(
 
 def elbo_grads(inputs: Inputs, layout: Layout, programs: int) -> Launch:
     """A launch of (call, stats, grad_outputs, gradients), which are dense in the order of the inputs; those of a log σ
-    that does not vary inside a sample, and of β, () or contiguous (B,); that of one which is broadcast inside a sample, as
-    `Inputs.segments` lie."""
+    that does not vary inside a sample, and of β, () or contiguous (B,); that of one which is broadcast inside a sample,
+    as `Inputs.segments` lie."""
     return Launch(
         elbo_grads_kernel, programs, layout, min(BLOCK, power_of_2(inputs.batch)), inputs.segment,
         num_warps=inputs.num_warps, enable_fp_fusion=False,

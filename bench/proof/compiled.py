@@ -21,7 +21,8 @@ Writes compiled.md and compiled.csv. No GPU is needed and nothing here has been 
   of which a thread runs a part. For comparing versions, no estimate of time.
 - bytes_in_flight_per_sm: the most bytes that a thread has asked for before it uses the first of them, reading the code
   from top to bottom (so never across turns of a loop), times the threads that an SM's 65536 registers and 2048 threads
-  hold. It says how much latency is covered if all of them load at once.
+  hold, or one program of elbo_step whose programs wait for one another. It says how much latency is covered if all of
+  them load at once.
 
 The last two are blank for the kernel of one block, which holds O(batch) values, and in flight for gfx942.
 """
@@ -273,7 +274,9 @@ def row(kernel: str, dtype: str, target: str) -> Row:
         per_element = round(
             code.instructions * warps * TARGETS[target].warp_size / launch.tile_elements(Data, Latents), 1
         )
-        in_flight = None if code.in_flight is None else code.in_flight * threads_per_sm(code.registers, warps)
+        alone = launch.how is not None and launch.how.WAITS.value
+        threads = 32 * warps if alone else threads_per_sm(code.registers, warps)
+        in_flight = None if code.in_flight is None else code.in_flight * threads
     return Row(
         kernel, dtype, target, code.registers, code.spill_bytes, shared, len(code.widths), len(code.wide),
         per_element, in_flight,

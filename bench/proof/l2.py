@@ -9,6 +9,7 @@ the other. A step is what a program asks for at once: a tile of Triton's, two tu
 
 The columns, for N bytes of recon:
 
+- stats, grads: programs of the launch (Triton's, and CUDA's blocks), of those that an H100 runs at once.
 - 5N: what the two launches read and write, in MB: recon and target twice, and recon's gradient.
 - forward, backward: what comes from memory or goes there, if the second pass walked the data in the order of the first,
   and as it does, from the end. A gradient that is written is counted, whenever that reaches memory. Latents and sums
@@ -36,7 +37,7 @@ HERE = Path(__file__).parent
 LINE = 1024  # bytes that are held or not: two accesses of a warp, and no kernel asks for less of a large tensor at once
 L2 = 50 << 20  # bytes; H100
 SMS = 132
-SHAPES = ((128, (3, 64, 64)), (512, (3, 64, 64)), (64, (3, 256, 256)), (256, (3, 256, 256)))
+SHAPES = ((128, (3, 64, 64)), (512, (3, 64, 64)), (64, (3, 256, 256)))
 ITEMSIZE = {"fp32": 4, "bf16": 2}
 RECON, TARGET, GRADIENT = range(3)
 
@@ -105,7 +106,8 @@ class Triton:
         self.tiles = Tiles.of(dims, batch, 16 // self.itemsize)
         case = "[large]" if self.tiles.per_chunk > 1 else ""
         rows = registers("compiled.csv", dtype)
-        self.resident = [programs_at_once(rows[f"{kernel}{case}"], WARPS) for kernel in ("elbo_stats", "elbo_grads")]
+        self.at_once = [programs_at_once(rows[f"{kernel}{case}"], WARPS) for kernel in ("elbo_stats", "elbo_grads")]
+        self.launched, self.resident = [self.tiles.programs(batch)] * 2, self.at_once
 
     def programs(self, writes: bool, backward: bool) -> Iterator[Iterator[Step]]:
         count = self.tiles.programs(self.batch)
@@ -126,7 +128,8 @@ def up(n: int, by: int) -> int:
 
 
 class Cuda:
-    """csrc/cuda: a warp walks one chunk after the other, as csrc/cuda/schedule.h has them."""
+    """csrc/cuda: a warp walks one chunk after the other. tests/csrc/test_cuda_schedule.py compares the arithmetic with
+    csrc/cuda/schedule.h."""
 
     name = "CUDA"
     warps_of_block, row, least, most, enough, many = 8, 256, 512, 4096, 2048, 8192
@@ -135,9 +138,9 @@ class Cuda:
         self.batch, self.dims, self.itemsize = batch, dims, ITEMSIZE[dtype]
         self.size, self.per_sample = self.chunks_of(dims, batch)
         rows = registers("compiled_cuda.csv", dtype)
-        at_once = [programs_at_once(rows[k], self.warps_of_block) for k in ("elbo_stats", "elbo_grads")]
-        chunks = self.per_sample * batch
-        self.resident = [self.blocks_for(chunks, blocks) * self.warps_of_block for blocks in at_once]
+        self.at_once = [programs_at_once(rows[k], self.warps_of_block) for k in ("elbo_stats", "elbo_grads")]
+        self.launched = [self.blocks_for(self.per_sample * batch, blocks) for blocks in self.at_once]
+        self.resident = [blocks * self.warps_of_block for blocks in self.launched]  # warps take turns
 
     @classmethod
     def chunks_of(cls, dims: int, batch: int) -> tuple[int, int]:
@@ -189,7 +192,8 @@ def from_memory(kernels: Triton | Cuda, backward: bool) -> int:
 
 
 def page() -> str:
-    lines = ["| shape | dtype | kernels | 5N | forward | backward |", "|---|---|---|--:|--:|--:|"]
+    names = ("shape", "dtype", "kernels", "stats", "grads", "5N", "forward", "backward")
+    lines = [f"| {' | '.join(names)} |", "|---|---|---|--:|--:|--:|--:|--:|"]
     for batch, image in SHAPES:
         dims = image[0] * image[1] * image[2]
         for dtype, itemsize in ITEMSIZE.items():
@@ -198,7 +202,9 @@ def page() -> str:
                 kernels = kind(batch, dims, dtype)
                 parts = [from_memory(kernels, backward) / moved for backward in (False, True)]
                 shape = "×".join(map(str, (batch, *image)))
-                cells = (shape, dtype, kind.name, f"{moved / 1e6:.0f} MB", *(f"{part:.0%}" for part in parts))
+                programs = [f"{n} of {most}" for n, most in zip(kernels.launched, kernels.at_once, strict=True)]
+                traffic = (f"{moved / 1e6:.0f} MB", *(f"{part:.0%}" for part in parts))
+                cells = (shape, dtype, kind.name, *programs, *traffic)
                 lines.append(f"| {' | '.join(cells)} |")
     head = "Written by `python bench/proof/l2.py`, which says what is modelled: the part of 5N bytes that memory moves."
     return "\n".join([head, "", *lines, ""])

@@ -41,7 +41,8 @@ template <class Kernel>
 inline int64_t blocks_at_once(Kernel kernel, int threads, int64_t shared_bytes) {
   int blocks = 0;
   const int shared = static_cast<int>(shared_bytes);
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "no such shared memory");
+  if (shared > 0)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "no such shared memory");
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared), "no occupancy");
   return static_cast<int64_t>(blocks) * multiprocessors();
 }

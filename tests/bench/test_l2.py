@@ -70,5 +70,6 @@ def test_a_warp_from_the_end_reads_in_the_exact_reverse() -> None:
     assert [p[::-1] for p in backward] == forward[::-1]
 
 
+@pytest.mark.check("the whole page: millions of accesses")
 def test_the_page_is_rendered() -> None:
     assert (PROOF / "l2.md").read_text(encoding="utf-8") == page()
