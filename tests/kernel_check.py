@@ -136,6 +136,7 @@ def calls() -> dict[str, Call]:
         "step, waits": just_below(Call("capacity", batch=2, data=(1501,), latent=(3000,))),
         "wide rows": Call("prior", batch=3, data=(64,), latent=(32,)),
         "two tiles": Call("free-bits", batch=2, data=(5000,), latent=(4100,), dtype=torch.float64),
+        "64 elements of a log sigma": Call("learned-channel", batch=2, data=(3, 40, 40), dtype=torch.float64),
         "no error": without_error(Call("optimal", "none", **small)),
         "variances of 0 and infinity": beyond_exp(Call("optimal", "none", batch=3)),
         "NaN in the latents": with_nan(Call("free-bits", **small), 2),

@@ -10,7 +10,7 @@ Writes compiled.md and compiled.csv. No GPU is needed and nothing here has been 
   channel, which every element looks up by its index; [prior]: a Gaussian prior; [large]: 3072 images, of which each
   program walks several tiles in a loop; [by8]: 3×50×36 with 200 latents, sizes that 8 divides and 16 does not.
   elbo_step is the whole step in one launch, in which a program holds three tiles of 2048 elements (sm_80: two of
-  4096); [full]: 250 images, for which a program holds all that it can on an H100;
+  4096); [full]: 250 images, three tiles of 8192 (sm_80: two of 16384, which is all that a program can hold);
   [image], [given]: σ per image, and constant, where no program waits for another.
 - registers of a thread (gfx942: VGPRs); spill_bytes: stores and loads of spilled registers in ptxas's log, once each
   (gfx942: private memory of a lane); shared_bytes of a block.

@@ -166,7 +166,7 @@ MUTANTS = {
         ELEMENTS, "run_offsets", "$C // $D % $N * $S", "$C // $D * $S", "learned-rows",
     ),
     "one_gradient_of_a_segment": Mutant(
-        GRADS, "write_by_segments", "tl.sum($S, 2)", "tl.max($S, 2)", "learned-channel",
+        GRADS, "write_by_segments", "tl.sum($S, 2)", "tl.max($S, 2)", "64 elements of a log sigma",
     ),
     "one_log_sigma_for_a_run": Mutant(
         ELEMENTS, "run_offsets", "$C // $D % $N * $S", "$C * 0 % $N * $S", "learned-channel",
