@@ -8,6 +8,7 @@ together share the order of the first one, the leader; one that differs is copie
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -218,6 +219,25 @@ class Inputs:
     @cached_property
     def latent_tiles(self) -> Tiles | None:
         return self.tiles_of_latents(Tiles.of)
+
+    @property
+    def segment(self) -> int:
+        """How many neighbours in a tile surely share one log σ, a power of 2: they have one gradient together."""
+        return math.gcd(self.runs[0].divisor, self.data_tiles.cols) if self.runs and self.data_tiles else 1
+
+    @property
+    def segments(self) -> Tensor:
+        """A tensor with one element for each segment of recon, in its order. The dimensions inside the innermost run
+        have become one."""
+        assert self.recon is not None
+        shape, stride, divisor = list(self.recon.shape), list(self.recon.stride()), self.runs[0].divisor
+        inside = [k for k in range(1, len(shape)) if shape[k] > 1 and stride[k] < divisor]
+        for k in inside:
+            shape[k] = 1
+        stride = [s // self.segment for s in stride]
+        if inside:
+            shape[inside[0]], stride[inside[0]] = divisor // self.segment, 1
+        return torch.empty_strided(shape, stride, dtype=self.dtype, device="meta")
 
     def tiles_of_data(self, cut: Callable[..., Tiles], *how: Any) -> Tiles | None:
         if self.dims == 0:

@@ -92,26 +92,49 @@ def scalar_gradients(stats, call, given, gradients, ROWS: tl.constexpr):
 
 
 @triton.jit
-def data_gradients(pid, call, stats, given, gradients):
+def tile_of_data(tile, rows, call):
+    """Returns its columns, and which of its elements there are."""
+    cols = columns(tile, call.data.tiles.COLS, call.batch.WIDE)
+    length = from_units(call.data.tiles.length, call.data.tiles.VEC, call.batch.WIDE)
+    return cols, (rows < size(call))[:, None] & (cols < length)
+
+
+@triton.jit
+def write_by_segments(values, tile, rows, call, to, SEGMENT: tl.constexpr):
+    """Writes the sums of a tile's segments, of SEGMENT neighbours each: all of one are inside, or none."""
+    SEGMENTS: tl.constexpr = call.data.tiles.COLS // SEGMENT
+    segments = tl.reshape(values, (call.data.tiles.ROWS, SEGMENTS, SEGMENT))
+    length = from_units(call.data.tiles.length, call.data.tiles.VEC, call.batch.WIDE) // SEGMENT
+    cols = columns(tile, SEGMENTS, call.batch.WIDE)
+    at = to + row_offsets(rows, length, call.batch.WIDE) + cols
+    tl.store(at, tl.sum(segments, 2).to(to.dtype.element_ty), (rows < size(call))[:, None] & (cols < length))
+
+
+@triton.jit
+def data_gradients(pid, call, stats, given, gradients, SEGMENT: tl.constexpr):
     """Writes those of the pid-th chunk of the call.data."""
     rows, chunk = rows_and_chunk(pid, call.data.tiles)
+    first, end = tiles_of(chunk, call.data.tiles)
+    cols, inside = tile_of_data(first, rows, call)
+    if call.data.ACTIVATION is None:
+        e, _ = errors_at(call, rows, cols, inside)  # asked for before the factors, which wait for stats
     own = factors(rows, sample_sums(stats, rows, call), given, call)
     a = own.recon_scale[:, None]
-    length = from_units(call.data.tiles.length, call.data.tiles.VEC, call.batch.WIDE)
-    g_at = row_offsets(rows, length, call.batch.WIDE)
-    first, end = tiles_of(chunk, call.data.tiles)
+    g_at = row_offsets(rows, from_units(call.data.tiles.length, call.data.tiles.VEC, call.batch.WIDE), call.batch.WIDE)
     for tile in range(first, end):
-        cols = columns(tile, call.data.tiles.COLS, call.batch.WIDE)
-        inside = (rows < size(call))[:, None] & (cols < length)
-        e, dx_dy = errors_at(call, rows, cols, inside)
+        if call.data.ACTIVATION is not None:
+            e, dx_dy = errors_at(call, rows, cols, inside)
         g = a * slope(e, call.options.Q)
         if call.data.log_sigma.stride is not None:
             g, g_log_sigma = distortion_grad(a, e, log_sigma_at(call, rows, cols, inside), call.options.Q)
             if gradients.log_sigma is not None:
                 if call.data.weight.stride is not None:
                     g_log_sigma = weighted(weights_at(call, rows, cols, inside), g_log_sigma)
-                to = gradients.log_sigma.dtype.element_ty
-                tl.store(gradients.log_sigma + g_at + cols, g_log_sigma.to(to), inside)
+                if SEGMENT > 1:
+                    write_by_segments(g_log_sigma, tile, rows, call, gradients.log_sigma, SEGMENT)
+                else:
+                    to = gradients.log_sigma.dtype.element_ty
+                    tl.store(gradients.log_sigma + g_at + cols, g_log_sigma.to(to), inside)
         if call.data.weight.stride is not None:
             g = weighted(weights_at(call, rows, cols, inside), g)
         if gradients.recon is not None:
@@ -121,6 +144,9 @@ def data_gradients(pid, call, stats, given, gradients):
             tl.store(gradients.recon + g_at + cols, g_y.to(gradients.recon.dtype.element_ty), inside)
         if gradients.target is not None:
             tl.store(gradients.target + g_at + cols, (-g).to(gradients.target.dtype.element_ty), inside)
+        cols, inside = tile_of_data(tile + 1, rows, call)
+        if call.data.ACTIVATION is None:  # none past the chunk
+            e, _ = errors_at(call, rows, cols, inside & (cols < end * call.data.tiles.COLS))
 
 
 @triton.jit
@@ -129,13 +155,13 @@ def elbo_grads_kernel(
     call, stats, given,
     # outputs: dense; those not wanted are None
     gradients,
-    # a tunable
-    ROWS: tl.constexpr,
+    # tunables
+    ROWS: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
     pid, data_programs = tl.program_id(0), whole(call.data.tiles.programs)
     if call.data.recon is not None and pid < data_programs:  # see elbo_stats_kernel
         # From the end, where the pass before this one has stopped: the cache still holds what that one read last.
-        data_gradients(data_programs - 1 - pid, call, stats, given, gradients)
+        data_gradients(data_programs - 1 - pid, call, stats, given, gradients, SEGMENT)
     elif call.latents.mu is not None and pid < data_programs + whole(call.latents.tiles.programs):
         lrows, _ = rows_and_chunk(pid - data_programs, call.latents.tiles)
         own = factors(lrows, sample_sums(stats, lrows, call), given, call)
@@ -146,9 +172,10 @@ def elbo_grads_kernel(
 
 def elbo_grads(inputs: Inputs, layout: Layout, programs: int) -> Launch:
     """A launch of (call, stats, grad_outputs, gradients), which are dense in the order of the inputs; those of a log σ
-    that does not vary inside a sample, and of β, () or contiguous (B,)."""
+    that does not vary inside a sample, and of β, () or contiguous (B,); that of one which is broadcast inside a sample,
+    as `Inputs.segments` lie."""
     registers = {} if inputs.is_plain or inputs.dtype == torch.float64 else at_most(80)
     return Launch(
-        elbo_grads_kernel, programs, layout, min(BLOCK, power_of_2(inputs.batch)),
+        elbo_grads_kernel, programs, layout, min(BLOCK, power_of_2(inputs.batch)), inputs.segment,
         num_warps=inputs.num_warps, **registers, enable_fp_fusion=False,
     )  # fmt: skip

@@ -52,16 +52,25 @@ def tile_of(pid, call):
 
 
 @triton.jit
-def slopes(pid, call, partials):
-    """Returns what a gradient has of each element; and of each row A and the sum of the weights."""
-    chunks, rows, cols, inside = tile_of(pid, call)
+def errors_of(pid, call):
+    """Returns x̂ − x of a tile, ∂x̂/∂y and the weights, which are 1 where there are none."""
+    _, rows, cols, inside = tile_of(pid, call)
     e, dx_dy = errors_at(call, rows, cols, inside)
+    m = 1.0
+    if call.data.weight.stride is not None:
+        m = weights_at(call, rows, cols, inside)
+    return e, dx_dy, m
+
+
+@triton.jit
+def sums_of_rows(pid, e, dx_dy, m, call, partials):
+    """Returns what a gradient has of each element; and of each row A and the sum of the weights."""
+    chunks, rows, _, _ = tile_of(pid, call)
     of_each, u = power(e, call.options.Q), slope(e, call.options.Q)
     if call.data.ACTIVATION is not None:
         u = u * dx_dy
     weights = tl.zeros((call.data.tiles.ROWS,), call.batch.ACC)
     if call.data.weight.stride is not None:
-        m = weights_at(call, rows, cols, inside)
         of_each, u = weighted(m, of_each), weighted(m, u)
         weights = tl.sum(m, 1)
         tl.store(partials.weights + chunks, weights, rows < size(call))
@@ -71,24 +80,28 @@ def slopes(pid, call, partials):
 
 
 @triton.jit
-def sums_of_samples(pid, call, partials, BLOCK: tl.constexpr):
-    """A of each row's sample, and the sum of its weights, from what all programs have written of it."""
-    _, rows, _, _ = tile_of(pid, call)
-    a = row_sums(partials.a, rows, call, call.data.tiles, call.data.tiles.ROWS, BLOCK)
-    weights = a
-    if partials.weights is not None:
-        weights = row_sums(partials.weights, rows, call, call.data.tiles, call.data.tiles.ROWS, BLOCK)
-    return a, weights
-
-
-@triton.jit
-def held_gradients(pid, u, a, weights, of_batch, call, given, gradients):
-    """Writes those of a tile. `of_batch`: Σ A, the clamped KL and the weights of the batch, where they are known."""
-    _, rows, cols, inside = tile_of(pid, call)
+def sums_of(a, weights, total, clamped_total, elements, call):
+    """Returns the `structs.Sums` of the rows of a tile, of which the clamped KL counts for no gradient of data."""
     dims = dims_of(call)
     if call.data.weight.stride is not None:
         dims = weights
-    own = factors(rows, Sums(a, of_batch[0], a * 0.0, of_batch[1], dims, of_batch[2]), given, call)
+    return Sums(a, total, a * 0.0, clamped_total, dims, elements)
+
+
+@triton.jit
+def sums_of_samples(pid, sums, call, partials, BLOCK: tl.constexpr):
+    """Those with A of each row's sample, and the sum of its weights, from what all programs have written of it."""
+    _, rows, _, _ = tile_of(pid, call)
+    a, dims = row_sums(partials.a, rows, call, call.data.tiles, call.data.tiles.ROWS, BLOCK), sums.dims
+    if partials.weights is not None:
+        dims = row_sums(partials.weights, rows, call, call.data.tiles, call.data.tiles.ROWS, BLOCK)
+    return Sums(a, sums.total, sums.clamped, sums.clamped_total, dims, sums.elements)
+
+
+@triton.jit
+def held_gradients(pid, u, sums, call, given, gradients):
+    _, rows, cols, inside = tile_of(pid, call)
+    own = factors(rows, sums, given, call)
     g = own.recon_scale[:, None] * u
     length = from_units(call.data.tiles.length, call.data.tiles.VEC, call.batch.WIDE)
     g_at = row_offsets(rows, length, call.batch.WIDE) + cols
@@ -98,10 +111,21 @@ def held_gradients(pid, u, a, weights, of_batch, call, given, gradients):
         tl.store(gradients.target + g_at, (-g).to(gradients.target.dtype.element_ty), inside)
 
 
+@triton.jit
+def agreed_gradients(pid, u, sums, call, given, partials, gradients, BLOCK: tl.constexpr):
+    """Those of a tile of programs that have waited. sums.a: of the rows, not yet of an image in several of them."""
+    if call.options.MODE == IMAGE:
+        held_gradients(pid, u, sums_of_samples(pid, sums, call, partials, BLOCK), call, given, gradients)
+    else:
+        held_gradients(pid, u, sums, call, given, gradients)
+
+
 class How(NamedTuple):
     """A `Cut`, as a kernel is told of it."""
 
     WAITS: tl.constexpr
+    TILES: tl.constexpr  # of the data, in a program: two or three where it waits, else one
+    AHEAD: tl.constexpr  # all of them are asked for before the first is added up, where threads wait for one another
     COUNTED: tl.constexpr  # whether the sum of the batch's weights is needed for a gradient
     SAMPLES: tl.constexpr  # that scalar_gradients takes at a time
     PROGRAMS: tl.constexpr  # the least power of 2 that is no less
@@ -124,34 +148,54 @@ def elbo_step_kernel(
     for lpid in range(programs - 1 - pid, whole(call.latents.tiles.programs), programs):
         clamped_total += latent_sums(lpid, call, workspace.partials)
 
-    # Programs that wait hold two tiles. (One of twice the size is loaded with so much in flight that registers spill.)
-    TILES: tl.constexpr = 2 if how.WAITS else 1
-    LIMITED: tl.constexpr = call.options.LIMIT == BATCH_CAPACITY or call.options.LIMIT == BATCH_FREE_NATS
-    COUNTED: tl.constexpr = how.COUNTED
-    u, a, weights = slopes(pid * TILES, call, workspace.partials)
+    first = pid * how.TILES
+    e, dx_dy, m = errors_of(first, call)
+    if how.AHEAD:
+        e1, dx_dy1, m1 = errors_of(first + 1, call)
+        if how.TILES == 3:
+            e2, dx_dy2, m2 = errors_of(first + 2, call)
+    u, a, weights = sums_of_rows(first, e, dx_dy, m, call, workspace.partials)
     if how.WAITS:
-        u1, a1, weights1 = slopes(pid * TILES + 1, call, workspace.partials)
+        if not how.AHEAD:
+            e1, dx_dy1, m1 = errors_of(first + 1, call)
+        u1, a1, weights1 = sums_of_rows(first + 1, e1, dx_dy1, m1, call, workspace.partials)
+        own_total, own_elements = tl.sum(a, 0) + tl.sum(a1, 0), tl.sum(weights, 0) + tl.sum(weights1, 0)
+        if how.TILES == 3:
+            if not how.AHEAD:
+                e2, dx_dy2, m2 = errors_of(first + 2, call)
+            u2, a2, weights2 = sums_of_rows(first + 2, e2, dx_dy2, m2, call, workspace.partials)
+            own_total += tl.sum(a2, 0)
+            own_elements += tl.sum(weights2, 0)
+        LIMITED: tl.constexpr = call.options.LIMIT == BATCH_CAPACITY or call.options.LIMIT == BATCH_FREE_NATS
         if call.options.MODE == BATCH:
-            tl.store(workspace.totals + pid, tl.sum(a, 0) + tl.sum(a1, 0))
+            tl.store(workspace.totals + pid, own_total)
         if LIMITED:
             tl.store(workspace.totals + programs + pid, clamped_total)
-        if COUNTED:
-            tl.store(workspace.totals + 2 * programs + pid, tl.sum(weights, 0) + tl.sum(weights1, 0))
+        if how.COUNTED:
+            tl.store(workspace.totals + 2 * programs + pid, own_elements)
         pid += grid_barrier(workspace.barrier, programs)
         if call.options.MODE == BATCH:
             total = sum_of(workspace.totals, programs, how.PROGRAMS)
         if LIMITED:
             clamped_total = sum_of(workspace.totals + programs, programs, how.PROGRAMS)
-        if COUNTED:
+        if how.COUNTED:
             elements = sum_of(workspace.totals + 2 * programs, programs, how.PROGRAMS)
-        if call.options.MODE == IMAGE:
-            a1, weights1 = sums_of_samples(pid * TILES + 1, call, workspace.partials, how.blocks.DATA)
-        of_batch1 = (total, clamped_total, elements)
-        held_gradients(pid * TILES + 1, u1, a1, weights1, of_batch1, call, given, written.gradients)
-        if call.options.MODE == IMAGE:
-            a, weights = sums_of_samples(pid * TILES, call, workspace.partials, how.blocks.DATA)
-    of_batch = (total, clamped_total, elements)
-    held_gradients(pid * TILES, u, a, weights, of_batch, call, given, written.gradients)
+        if how.TILES == 3:
+            agreed_gradients(
+                pid * how.TILES + 2, u2, sums_of(a2, weights2, total, clamped_total, elements, call), call, given,
+                workspace.partials, written.gradients, how.blocks.DATA,
+            )  # fmt: skip
+        agreed_gradients(
+            pid * how.TILES + 1, u1, sums_of(a1, weights1, total, clamped_total, elements, call), call, given,
+            workspace.partials, written.gradients, how.blocks.DATA,
+        )  # fmt: skip
+        agreed_gradients(
+            pid * how.TILES, u, sums_of(a, weights, total, clamped_total, elements, call), call, given,
+            workspace.partials, written.gradients, how.blocks.DATA,
+        )  # fmt: skip
+    else:
+        own = sums_of(a, weights, total, clamped_total, elements, call)
+        held_gradients(pid * how.TILES, u, own, call, given, written.gradients)
 
     for lpid in range(programs - 1 - pid, whole(call.latents.tiles.programs), programs):
         lrows, _ = rows_and_chunk(lpid, call.latents.tiles)
@@ -179,17 +223,21 @@ class Cut(NamedTuple):
 
     data: Tiles
     latents: Tiles
+    tiles: int  # of the data, in a program
     programs: int
     threads: int
     waits: bool
-    counted: bool  # waits for the sum of the weights
+    ahead: bool  # see How; a program of THREADS asks for enough by one tile, and has no registers for more
+    counted: bool  # see How
 
     @classmethod
     def of(cls, inputs: Inputs, options: Options, resident: int) -> Cut | None:
         """None where the stages must run one after another. `resident`: programs that are surely on the GPU at once.
 
-        Where programs wait for one another, their tiles are the smallest with which `resident` programs hold the batch,
-        so that it spreads over the whole GPU; the largest are of THREADS · HELD elements, two in a program.
+        Where programs wait for one another, each holds two tiles, or three, and the least that let `resident` programs
+        hold the batch: it spreads over the whole GPU, though a tile's size is a power of 2. The largest tiles are of
+        THREADS · HELD elements, two in a program. (One of twice the size is loaded with so much in flight that
+        registers spill.)
         """
         mode, limit = options.MODE.value, None if options.LIMIT is None else options.LIMIT.value
         if mode == ELEMENT.value or inputs.dtype == torch.float64 or not inputs.dims or not inputs.latent_dims:
@@ -203,25 +251,27 @@ class Cut(NamedTuple):
         waits = mode == BATCH.value or limited or (per_image and not whole)
         tile = SMALLEST if waits else max(2 * SMALLEST, power_of_2(inputs.dims) if whole else 0)
         data = inputs.tiles_of_data(Tiles.of_chunks, tile, whole)
-        while waits and cdiv(data.programs(batch), 2) > resident:
-            tile *= 2
-            if tile > largest:
+        tiles = 2 if waits else 1
+        while waits and cdiv(data.programs(batch), tiles) > resident:
+            tile, tiles = (tile, 3) if tiles == 2 else (2 * tile, 2)
+            if tile * tiles > 2 * largest:
                 return None
             data = inputs.tiles_of_data(Tiles.of_chunks, tile, whole)
         threads = min(THREADS, tile // (8 if waits else 16))
-        wide = 4 if inputs.prior_mu is not None else 16 // inputs.mu.element_size()
+        ahead = waits and threads < THREADS and inputs.is_plain
+        # 128 bits a thread. With a prior, 64 registers spill if they hold eight elements of each of four tensors.
+        wide = 4 if inputs.prior_mu is not None and not ahead else 16 // inputs.mu.element_size()
         latents = inputs.tiles_of_latents(Tiles.of, wide * threads)
-        programs = cdiv(data.programs(batch), 2 if waits else 1) + latents.programs(batch)
-        return cls(data, latents, min(programs, resident) if waits else programs, threads, waits, counted)
+        programs = cdiv(data.programs(batch), tiles) + latents.programs(batch)
+        return cls(data, latents, tiles, min(programs, resident) if waits else programs, threads, waits, ahead, counted)
 
 
-def launch_options(inputs: Inputs, cut: Cut) -> dict[str, Any]:
+def launch_options(cut: Cut) -> dict[str, Any]:
     if triton.knobs.runtime.interpret:
         return {}
     target = triton.runtime.driver.active.get_current_target()
     warps = cut.threads // target.warp_size
-    # Programs that wait are one to an SM, which has registers for what more than squares need.
-    registers = 65536 // cut.threads if cut.waits and not inputs.is_plain else 64
+    registers = min(255, 64 * THREADS // cut.threads) if cut.waits else 64  # one program on an SM, or several
     return {"num_warps": warps, "launch_cooperative_grid": cut.waits, **at_most(registers)}
 
 
@@ -229,7 +279,6 @@ def elbo_step(inputs: Inputs, layout: Layout, cut: Cut) -> Launch:
     """A launch of (call, grad_outputs, written, workspace)."""
     samples = min(BLOCK, power_of_2(inputs.batch))
     programs = max(cut.threads, power_of_2(cut.programs))  # so that each value is read by one thread
-    how = How(
-        *map(constant, (cut.waits, cut.counted, samples, programs)), blocks(inputs.batch, cut.data, cut.latents, False)
-    )
-    return Launch(elbo_step_kernel, cut.programs, layout, how, **launch_options(inputs, cut), enable_fp_fusion=False)
+    constants = (cut.waits, cut.tiles, cut.ahead, cut.counted, samples, programs)
+    how = How(*map(constant, constants), blocks(inputs.batch, cut.data, cut.latents, False))
+    return Launch(elbo_step_kernel, cut.programs, layout, how, **launch_options(cut), enable_fp_fusion=False)

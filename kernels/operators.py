@@ -83,9 +83,9 @@ class Written:
         for i, lead in enumerate(leads):
             t = given[i]
             if self.asked[i] and t is not None and lead is not None:
-                # log σ that is broadcast gets the gradient of every element, which PyTorch then sums in a fixed order.
+                # log σ that is broadcast gets the gradients of segments, which PyTorch then sums in a fixed order.
                 if t.shape != lead.shape:
-                    self.buffers[i] = (lead, plan.dtype)
+                    self.buffers[i] = (inputs.segments if inputs.runs else lead, plan.dtype)
                 elif not is_in_order(t, lead):
                     self.buffers[i] = (lead, t.dtype)
 

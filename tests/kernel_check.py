@@ -153,6 +153,7 @@ def calls() -> dict[str, Call]:
         "laplace-image": Call("laplace-image", batch=5, data=(3, 39, 39), latent=(4099,)),
         "wide rows": Call("prior", batch=3, data=(64,), latent=(32,)),
         "two tiles": Call("free-bits", batch=2, data=(5000,), latent=(4100,), dtype=torch.float64),
+        "64 elements of a log sigma": Call("learned-channel", batch=2, data=(3, 40, 40), dtype=torch.float64),
         "no error": without_error(Call("optimal", "none", **small)),
         "variances of 0 and infinity": beyond_exp(Call("optimal", "none", batch=3)),
         "NaN in the latents": with_nan(Call("free-bits", **small), 2),

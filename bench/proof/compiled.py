@@ -9,7 +9,8 @@ Writes compiled.md and compiled.csv. No GPU is needed and nothing here has been 
 - kernel: of the default loss at 64×3×64×64 with 128 latents; [pixel]: a log σ for each pixel; [channel]: for each
   channel, which every element looks up by its index; [prior]: a Gaussian prior; [large]: 3072 images, of which each
   program walks several tiles in a loop; [by8]: 3×50×36 with 200 latents, sizes that 8 divides and 16 does not.
-  elbo_step is the whole step in one launch; [full]: 250 images, for which a program holds all that it can on an H100;
+  elbo_step is the whole step in one launch, in which a program holds three tiles of 2048 elements (sm_80: two of
+  4096); [full]: 250 images, three tiles of 8192 (sm_80: two of 16384, which is all that a program can hold);
   [image], [given]: σ per image, and constant, where no program waits for another. [laplace]: that likelihood;
   [decoder]: a sigmoid before the loss, a target of bytes, a mask that the channels share, and logvar in a range.
 - registers of a thread (gfx942: VGPRs); spill_bytes: stores and loads of spilled registers in ptxas's log, once each
@@ -21,7 +22,8 @@ Writes compiled.md and compiled.csv. No GPU is needed and nothing here has been 
   of which a thread runs a part. For comparing versions, no estimate of time.
 - bytes_in_flight_per_sm: the most bytes that a thread has asked for before it uses the first of them, reading the code
   from top to bottom (so never across turns of a loop), times the threads that an SM's 65536 registers and 2048 threads
-  hold. It says how much latency is covered if all of them load at once.
+  hold, or one program of elbo_step whose programs wait for one another. It says how much latency is covered if all of
+  them load at once.
 
 The last two are blank for the kernel of one block, which holds O(batch) values, and in flight for gfx942.
 """
@@ -119,8 +121,8 @@ class Launch:
         return sum(a.tiles.ROWS.value * a.tiles.COLS.value * self.tiles(type(a)) for a in walked)
 
     def tiles(self, kind: type) -> int:
-        """Of one pass through the code: programs of elbo_step that wait hold two of the data."""
-        return 2 if kind is Data and self.how is not None and self.how.WAITS.value else 1
+        """Of one pass through the code: programs of elbo_step that wait hold some of the data."""
+        return self.how.TILES.value if kind is Data and self.how is not None else 1
 
     def bytes_per_thread(self, elements: dict[int, type], warp_size: int) -> int:
         """Of the big tensors in one tile of data and one of latents, with {elements of a tensor: kind of its tile}."""
@@ -281,7 +283,9 @@ def row(kernel: str, dtype: str, target: str) -> Row:
         per_element = round(
             code.instructions * warps * TARGETS[target].warp_size / launch.tile_elements(Data, Latents), 1
         )
-        in_flight = None if code.in_flight is None else code.in_flight * threads_per_sm(code.registers, warps)
+        alone = launch.how is not None and launch.how.WAITS.value
+        threads = 32 * warps if alone else threads_per_sm(code.registers, warps)
+        in_flight = None if code.in_flight is None else code.in_flight * threads
     return Row(
         kernel, dtype, target, code.registers, code.spill_bytes, shared, len(code.widths), len(code.wide),
         per_element, in_flight,

@@ -225,11 +225,19 @@ __device__ inline void walk_groups(int groups, Count<N> count, At at, Load load,
   for (; first < groups; first += kWarpSize) use(at(first), load(at(first), count), count);
 }
 
+// The order of a walk. The second pass over the data begins where the first one ended: that is what L2 still holds.
+enum class Order { kForward, kBackward };
+
+template <Order Way, class Index>
+__device__ inline Index nth(Index i, Index n) {
+  return Way == Order::kForward ? i : n - 1 - i;
+}
+
 // One warp over the elements [0, n): N at a time from `head` on, one by one before it and after the last full vector.
-template <int Turns, int N, class Load, class Use>
+template <int Turns, int N, Order Way = Order::kForward, class Load, class Use>
 __device__ inline void walk(int n, int head, Load load, Use use) {
   const int vectors = (n - head) / N, between = vectors * N;
-  walk_groups<Turns>(vectors, Count<N>{}, [=](int g) { return head + g * N; }, load, use);
+  walk_groups<Turns>(vectors, Count<N>{}, [=](int g) { return head + nth<Way>(g, vectors) * N; }, load, use);
   walk_groups<Turns>(n - between, Count<1>{}, [=](int g) { return g < head ? g : g + between; }, load, use);
 }
 
@@ -241,8 +249,8 @@ struct Chunk {
 };
 
 // Calls f(chunk) for those that are this warp's: one in `warps`, from the index-th on. Data and latents share one
-// numbering, so that one launch does both.
-template <class F>
+// numbering, so that one launch does both; Way: of the data.
+template <Order Way = Order::kForward, class F>
 __device__ inline void for_chunks(
     const ChunkedBatch& batch, bool with_data, bool with_latents, int64_t index, int64_t warps, F f) {
   const int64_t of_data = with_data ? batch.data_chunks.count : 0;
@@ -250,7 +258,8 @@ __device__ inline void for_chunks(
   for (int64_t i = index; i < all; i += warps) {
     const bool is_data = i < of_data;
     const Chunks& chunks = is_data ? batch.data_chunks : batch.latent_chunks;
-    const int64_t dims = is_data ? batch.data.dims : batch.latents.dims, own = is_data ? i : i - of_data;
+    const int64_t dims = is_data ? batch.data.dims : batch.latents.dims;
+    const int64_t own = is_data ? nth<Way>(i, of_data) : i - of_data;
     const int64_t sample = own / chunks.per_sample, first = own % chunks.per_sample * chunks.size;
     f(Chunk{is_data, own, sample, first, static_cast<int>(min(dims - first, chunks.size))});
   }

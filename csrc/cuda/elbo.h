@@ -7,17 +7,10 @@
 #include <cstdint>
 
 #include "../elbo.h"
+#include "schedule.h"
 #include "step_plan.h"
 
 namespace elbo {
-
-// A sample is cut into chunks, each the work of one warp and one partial sum. Their number depends on the sizes alone,
-// so sums are the same on every device.
-struct Chunks {
-  int64_t size = 0, per_sample = 0, count = 0;
-};
-
-Chunks chunks_of(int64_t dims, int64_t batch);
 
 // Data are of the dtypes (x, x) or (half, float), computed in float, or all double; or the target is of bytes. Latents
 // and weights are of any dtypes.

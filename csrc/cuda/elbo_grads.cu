@@ -7,8 +7,7 @@ void elbo_grads(
     const Gradients& gradients, cudaStream_t stream) {
   const bool with_data = wants_data(gradients), with_latents = wants_latents(gradients);
   const int64_t chunks = (with_data ? batch.data_chunks.count : 0) + (with_latents ? batch.latent_chunks.count : 0);
-  const int64_t blocks = std::max<int64_t>(blocks_for(chunks), wants_small(gradients) ? 1 : 0);
-  if (blocks == 0) return;
+  if (chunks == 0 && !wants_small(gradients)) return;
   const GradsArguments args = {
       batch, reduction_weight(options, batch), stats, options, grad_outputs, gradients, with_data, with_latents};
   with_types(batch, [&](auto types) {
@@ -17,6 +16,7 @@ void elbo_grads(
     using T = typename decltype(types)::T;
     const auto kernel =
         batch.data.has_log_sigma ? elbo_grads_kernel<A, R, T, true> : elbo_grads_kernel<A, R, T, kIsMixed<T>>;
+    const int64_t blocks = std::max<int64_t>(blocks_for(chunks, blocks_at_once(kernel, kThreads, 0)), 1);
     launch("elbo_grads", kernel, args, blocks, kThreads, stream);
   });
 }

@@ -141,7 +141,7 @@ __device__ void data_gradient(const Data& data, const Gradients& out, A a, const
   T* g_log_sigma = exact ? nullptr : begin_of<T>(out.element_log_sigma, p);
   A* g_exact = exact ? begin_of<A>(out.element_log_sigma, p) : nullptr;
   const int head = elements.head(p.n, g_recon, g_target, g_log_sigma, g_exact);
-  walk<Elements::Turns, Elements::V>(
+  walk<Elements::Turns, Elements::V, Order::kBackward>(
       p.n, head, [&](int i, auto count) { return elements.load(i, count); },
       [&](int i, const auto& fetched, auto count) {
         DistortionGrad<A> g[count.n];
@@ -200,8 +200,11 @@ __device__ void latent_gradient(
 
 template <class A, class R, class T, bool Element>
 __device__ void run_grads(const GradsArguments& args) {
-  const BatchTerms terms = prologue<A>(args);
-  for_chunks(
+  __shared__ BatchTerms terms;  // not in registers, which would then not be enough for three blocks
+  const BatchTerms own = prologue<A>(args);
+  if (threadIdx.x == 0) terms = own;
+  __syncthreads();
+  for_chunks<Order::kBackward>(
       args.batch, args.with_data, args.with_latents, warp_of_blocks(0), warps_of_blocks(gridDim.x),
       [&](const Chunk& chunk) {
         const Factors f = factors_of<A>(args, terms, chunk.sample);
@@ -220,7 +223,7 @@ __device__ void run_grads(const GradsArguments& args) {
 }
 
 template <class A, class R, class T, bool Element>
-__global__ void __launch_bounds__(kThreads, kLeastBlocks<A, 2>) elbo_grads_kernel(GradsArguments args) {
+__global__ void __launch_bounds__(kThreads, kLeastBlocks<A, Element ? 2 : 3>) elbo_grads_kernel(GradsArguments args) {
   run_grads<A, R, T, Element>(args);
 }
 

@@ -26,10 +26,9 @@ void elbo_step_each(
       using T = typename Of::T;
       const auto kernel = own ? elbo_step_each_kernel<R, T, true> : elbo_step_each_kernel<R, T, false>;
       const int64_t resident = blocks_at_once(kernel, kStepThreads, shared);
-      const auto blocks_of = [](int64_t chunks) { return (chunks + kStepWarps - 1) / kStepWarps; };
       args.data_blocks = own ? static_cast<int>(std::min(batch.size, resident)) : 0;
       const int64_t chunks = (own ? 0 : batch.data_chunks.count) + batch.latent_chunks.count;
-      const int64_t blocks = args.data_blocks + std::min(blocks_of(chunks), resident);
+      const int64_t blocks = args.data_blocks + blocks_for(chunks, resident, kStepThreads);
       launch("elbo_step_each", kernel, args, blocks, kStepThreads, stream, shared);
     }
   });

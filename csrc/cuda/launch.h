@@ -10,11 +10,6 @@
 
 namespace elbo {
 
-constexpr int kWarpSize = 32;
-constexpr int kThreads = 256;  // of a block, except in finalize
-constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kBlocksPerSm = 2048 / kThreads;
-
 // Blocks that the compiler is to leave registers for on an SM: three leave 80 to a thread, two 128. fp64, for gradient
 // checks, needs more.
 template <class A, int Blocks>
@@ -47,14 +42,10 @@ template <class Kernel>
 inline int64_t blocks_at_once(Kernel kernel, int threads, int64_t shared_bytes) {
   int blocks = 0;
   const int shared = static_cast<int>(shared_bytes);
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "no such shared memory");
+  if (shared > 0)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "no such shared memory");
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared), "no occupancy");
   return static_cast<int64_t>(blocks) * multiprocessors();
-}
-
-// Blocks for so many chunks: one warp each, until the device is full; past that a warp takes several, one by one.
-inline int64_t blocks_for(int64_t chunks) {
-  return std::min((chunks + kWarps - 1) / kWarps, static_cast<int64_t>(multiprocessors()) * kBlocksPerSm);
 }
 
 // cooperative: every block is on the device at once, or the launch fails.

@@ -37,9 +37,9 @@ INPUTS, TERMS, MATH, SPAN = "inputs.h", "elbo.h", "elbo_math.h", "span.h"
 
 # Few elements then make many chunks, several for a warp, and chunks of several times the least size.
 SMALL = (
-    Mutant("cuda/elbo_stats.cu", "", "constexpr int64_t kChunk = $N;", "constexpr int64_t kChunk = 512;"),
-    Mutant("cuda/elbo_stats.cu", "", "constexpr int64_t kMany = $N;", "constexpr int64_t kMany = 16;"),
-    Mutant("cuda/launch.h", "", "constexpr int kBlocksPerSm = $N;", "constexpr int kBlocksPerSm = 1;"),
+    Mutant("cuda/schedule.h", "", "constexpr int64_t kLeast = $N;", "constexpr int64_t kLeast = 256;"),
+    Mutant("cuda/schedule.h", "", "constexpr int64_t kMost = $N;", "constexpr int64_t kMost = 512;"),
+    Mutant("cuda/schedule.h", "", "constexpr int64_t kMany = $N;", "constexpr int64_t kMany = 16;"),
 )
 
 MUTANTS = {
@@ -74,6 +74,9 @@ MUTANTS = {
     ),
     "vectors_off_their_place": Mutant(
         DEVICE, "walk", "$HEAD + $G * $N", "$G * $N", ("descending", "per-image-softclip, none"),
+    ),
+    "one_half_twice_from_the_end": Mutant(
+        DEVICE, "nth", "$N - 1 - $I", "$N - 1 - $I / 2", ("descending", "per-image-softclip, none"),
     ),
     "one_turn_of_two": Mutant(
         DEVICE, "walk_groups", "$G += $T * $W", "$G += 2 * $T * $W", ("ascending", "step, per image, of 75 kB"),
@@ -221,8 +224,8 @@ OUT_OF_BOUNDS = {
     "an_element_too_many_of_the_data": Mutant(
         GRADS,
         "data_gradient",
-        "walk<$A, $B>($N, $$$X)",
-        "walk<$A, $B>($N + 1, $$$X)",
+        "walk<$A, $B, $C>($N, $$$X)",
+        "walk<$A, $B, $C>($N + 1, $$$X)",
         ("ascending", "softclip, none"),
     ),
     "a_row_beyond_the_end": Mutant(STEP, "Row", "$K < $N && $I < $M", "$K < $N", ("ascending", "step, optimal")),

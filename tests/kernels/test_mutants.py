@@ -48,16 +48,15 @@ MUTANTS = {
         STATS, "data_sums", "tl.store($P, $X, $R < $B)", "tl.store($P, $X, $R <= $B)", "learned-image, none",
     ),
     "grads_writes_a_column_too_many": Mutant(
-        GRADS, "data_gradients", "tl.store($P, $G.to($T), $M)", "tl.store($P, $G.to($T), $C <= $N)",
-        "learned-image, none", place=(1, 3), beside=MASK,
+        GRADS, "tile_of_data", MASK, "$ROWS & ($C <= $N)", "learned-image, none",
     ),
     "grads_writes_a_column_too_few": Mutant(
         GRADS, "data_gradients", "tl.store($P, $G.to($T), $M)", "tl.store($P, $G.to($T), $M & ($C > 0))",
         "learned-image, none", place=(1, 3), beside=MASK,
     ),
     "grads_reads_a_column_too_few": Mutant(
-        GRADS, "data_gradients", "errors_at($CALL, $R, $C, $M)", "errors_at($CALL, $R, $C, $M & ($C < $N - 1))",
-        "learned-image, none", beside=MASK,
+        GRADS, "data_gradients", "errors_at($CALL, $R, $C, $M)", "errors_at($CALL, $R, $C, $M & ($C > 0))",
+        "learned-image, none", place=(0, 3),
     ),
     "grads_writes_a_latent_too_many": Mutant(
         GRADS, "latent_gradients", "tl.store($P, $G.to($T), $M)", "tl.store($P, $G.to($T), $ROWS & ($C <= $N))",
@@ -139,8 +138,10 @@ MUTANTS = {
         STEP, "elbo_step_kernel", "$SUM += latent_sums($$$X)", "$SUM = latent_sums($$$X)", "step, waits",
     ),
     "a_sigma_for_the_wrong_image": Mutant(
-        STEP, "elbo_step_kernel", "held_gradients($P * $T, $U, $A, $$$X)",
-        "held_gradients($P * $T, $U, $A + $A, $$$X)", "step, per image",
+        STEP, "elbo_step_kernel", "held_gradients($P * $T, $U, $S, $$$X)",
+        "held_gradients($P * $T, $U, Sums($S.a + $S.a, $S.total, $S.clamped, $S.clamped_total, $S.dims, $S.elements), "
+        "$$$X)",
+        "step, per image",
     ),
     "samples_that_are_not_there_pull_on_beta": Mutant(
         GRADS, "scalar_gradients", "tl.where($R < $B, $X, 0.0)", "$X", "step, one beta", place=(1, 3),
@@ -155,6 +156,9 @@ MUTANTS = {
     "one_run_of_log_sigma_only": Mutant(ELEMENTS, "offsets_of", "$X.outer is not None", "False", "learned-rows"),
     "log_sigma_does_not_wrap": Mutant(
         ELEMENTS, "run_offsets", "$C // $D % $N * $S", "$C // $D * $S", "learned-rows",
+    ),
+    "one_gradient_of_a_segment": Mutant(
+        GRADS, "write_by_segments", "tl.sum($S, 2)", "tl.max($S, 2)", "64 elements of a log sigma",
     ),
     "one_log_sigma_for_a_run": Mutant(
         ELEMENTS, "run_offsets", "$C // $D % $N * $S", "$C * 0 % $N * $S", "learned-channel",
@@ -237,7 +241,7 @@ MUTANTS = {
         FACTORS, "factors", "call.options.LIMIT == $X or call.options.LIMIT == $Y", "True", "free-nats, none",
     ),
     "the_step_holds_slopes_without_weights": Mutant(
-        STEP, "slopes", "weighted($M, $A), weighted($M, $U)", "weighted($M, $A), $U", "step, weights",
+        STEP, "sums_of_rows", "weighted($M, $A), weighted($M, $U)", "weighted($M, $A), $U", "step, weights",
     ),
     "the_step_adds_no_weights_up": Mutant(
         STEP, "elbo_step_kernel", "elements = sum_of($$$X)", "", "step, weights",

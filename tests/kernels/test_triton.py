@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.resources
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -236,4 +237,48 @@ def test_short_rows_and_many_tiles(
         few = Call("free-bits", data=data, latent=latent)
         for a, b in zip(few.gradients(few(decoupled_elbo)), expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    _plan.forget()
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    ("shape", "segment", "memory_format"),
+    [
+        ((3, 1, 1), 64, torch.contiguous_format),  # 1600 elements of a channel, over two tiles
+        ((2, 3, 1, 1), 64, torch.contiguous_format),
+        ((40, 1), 8, torch.contiguous_format),
+        ((1, 40), 1, torch.contiguous_format),
+        ((3, 1, 1), 1, torch.channels_last),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("many", [8192, 2], ids=["", "many tiles"])
+def test_one_log_sigma_of_neighbours_has_one_gradient(
+    shape: tuple[int, ...], segment: int, memory_format: torch.memory_format, many: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What PyTorch then adds up is as many times smaller than the data."""
+    from fused_elbo.kernels import _layout, _plan
+
+    made = []
+
+    def empty_in_order(lead: torch.Tensor, *how: Any) -> torch.Tensor:
+        made.append(lead.numel())
+        return empty(lead, *how)
+
+    empty = _layout.empty_in_order
+    monkeypatch.setattr(_layout, "empty_in_order", empty_in_order)
+    monkeypatch.setattr(_layout, "MANY", many)
+    _plan.forget()
+    torch.manual_seed(0)
+    recon, target = (torch.randn(2, 3, 40, 40).contiguous(memory_format=memory_format) for _ in range(2))
+    given = torch.randn(shape) * 0.3
+    gradients = {}
+    for backend, dtype in (("reference", torch.float64), ("triton", torch.float32)):
+        log_sigma = given.to(dtype).requires_grad_()
+        latents = torch.zeros(2, 4, dtype=dtype), torch.zeros(2, 4, dtype=dtype)
+        with fused_elbo.backend(backend):
+            loss = decoupled_elbo(recon.to(dtype), target.to(dtype), *latents, log_sigma=log_sigma).loss
+        (gradients[backend],) = torch.autograd.grad(loss, log_sigma)
+    torch.testing.assert_close(gradients["triton"].double(), gradients["reference"], rtol=1e-5, atol=1e-3)
+    assert made == [recon.numel() // segment]
     _plan.forget()

@@ -45,6 +45,9 @@ MUTANTS = {
     "the_second_tile_is_left_out_of_the_sum": Mutant(
         STEP, "elbo_step_kernel", "tl.sum($A, 0) + tl.sum($B, 0)", "tl.sum($A, 0)", IN_ORDER,
     ),
+    "the_third_tile_is_left_out_of_the_sum": Mutant(
+        STEP, "elbo_step_kernel", "$T += tl.sum($A, 0)", "$T += 0.0", IN_ORDER,
+    ),
     "the_tail_is_a_column_short": Mutant(STEP, "tile_of", MASK, "($R < $B)[:, None] & ($C < $N - 1)", IN_ORDER),
     "the_tail_is_a_column_long": Mutant(STEP, "tile_of", MASK, "($R < $B)[:, None] & ($C <= $N)", IN_ORDER),
     "a_row_too_many": Mutant(STEP, "tile_of", MASK, "($R <= $B)[:, None] & ($C < $N)", IN_ORDER),
@@ -144,7 +147,7 @@ def test_a_mutant_is_noticed(name: str, package: Callable[..., str], monkeypatch
     copied = package(mutant)
     operators, step, layout = (importlib.import_module(f"{copied}.{m}") for m in ("operators", "elbo_step", "_layout"))
     small_programs(monkeypatch.setattr, operators, step, layout)
-    call = Call("optimal", batch=6, data=(3300,), latent=(300,))  # five programs, nearly full
+    call = Call("optimal", batch=6, data=(2300,), latent=(300,))  # five programs of three tiles, nearly full
     with mock.patch.object(autograd, "elbo", return_value=(None,) * 5) as operator:
         call(decoupled_elbo)
     tensors, options = operator.call_args.args
