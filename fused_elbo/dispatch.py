@@ -15,6 +15,7 @@ from .operators import elbo, levels, registry
 from .operators.elbo import Implementation
 
 operators = elbo.Operators()
+_of_levels = levels.Operators()
 
 
 def implementation(backend: str | None, tensors: Tensors) -> Implementation:
@@ -40,10 +41,12 @@ def nearest(backend: str | None, tensors: Tensors, *others: Tensor | None) -> Im
     return by
 
 
-def levels_implementation(backend: str | None, mu: Tensor) -> Any:
+def levels_implementation(backend: str | None, mu: Tensor) -> levels.Implementation:
     """The same for the operators of a hierarchy's levels."""
     by = implementation(backend, Tensors(mu=mu))
-    return levels if by is operators else OneByOne(by)
+    if by is operators:
+        return _of_levels
+    return OneByOne(reference) if by is reference else getattr(backends, str(backend)).levels_operators()
 
 
 class OneByOne:
@@ -52,24 +55,24 @@ class OneByOne:
     def __init__(self, by: Implementation) -> None:
         self.by = by
 
-    def levels(self, tensors: Sequence[Tensor | None], free_bits: float) -> Tensor:
+    def levels(self, tensors: Sequence[Tensor | None], free_bits: float, per_level: bool) -> Tensor:
         dtype, options = compute_dtype(*tensors), Options(free_bits=free_bits, reduction=NONE)
-        rates = [self.by.stats(level, options)[2, :-1] for level in self._each(tensors)]
-        return torch.stack([rate.to(dtype) for rate in rates]).sum(0)
+        rates = [self.by.stats(level, options)[2, :-1].to(dtype) for level in self._each(tensors)]
+        return torch.stack(rates, 1) if per_level else torch.stack(rates).sum(0)
 
     def levels_grads(
         self, tensors: Sequence[Tensor | None], free_bits: float, grad: Tensor, wanted: Sequence[int]
     ) -> list[Tensor]:
         options = Options(free_bits=free_bits, reduction=NONE)
-        found: list[Tensor] = []
+        found: dict[int, Tensor] = {}  # by its place
         for i, level in enumerate(self._each(tensors)):
-            own = grad.to(compute_dtype(*level))
+            own = (grad if grad.dim() == 1 else grad[:, i]).to(compute_dtype(*level))
             stats = own.new_zeros(3, own.shape[0] + 1)  # of no account where β is a number and there are no data
-            names = [LATENTS[k % 4] for k in wanted if k // 4 == i]
+            names = {LATENTS[k % 4]: k for k in wanted if k // 4 == i}
             mask = mask_of(name in names for name in Gradients._fields)
             gradients = Gradients._make(self.by.grads(level, options, stats, GradOutputs(loss=own), mask))
-            found += [getattr(gradients, name) for name in names]
-        return found
+            found |= {k: getattr(gradients, name) for name, k in names.items()}
+        return [found[k] for k in wanted]
 
     def _each(self, tensors: Sequence[Tensor | None]) -> list[Tensors]:
         every = (tensors[i : i + 4] for i in range(0, len(tensors), 4))
@@ -103,18 +106,17 @@ def check_served(x: Tensor) -> None:
             backends.triton.require(device)
 
 
-def _serve(name: str, otherwise: Callable[..., Any], by: Sequence[str] | None = None) -> None:
+def _serve(name: str, otherwise: Callable[..., Any]) -> None:
     """Register an operator's default implementation, which PyTorch calls until a device's kernels are registered.
 
-    It gets them loaded and calls the operator again, which then reaches them; where there are none, or none of the
-    backends `by` is the device's, it calls `otherwise`.
+    It gets them loaded and calls the operator again, which then reaches them; where there are none, it calls
+    `otherwise`.
     """
     operator = registry.find(name)
 
     def default(*args: Any) -> Any:
         device = next(t for t in _flat(args) if isinstance(t, Tensor)).device.type
-        expected = by is None or backends.dispatched.get(device) in by
-        return operator(*args) if expected and backends.load_for(device) else otherwise(*args)
+        return operator(*args) if backends.load_for(device) else otherwise(*args)
 
     registry.implement(name, default, "CompositeExplicitAutograd")
 
@@ -127,6 +129,5 @@ def _flat(args: Iterable[Any]) -> Iterator[Any]:
 
 for _name, _kernel in elbo.kernels_of(reference).items():
     _serve(_name, _kernel)
-# The C++ library alone has kernels for all levels at once.
-_serve("levels", OneByOne(operators).levels, by=("cpp",))
-_serve("levels_grads", OneByOne(operators).levels_grads, by=("cpp",))
+_serve("levels", OneByOne(reference).levels)
+_serve("levels_grads", OneByOne(reference).levels_grads)

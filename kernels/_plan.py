@@ -76,22 +76,19 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Cal
     return lambda: torch.empty_strided(size, strides, dtype=dtype, device=device)
 
 
-class Launch:
-    """A kernel with its grid and with what stays the same: the layout of the `structs.Call` that is its first argument,
-    and its last arguments. `options`: those that Triton compiles by."""
+class AnyLaunch:
+    """A kernel with its grid. `options`: those that Triton compiles by."""
 
-    def __init__(self, kernel: Any, programs: int, layout: Layout, *fixed: Any, **options: Any) -> None:
+    def __init__(self, kernel: Any, programs: int, **options: Any) -> None:
         self._kernel, self._grid, self._options = kernel, (programs, 1, 1), options
-        self._layout, self._fixed = layout, fixed
         self._run: Callable[..., None] | None = None  # without looking for the compiled kernel
         self._globals: list[tuple[dict[str, Any], str, Any]] = []  # that it was compiled with
 
-    def __call__(self, tensors: Tensors, numbers: Numbers, *changing: Any) -> None:
-        call = Call(tensors, numbers, *self._layout)
+    def __call__(self, *arguments: Any) -> None:
         if self._run is not None and self._is_as_compiled():
-            self._run(call, *changing, *self._fixed)
+            self._run(*arguments)
         else:
-            self._by_triton(call, *changing, *self._fixed)
+            self._by_triton(*arguments)
 
     def _by_triton(self, *arguments: Any) -> None:
         """Compiles the kernel, or finds it, and launches it."""
@@ -107,6 +104,17 @@ class Launch:
             if values.get(name) is not value:
                 return False
         return not self._kernel.pre_run_hooks
+
+
+class Launch(AnyLaunch):
+    """With what stays the same: the layout of the `structs.Call` that is the first argument, and the last arguments."""
+
+    def __init__(self, kernel: Any, programs: int, layout: Layout, *fixed: Any, **options: Any) -> None:
+        super().__init__(kernel, programs, **options)
+        self._layout, self._fixed = layout, fixed
+
+    def __call__(self, tensors: Tensors, numbers: Numbers, *changing: Any) -> None:
+        super().__call__(Call(tensors, numbers, *self._layout), *changing, *self._fixed)
 
 
 def at_most(registers: int) -> dict[str, int]:

@@ -31,9 +31,8 @@ from .structs import Layout, Partials
 
 
 @triton.jit
-def latent_sums(lpid, call, partials):
-    """Writes the KL of the lpid-th chunk of the latents. Returns the sum of all, each at least free_bits."""
-    lrows, lchunk = rows_and_chunk(lpid, call.latents.tiles)
+def chunk_rates(lrows, lchunk, call):
+    """Returns the KL of each sample in a chunk of the latents: as it is, and with every element at least free_bits."""
     llength = from_units(call.latents.tiles.length, call.latents.tiles.VEC, call.batch.WIDE)
     rate = tl.zeros((call.latents.tiles.ROWS, call.latents.tiles.COLS), call.batch.ACC)
     clamped = tl.zeros((call.latents.tiles.ROWS, call.latents.tiles.COLS), call.batch.ACC)
@@ -46,12 +45,21 @@ def latent_sums(lpid, call, partials):
         rate += nats
         if call.latents.FREE_BITS is not None:
             clamped += tl.where(linside, at_least(nats, number(call.numbers.free_bits, call.batch.ACC)), 0.0)
-    own = lrows * whole(call.latents.tiles.chunks) + lchunk
     kl_sums = tl.sum(rate, 1)
     clamped_sums = kl_sums
-    tl.store(partials.kl + own, kl_sums, lrows < size(call))
     if call.latents.FREE_BITS is not None:
         clamped_sums = tl.sum(clamped, 1)
+    return kl_sums, clamped_sums
+
+
+@triton.jit
+def latent_sums(lpid, call, partials):
+    """Writes the KL of the lpid-th chunk of the latents. Returns the sum of all, each at least free_bits."""
+    lrows, lchunk = rows_and_chunk(lpid, call.latents.tiles)
+    kl_sums, clamped_sums = chunk_rates(lrows, lchunk, call)
+    own = lrows * whole(call.latents.tiles.chunks) + lchunk
+    tl.store(partials.kl + own, kl_sums, lrows < size(call))
+    if call.latents.FREE_BITS is not None:
         tl.store(partials.clamped + own, clamped_sums, lrows < size(call))
     return tl.sum(clamped_sums, 0)
 

@@ -22,7 +22,7 @@ from workshop import Workshop
 
 import fused_elbo
 from fused_elbo import BackendUnavailable, backends
-from fused_elbo.operators import elbo
+from fused_elbo.operators import elbo, levels
 
 
 def pytest_collection(session: pytest.Session) -> None:
@@ -35,6 +35,7 @@ def pytest_collection(session: pytest.Session) -> None:
             "Triton's kernels have the place of the C++ ones in this run."
         )
         elbo.register(backends.triton.operators(), "CPU")
+        levels.register(backends.triton.levels_operators(), "CPU")
         backends.dispatched["cpu"] = "triton"
 
 

@@ -14,7 +14,7 @@ import cuda_shim
 import pytest
 
 from fused_elbo import BackendUnavailable, backends
-from fused_elbo.operators import elbo, registry
+from fused_elbo.operators import registry
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,8 +36,8 @@ def pytest_configure(config: pytest.Config) -> None:
     cuda.library.loaded, cuda.device = f"the shim in {cuda_shim.HERE.name}, {schedule}", "cpu"
     cuda.require()
     backends.cpp.library.failure = BackendUnavailable("The CUDA kernels have the place of the C++ ones in this run.")
-    for name in elbo.NAMES:
-        registry.implement(name, registry.find(name, cuda.NAMESPACE), "CPU")
+    for operator in cuda.OPERATORS:
+        registry.implement(operator.name, registry.find(operator.name, cuda.NAMESPACE), "CPU")
     backends.dispatched["cpu"] = "cuda"
 
 

@@ -8,6 +8,7 @@
 
 #include <numeric>
 
+#include "../levels.h"
 #include "../operators.h"
 #include "../outputs.h"
 #include "elbo.h"
@@ -112,77 +113,26 @@ decltype(std::tuple_cat(FourTensors{}, NineTensors{})) step(const StepCall& call
 
 // ---------------------------------------------------------------------------------------------- a hierarchy's levels
 
-struct LevelsCall {
-  std::vector<OptTensor> tensors;  // mu, logvar, prior_mu and prior_logvar of each level
-  double free_bits;
-
-  explicit LevelsCall(Arguments& in) : tensors(in.next<std::vector<OptTensor>>()), free_bits(in.next<double>()) {}
-};
-
-struct LevelsGradsCall {
-  LevelsCall levels;
-  Tensor grad;
-  std::vector<int64_t> wanted;  // places in `tensors`
-
-  explicit LevelsGradsCall(Arguments& in)
-      : levels(in), grad(in.next<Tensor>()), wanted(in.next<std::vector<int64_t>>()) {}
-};
-
-// The latents of each level, in an order in which they can be walked together.
-struct Levels {
-  std::vector<LatentInputs> inputs;
-  std::vector<Latents> latents;
-  int64_t batch;
-  bool has_double = false;
-
-  explicit Levels(const LevelsCall& call) : batch(call.tensors[0]->size(0)) {
-    const auto& t = call.tensors;
-    inputs.reserve(t.size() / 4);
-    latents.reserve(t.size() / 4);
-    for (size_t i = 0; i < t.size(); i += 4) {
-      ElementOptions options;
-      options.free_bits = call.free_bits;
-      inputs.emplace_back(*t[i], *t[i + 1], t[i + 2], t[i + 3], options);
-      latents.push_back(inputs.back().latents);
-    }
-    for (const OptTensor& one : t) has_double |= is_double(one);
-  }
-};
-
 Tensor levels(const LevelsCall& call) {
   const Levels in(call);
   return computing(in.has_double, [&](auto zero) {
     using A = decltype(zero);
-    const int64_t stride = 1;
-    const ScalarType dtype = in.has_double ? ScalarType::Double : ScalarType::Float;
-    const Tensor result = empty_strided({&in.batch, 1}, {&stride, 1}, dtype, *in.inputs[0].mu);
-    const std::vector<double> sums = elbo_levels<A>(in.batch, in.latents);
-    convert_to(span_of(result, 0), sums.data(), in.batch);
+    const Tensor result = in.empty_rates(call.per_level);
+    const std::vector<double> sums = elbo_levels<A>(in.batch, in.latents, call.per_level);
+    convert_to(span_of(result, 0), sums.data(), result.numel());
     return result;
   });
 }
 
 std::vector<Tensor> levels_grads(const LevelsGradsCall& call) {
-  const auto& tensors = call.levels.tensors;
-  const Levels in(call.levels);
+  const Levels in(call);
+  LevelsGradients out(in, call, empty_pooled);
   int64_t bytes = 0;
-  for (int64_t i : call.wanted) bytes += tensors[i]->numel() * tensors[i]->element_size();
-  std::vector<Gradients> spans(in.latents.size());
-  for (Gradients& level : spans) level.latents_past_caches = passes_caches(bytes);
-  std::vector<Output> outputs;
-  outputs.reserve(call.wanted.size());
-  for (int64_t i : call.wanted) {
-    outputs.emplace_back(*tensors[i], *in.inputs[i / 4].mu, tensors[i]->scalar_type(), empty_pooled);
-    Gradients& level = spans[i / 4];
-    Span* const of_level[] = {&level.mu, &level.logvar, &level.prior_mu, &level.prior_logvar};
-    *of_level[i % 4] = span_of(outputs.back().written_to());
-  }
+  for (int64_t i : call.wanted) bytes += call.tensors[i]->numel() * call.tensors[i]->element_size();
+  for (Gradients& level : out.of_levels) level.latents_past_caches = passes_caches(bytes);
   const auto run = in.has_double ? elbo_levels_grads<double> : elbo_levels_grads<float>;
-  run(in.batch, in.latents, number_of(call.grad, 0), spans);
-  std::vector<Tensor> results;
-  results.reserve(outputs.size());
-  for (Output& output : outputs) results.push_back(output.finish());
-  return results;
+  run(in.batch, in.latents, call.grads(), out.of_levels);
+  return out.finish();
 }
 
 }  // namespace

@@ -49,13 +49,14 @@ Stats as_stored(Stats stats) {
   return stats;
 }
 
-// Σ over the levels of max(KL, free_bits), for each sample.
+// Σ max(KL, free_bits) of each sample: over all latents, or, [batch, levels], over those of each level.
 template <class A>
-std::vector<double> elbo_levels(int64_t batch, const std::vector<Latents>& levels);
+std::vector<double> elbo_levels(int64_t batch, const std::vector<Latents>& levels, bool per_level);
 
-// grad: ∂L/∂ that sum.
+// grads: ∂L/∂ the rates of each level.
 template <class A>
 void elbo_levels_grads(
-    int64_t batch, const std::vector<Latents>& levels, const Number& grad, const std::vector<Gradients>& gradients);
+    int64_t batch, const std::vector<Latents>& levels, const std::vector<Number>& grads,
+    const std::vector<Gradients>& gradients);
 
 }  // namespace elbo

@@ -43,7 +43,7 @@ void for_levels(int64_t batch, const std::vector<Latents>& levels, F f) {
 }  // namespace
 
 template <class A>
-std::vector<double> elbo_levels(int64_t batch, const std::vector<Latents>& levels) {
+std::vector<double> elbo_levels(int64_t batch, const std::vector<Latents>& levels, bool per_level) {
   std::vector<std::vector<double>> partials;
   for (const Latents& level : levels) partials.emplace_back(batch * chunks(level.dims));
   for_levels(batch, levels, [&](int64_t level, int64_t sample, int64_t chunk) {
@@ -52,28 +52,31 @@ std::vector<double> elbo_levels(int64_t batch, const std::vector<Latents>& level
     double& clamped = partials[level][sample * chunks(latents.dims) + chunk];
     rates_of<A>(latents)(latents, sample, chunk, rate, clamped);
   });
-  std::vector<double> sums(batch, 0.0);
-  for (const auto& level : partials) {
-    const std::vector<double> own = sums_of(batch, level);
-    for (int64_t i = 0; i < batch; ++i) sums[i] += own[i];
+  const int64_t count = per_level ? static_cast<int64_t>(levels.size()) : 1;
+  std::vector<double> sums(batch * count, 0.0);
+  for (size_t level = 0; level < levels.size(); ++level) {
+    const std::vector<double> own = sums_of(batch, partials[level]);
+    for (int64_t i = 0; i < batch; ++i) sums[i * count + (per_level ? level : 0)] += own[i];
   }
   return sums;
 }
 
 template <class A>
 void elbo_levels_grads(
-    int64_t batch, const std::vector<Latents>& levels, const Number& grad, const std::vector<Gradients>& out) {
+    int64_t batch, const std::vector<Latents>& levels, const std::vector<Number>& grads,
+    const std::vector<Gradients>& out) {
   for_levels(batch, levels, [&](int64_t level, int64_t sample, int64_t chunk) {
     const Latents& latents = levels[level];
-    latent_gradient_of<A>(latents)(latents, static_cast<A>(at(grad, sample)), A{0}, sample, chunk, out[level]);
+    const A grad = static_cast<A>(at(grads[level], sample));
+    latent_gradient_of<A>(latents)(latents, grad, A{0}, sample, chunk, out[level]);
   });
 }
 
-template std::vector<double> elbo_levels<float>(int64_t, const std::vector<Latents>&);
-template std::vector<double> elbo_levels<double>(int64_t, const std::vector<Latents>&);
+template std::vector<double> elbo_levels<float>(int64_t, const std::vector<Latents>&, bool);
+template std::vector<double> elbo_levels<double>(int64_t, const std::vector<Latents>&, bool);
 template void elbo_levels_grads<float>(
-    int64_t, const std::vector<Latents>&, const Number&, const std::vector<Gradients>&);
+    int64_t, const std::vector<Latents>&, const std::vector<Number>&, const std::vector<Gradients>&);
 template void elbo_levels_grads<double>(
-    int64_t, const std::vector<Latents>&, const Number&, const std::vector<Gradients>&);
+    int64_t, const std::vector<Latents>&, const std::vector<Number>&, const std::vector<Gradients>&);
 
 }  // namespace elbo

@@ -8,8 +8,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "../levels.h"
 #include "../operators.h"
 #include "../outputs.h"
+#include "elbo_levels.h"
 #include "sums.h"
 
 #ifndef ELBO_DISPATCH_KEY
@@ -26,6 +28,8 @@ struct OnDevice {
 
   explicit OnDevice(const Call& call)
       : OnDevice((call.tensors.recon ? call.tensors.recon : call.tensors.mu)->get_device()) {}
+
+  explicit OnDevice(const LevelsInputs& call) : OnDevice(call.tensors[0]->get_device()) {}
 
  private:
   explicit OnDevice(int32_t device) : guard(device) {
@@ -105,6 +109,24 @@ decltype(std::tuple_cat(FourTensors{}, NineTensors{})) step(const StepCall& call
   return std::tuple_cat(out.without_stats(), tensors.finish());
 }
 
+Tensor levels(const LevelsCall& call) {
+  const OnDevice on(call);
+  const Levels in(call);
+  const LevelsBatch batch = chunked(in.batch, in.has_double, in.latents);
+  const int64_t count = in.batch * batch.partials, stride = 1;
+  const Tensor partials = in.empty({&count, 1}, {&stride, 1}), result = in.empty_rates(call.per_level);
+  elbo_levels(batch, partials.data_ptr(), result.data_ptr(), call.per_level, on.stream);
+  return result;
+}
+
+std::vector<Tensor> levels_grads(const LevelsGradsCall& call) {
+  const OnDevice on(call);
+  const Levels in(call);
+  LevelsGradients out(in, call, empty_strided);
+  elbo_levels_grads(chunked(in.batch, in.has_double, in.latents), call.grads(), out.of_levels, on.stream);
+  return out.finish();
+}
+
 }  // namespace
 }  // namespace elbo
 
@@ -115,4 +137,6 @@ STABLE_TORCH_LIBRARY_IMPL(fused_elbo_cuda, ELBO_DISPATCH_KEY, m) {
   m.impl("forward", elbo::Boxed<&elbo::forward>::call);
   m.impl("grads", elbo::Boxed<&elbo::grads>::call);
   m.impl("step", elbo::Boxed<&elbo::step>::call);
+  m.impl("levels", elbo::Boxed<&elbo::levels>::call);
+  m.impl("levels_grads", elbo::Boxed<&elbo::levels_grads>::call);
 }

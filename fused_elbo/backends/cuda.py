@@ -15,14 +15,15 @@ from fused_elbo.backends.base import dispatched
 from fused_elbo.backends.library import Library
 from fused_elbo.call import Options, Tensors
 from fused_elbo.errors import BackendUnavailable, sentence
-from fused_elbo.operators import elbo, registry
+from fused_elbo.operators import elbo, levels, registry
 
 # Whose tensors the operators take. The tests have a library for CPU tensors: they say so here and in `library.loaded`.
 device = "cuda"
 NAMESPACE = "fused_elbo_cuda"
 
-registry.define(elbo.OPERATORS, NAMESPACE)  # known from now on; the library has the kernels
-_operators = elbo.Operators(NAMESPACE)
+OPERATORS = (*elbo.OPERATORS, *levels.OPERATORS)
+registry.define(OPERATORS, NAMESPACE)  # known from now on; the library has the kernels
+_operators, _of_levels = elbo.Operators(NAMESPACE), levels.Operators(NAMESPACE)
 
 
 class _Cuda(Library):
@@ -81,11 +82,15 @@ def operators() -> elbo.Operators:
     return _operators
 
 
+def levels_operators() -> levels.Operators:
+    return _of_levels
+
+
 def load() -> None:
     """Put the operators behind fused_elbo's own for CUDA tensors, for the life of the process."""
     require()
     with _lock:
         if dispatched["cuda"] != "cuda":
-            for name in elbo.NAMES:
-                registry.implement(name, registry.find(name, NAMESPACE), "CUDA")
+            for operator in OPERATORS:
+                registry.implement(operator.name, registry.find(operator.name, NAMESPACE), "CUDA")
             dispatched["cuda"] = "cuda"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from typing import Any, cast
 
 import torch
 
 from ..errors import BackendUnavailable, once, sentence, unavailable
-from ..operators import elbo
+from ..operators import elbo, levels
 from .base import Status
 
 MINIMUM_CAPABILITY = (8, 0)  # of an NVIDIA GPU: what the kernels are compiled and tested for
@@ -17,13 +18,20 @@ MINIMUM_CAPABILITY = (8, 0)  # of an NVIDIA GPU: what the kernels are compiled a
 @once
 def operators() -> elbo.Implementation:
     """The operators on Triton kernels; importing them imports Triton, which costs a second."""
+    return cast(elbo.Implementation, _imported("operators"))
+
+
+def levels_operators() -> levels.Implementation:
+    return cast(levels.Implementation, _imported("levels"))
+
+
+def _imported(module: str) -> Any:
     if importlib.util.find_spec("triton") is None:
         raise BackendUnavailable("Triton is not installed.", "Install it: pip install triton (Linux).")
     try:
-        from fused_elbo.kernels import operators as loaded
+        return importlib.import_module(f"fused_elbo.kernels.{module}")
     except Exception as error:  # one for another Python, say, or another package of that name
         raise BackendUnavailable(f"Triton cannot be imported: {sentence(error)}", "Install it anew.") from error
-    return cast(elbo.Implementation, loaded)
 
 
 @once
@@ -39,6 +47,7 @@ def load() -> None:
     if torch.cuda.is_available():
         _start()
     elbo.register(kernels, "CUDA")  # the key of HIP builds too
+    levels.register(levels_operators(), "CUDA")
 
 
 def _start() -> None:

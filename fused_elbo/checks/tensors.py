@@ -182,3 +182,10 @@ def levels(mu: object, logvar: object, prior: object) -> None:
         raise TypeError(f"prior: expected a list with (mu_p, logvar_p) or None for each level, got {kind(prior)}")
     if len(prior) != len(mu):
         raise ValueError(f"prior: expected (mu_p, logvar_p) or None for each of {len(mu)} levels, got {len(prior)}")
+
+
+def per_level(value: object, are_lists: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"per_level: expected True or False, got {value!r}")
+    if value and not are_lists:
+        raise ValueError("per_level: it is for lists of levels, and mu and logvar are no lists")

@@ -17,7 +17,7 @@ from cases import Call
 from stepwise import compare
 
 import fused_elbo
-from fused_elbo import backends, call, decoupled_elbo_backward
+from fused_elbo import backends, call, decoupled_elbo_backward, rate
 
 pytest.importorskip("triton", reason="Triton is not installed (it is for Linux)")
 

@@ -9,50 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import REDUCTIONS, implied, to
+from cases import REDUCTIONS, implied
+from hierarchies import SHAPES, Hierarchy
 from torch import Tensor
-from torch.distributions import Normal, kl_divergence
 
 from fused_elbo import backends, dispatch, gaussian_kl
-from fused_elbo.operators import levels as operators
+from fused_elbo.operators import levels
 
-SHAPES = ((3,), (16, 1, 1), (2, 9, 7), (5000,), (4, 8, 8))
 HALVES = (torch.bfloat16, torch.float16)
-
-
-class Hierarchy:
-    """Latents of `shapes`, the first without a prior, the second with one that the batch shares."""
-
-    def __init__(self, *dtypes: torch.dtype, batch: int = 3, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> None:
-        each = list(itertools.islice(itertools.cycle(dtypes), len(shapes)))
-        self.mu, self.logvar, self.prior = (), (), ()
-        for i, (shape, dtype) in enumerate(zip(shapes, each, strict=True)):
-            of_prior = shape if i == 1 else (batch, *shape)
-            m, l, m_p, l_p = (0.5 * torch.randn(s) for s in ((batch, *shape), (batch, *shape), of_prior, of_prior))
-            self.mu += (to(m, dtype),)
-            self.logvar += (to(l, dtype),)
-            self.prior += (None if i == 0 else to((m_p, l_p), dtype),)
-
-    def leaves(self) -> list[Tensor]:
-        return [*self.mu, *self.logvar, *(t for p in self.prior if p is not None for t in p)]
-
-    def double(self) -> Hierarchy:
-        other = object.__new__(Hierarchy)
-        other.mu, other.logvar = to(self.mu, torch.float64), to(self.logvar, torch.float64)
-        other.prior = to(self.prior, torch.float64)
-        return other
-
-    def rate(self, **options: Any) -> Tensor:
-        return gaussian_kl(self.mu, self.logvar, prior=self.prior, **options)
-
-    def literal(self, free_bits: float = 0.0) -> Tensor:
-        """[B], by torch.distributions."""
-        rates = []
-        for m, l, prior in zip(self.mu, self.logvar, self.prior, strict=True):
-            p = Normal(0.0, 1.0) if prior is None else Normal(prior[0], (0.5 * prior[1]).exp())
-            kl = kl_divergence(Normal(m, (0.5 * l).exp()), p)
-            rates.append((kl.clamp(min=free_bits) if free_bits else kl).flatten(1).sum(1))
-        return torch.stack(rates).sum(0)
 
 
 def reduced(rates: Tensor, reduction: str) -> Tensor:
@@ -171,19 +135,18 @@ def test_one_operator_for_all_levels(cpp: None) -> None:
 
 @pytest.mark.parametrize("free_bits", [0.0, 0.2])
 def test_operators(cpp: None, free_bits: float) -> None:
-    case = Hierarchy(torch.float32, torch.bfloat16)
-    tensors: list[Tensor | None] = []
-    for m, l, prior in zip(case.mu, case.logvar, case.prior, strict=True):
-        full = (None, None) if prior is None else tuple(t.detach().expand(m.shape) for t in prior)
-        tensors += [m.detach(), l.detach(), *full]
-    grad, wanted = torch.rand(3), [0, 5, 6, 7, 16]
+    tensors = Hierarchy(torch.float32, torch.bfloat16).flat()
+    grad, wanted, operators = torch.rand(3), [0, 5, 6, 7, 16], levels.Operators()
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(operators.levels, (tensors, free_bits), test_utils=checks)
-    torch.library.opcheck(operators.levels_grads, (tensors, free_bits, grad, wanted), test_utils=checks)
+    for per_level in (False, True):
+        torch.library.opcheck(operators.levels, (tensors, free_bits, per_level), test_utils=checks)
+        weights = grad[:, None] * torch.ones(5) if per_level else grad
+        torch.library.opcheck(operators.levels_grads, (tensors, free_bits, weights, wanted), test_utils=checks)
 
     one_by_one = dispatch.OneByOne(dispatch.operators)
-    expected = one_by_one.levels(tensors, free_bits)
-    torch.testing.assert_close(operators.levels(tensors, free_bits), expected, rtol=1e-6, atol=0)
+    for per_level in (False, True):
+        expected = one_by_one.levels(tensors, free_bits, per_level)
+        torch.testing.assert_close(operators.levels(tensors, free_bits, per_level), expected, rtol=1e-6, atol=0)
     pairs = zip(
         operators.levels_grads(tensors, free_bits, grad, wanted),
         one_by_one.levels_grads(tensors, free_bits, grad, wanted), strict=True,
@@ -197,7 +160,7 @@ def test_gradients_larger_than_any_cache(cpp: None) -> None:
     tensors = [0.5 * torch.randn(shape) for shape in shapes for _ in range(4)]
     grad, wanted = torch.rand(2), list(range(8))
     expected = dispatch.OneByOne(dispatch.operators).levels_grads(tensors, 0.0, grad, wanted)
-    got = operators.levels_grads(tensors, 0.0, grad, wanted)
+    got = levels.Operators().levels_grads(tensors, 0.0, grad, wanted)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
