@@ -48,3 +48,35 @@ def vdvae(
     """
     prior = [(m, 2 * l) for m, l in zip(prior_mu, prior_log_std, strict=True)]
     return gaussian_kl(mu, [2 * l for l in log_std], prior=prior) / d
+
+
+def nvae(
+    mu: list[Tensor],
+    std: list[Tensor],
+    prior_mu: list[Tensor],
+    prior_std: list[Tensor],
+    alpha: Tensor,
+    beta: float = 0.5,
+) -> Tensor:
+    """NVlabs/NVAE: utils.py, kl_balancer
+
+    Loss: β · Σ over groups of c · ΣKL(q ‖ p)/B, c being sg(ΣKL/B + 0.01)/α over its mean, + the likelihood; β warms up.
+    Ours: the same number, of the rate. α has a number for each group. At β = 1 every c is 1.
+    """
+    prior = [(m, 2 * s.log()) for m, s in zip(prior_mu, prior_std, strict=True)]
+    rates = gaussian_kl(mu, [2 * s.log() for s in std], prior=prior, per_level=True)
+    coefficients = (rates.detach() + 0.01) / alpha
+    return beta * (coefficients / coefficients.mean() * rates).sum()
+
+
+def ladder_vae(
+    mu: list[Tensor], logvar: list[Tensor], prior_mu: list[Tensor], prior_logvar: list[Tensor], free_nats: float = 0.5
+) -> Tensor:
+    """addtt/ladder-vae-pytorch
+
+    Loss: β · Σ over levels of mean max(KL(q ‖ p), λ), with β = 1 here, + the likelihood.
+    Ours: the same number, of the rate.
+    """
+    prior = list(zip(prior_mu, prior_logvar, strict=True))
+    rates = gaussian_kl(mu, logvar, prior=prior, per_level=True, reduction="none")  # (B, L)
+    return rates.clamp(min=free_nats).mean(0).sum()

@@ -236,3 +236,19 @@ def vdvae(mu, log_std, prior_mu, prior_log_std):
     for m, l, p, q in zip(mu, log_std, prior_mu, prior_log_std, strict=True):
         total = total + (-0.5 + q - l + 0.5 * (l.exp() ** 2 + (m - p) ** 2) / q.exp() ** 2).flatten(1).sum(1)
     return (total / 48).mean()
+
+
+def nvae(mu, std, prior_mu, prior_std, alpha):
+    levels = zip(mu, std, prior_mu, prior_std, strict=True)
+    rates = torch.stack([kl_between(*(t.flatten(1) for t in level)) for level in levels], 1)
+    weights = rates.mean(0, keepdim=True) + 0.01
+    weights = weights / alpha * weights.sum()
+    return (0.5 * (rates * (weights / weights.mean()).detach()).sum(1)).mean()
+
+
+def ladder_vae(mu, logvar, prior_mu, prior_logvar):
+    total = 0.0
+    for m, l, p, q in zip(mu, logvar, prior_mu, prior_logvar, strict=True):
+        level = kl_between(m.flatten(1), (l / 2).exp().flatten(1), p.flatten(1), (q / 2).exp().flatten(1))
+        total = total + level.clamp(min=0.5).mean()
+    return total

@@ -31,6 +31,7 @@ CLIPS = {"open_sora", "open_sora_plan", "vidtok"}
 CLAMPED = {"latent_diffusion", "diffusers", "open_sora", "open_sora_plan", "va_vae", "pyg_vgae"}
 STEPS = {"planet", "dreamer", "torchrl_dreamer", "dreamer_v2"}
 TABLES = {"scvi", "tvae"}
+HIERARCHIES = {"vdvae", "nvae", "ladder_vae"}
 B, D, K = 3, 48, 8  # the shapes below all have these
 PI = math.log(math.pi) / 2
 # What ours is more than theirs. Everything else is the same number.
@@ -81,13 +82,15 @@ def arguments(name: str, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
     if name in CLAMPED:
         every["logvar"].view(-1)[0] = -31.0
         every["log_std"].view(-1)[0] = 10.5
-    if name == "vdvae":
+    if name in HIERARCHIES:
         levels = [(B, 2, 1, 1), (B, 2, 2, 2)]
-        keys = ("mu", "log_std", "prior_mu", "prior_log_std")
+        keys = ("mu", "logvar", "log_std", "prior_mu", "prior_logvar", "prior_log_std")
         every = {key: [torch.randn(shape) / 2 for shape in levels] for key in keys}
+        every |= {key: [torch.rand(shape) + 0.4 for shape in levels] for key in ("std", "prior_std")}
     constants = {
         "x": x.to(dtype),
         "pixel_weight": (torch.rand(1, *data[1:]) + 0.5).to(dtype),
+        "alpha": torch.tensor([1.0, 4.0], dtype=dtype),
         "continuous": torch.arange(D) % 3 > 0,
         "is_pad": torch.arange(4) >= torch.tensor([[4], [3], [1]]),
     }
