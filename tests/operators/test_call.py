@@ -55,7 +55,8 @@ def of(function: Any) -> dict[str, Any]:
 def test_signatures_show_every_option_with_its_default() -> None:
     assert of(decoupled_elbo) == options.DEFAULTS
     assert of(decoupled_elbo_backward) == {**options.DEFAULTS, "grad_scale": None, "retain_graph": False}
-    assert of(gaussian_kl) == {"prior": None, "free_bits": 0.0, "reduction": "batchmean", "process_group": None}
+    kl = {"prior": None, "per_level": False, "free_bits": 0.0, "reduction": "batchmean", "process_group": None}
+    assert of(gaussian_kl) == kl
     assert inspect.signature(DecoupledELBO).parameters["min_log_sigma"].default == -7.0
     assert "min_log_sigma" not in inspect.signature(LearnedSigmaELBO).parameters
 
