@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .structs import Partials, Workspace
 
-COUNTERS = 32  # numbers of a barrier: `grid_barrier` takes two, elbo_levels one for each level of a launch
+NUMBERS = 32  # of a barrier
+COUNTERS = tl.constexpr(2)  # the first that `grid_barrier` leaves alone, which never sets its second one back
 
 
 @triton.jit
@@ -70,16 +71,16 @@ _barriers: dict[torch.device, Tensor] = {}
 
 
 def barrier_of(device: torch.device) -> Tensor:
-    """Numbers for the programs of a launch, 0 before it and after it; see `arrive`.
+    """NUMBERS for the programs of a launch, of which those that `arrive` counts with are 0 before it and after it.
 
     Launches that may run at the same time need their own. Those of the default stream run one after another, and share
     theirs. On any other stream a launch gets new ones, and they may not be kept: a CUDA graph is captured there, whose
     memory is its own, and torch.compile's warm-up for one runs there (one small launch more, that sets them to 0).
     """
     if not on_default_stream(device):
-        return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+        return torch.zeros(NUMBERS, dtype=torch.int32, device=device)
     if device not in _barriers:
-        _barriers[device] = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+        _barriers[device] = torch.zeros(NUMBERS, dtype=torch.int32, device=device)
     return _barriers[device]
 
 

@@ -13,11 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import _layout
 from ._elements import rows_and_chunk, size
-from ._grid import arrive
-from ._layout import MANY, TILE, WARPS, Inputs, batch_stride, cdiv, power_of_2, unit
+from ._grid import COUNTERS, arrive
+from ._layout import WARPS, Inputs, batch_stride, cdiv, power_of_2, unit
 from ._math import whole
-from ._plan import AnyLaunch
+from ._plan import AnyLaunch, at_most
 from .elbo_finalize import row_sums
 from .elbo_grads import latent_gradients
 from .elbo_stats import chunk_rates
@@ -25,7 +26,9 @@ from .structs import Latents, Number, constant
 from .structs import whole as as_whole
 
 MOST = tl.constexpr(16)  # levels of a launch, a power of 2: a program chooses its pointers among those of all
-COLS = 1024  # elements of a row of a tile, in batches of four and more: short levels leave much of a tile empty
+# A tile has the same rows and columns whatever a level's size, so that one kernel serves all; short levels leave much
+# of it empty. Of TILE elements, not half as many, a thread would have 157 registers, and 175 for gradients.
+ROWS = 4
 SUMS = 2048  # partial sums taken at a time
 
 
@@ -231,17 +234,17 @@ def elbo_levels_kernel(
     # inputs, and shapes
     levels, call,
     # workspace
-    work, counters,
+    work, barrier,
     # outputs
     sums,
 ):  # fmt: skip
     pid = tl.program_id(0)
     level = level_of(levels, pid, 0, call.how.LEVELS)
     on_level(pid, level, call, work)
-    if arrive(counters + whole(level.cut.place), whole(level.cut.programs)):
+    if arrive(barrier + COUNTERS + whole(level.cut.place), whole(level.cut.programs)):
         level_sums(level, work.partials, sums, call)
         # All launches of a hierarchy count its levels on.
-        if sums.total is not None and arrive(counters + MOST, whole(call.batch.levels)):
+        if sums.total is not None and arrive(barrier + COUNTERS + MOST, whole(call.batch.levels)):
             total_sums(sums, call)
 
 
@@ -269,12 +272,12 @@ class LevelsLaunch:
 
     def __init__(self, members: Sequence[Member], batch: Batch, wanted: Pointers | None, partials: int = 0) -> None:
         size, alike = members[0].inputs.batch, walked(members[0].inputs)
-        rows = min(TILE // COLS, power_of_2(size))
-        cols, vec = TILE // rows, unit(alike)
+        rows = min(ROWS, power_of_2(size))
+        cols, vec = _layout.TILE // 2 // rows, unit(alike)
         cuts, programs = [], 0
         for place, (index, inputs) in enumerate(members):
             tiles = cdiv(inputs.latent_dims, cols)
-            per_chunk = min(tiles, cdiv(tiles * cdiv(size, rows), MANY))
+            per_chunk = min(tiles, cdiv(tiles * cdiv(size, rows), _layout.MANY))
             chunks = cdiv(tiles, per_chunk)
             own = cdiv(size, rows) * chunks
             strides = [batch_stride(t) // vec for t in pointers_of(walked(inputs))]
@@ -289,15 +292,15 @@ class LevelsLaunch:
         flags = (len(cuts), len(alike) == 4, vec, rows, cols, *(wanted or Pointers(False, False, False, False)))
         self._cuts, self._batch, self._how = cuts, batch, How(*map(constant, flags))
         kernel = elbo_levels_kernel if wanted is None else elbo_levels_grads_kernel
-        self._launch = AnyLaunch(kernel, programs, num_warps=WARPS, enable_fp_fusion=False)
+        self._launch = AnyLaunch(kernel, programs, **launch_options(batch), enable_fp_fusion=False)
 
     def rates(
-        self, tensors: Sequence[Pointers], numbers: Numbers, partials: Tensor, counters: Tensor, sums: Sums
+        self, tensors: Sequence[Pointers], numbers: Numbers, partials: Tensor, barrier: Tensor, sums: Sums
     ) -> None:
         """`tensors`: of all levels of the hierarchy."""
         levels = tuple([Level(tensors[i], cut) for i, cut in zip(self._indices, self._cuts, strict=True)])
         work = Work(partials, None, None, None)
-        self._launch(levels, LevelsCall(numbers, self._batch, self._how), work, counters, sums)
+        self._launch(levels, LevelsCall(numbers, self._batch, self._how), work, barrier, sums)
 
     def gradients(
         self, tensors: Sequence[Pointers], gradients: Sequence[Pointers], numbers: Numbers, work: Work
@@ -305,6 +308,14 @@ class LevelsLaunch:
         pairs = zip(self._indices, self._cuts, strict=True)
         levels = tuple([GradsLevel(tensors[i], gradients[i], cut) for i, cut in pairs])
         self._launch(levels, LevelsCall(numbers, self._batch, self._how), work)
+
+
+def launch_options(batch: Batch) -> dict[str, Any]:
+    """As many threads whatever a warp has. `at_most` is asked for so that ptxas does not spill."""
+    if triton.knobs.runtime.interpret:
+        return {}
+    warps = WARPS * 32 // triton.runtime.driver.active.get_current_target().warp_size
+    return {"num_warps": warps, **(at_most(80) if batch.ACC.value == tl.float32 else {})}
 
 
 def walked(inputs: Inputs) -> list[Tensor]:
@@ -321,5 +332,5 @@ def pointers_of(level: Sequence[Tensor | None]) -> Pointers:
 
 def sums_of(batch: int, levels: int) -> Sequence[tl.constexpr]:
     """The last fields of `Sums`."""
-    rows, most = min(512, power_of_2(batch)), power_of_2(levels)
+    rows, most = min(128, power_of_2(batch)), power_of_2(levels)
     return [constant(n) for n in (rows, SUMS // rows, most, max(1, min(rows, SUMS // most)))]

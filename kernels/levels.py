@@ -78,9 +78,9 @@ class Rates(Plan):
         pointers, numbers = self.pointers(tensors), Numbers(number(free_bits, self.dtype))
         rates, total, partials = self.rates(), self.total(), self.partials()
         with device_guard(self.device):
-            counters = barrier_of(self.device)
+            barrier = barrier_of(self.device)
             for launch in self.calls:
-                launch.rates(pointers, numbers, partials, counters, Sums(rates, total, *self.how))
+                launch.rates(pointers, numbers, partials, barrier, Sums(rates, total, *self.how))
         return rates if total is None else total
 
 

@@ -18,18 +18,20 @@ from unittest import mock
 
 import torch
 from cases import Call
+from hierarchies import Hierarchy
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_elbo import autograd, decoupled_elbo, gaussian_kl, reference
-from fused_elbo.call import NONE, GradOutputs, Options, Outputs, Tensors, mask_of
+from fused_elbo.call import LATENTS, NONE, GradOutputs, Options, Outputs, Tensors, compute_dtype, mask_of
+from fused_elbo.dispatch import OneByOne
 from fused_elbo.operators.elbo import Implementation
 
 GUARD = 1 << 12  # elements on each side: a tile
 GAP = 16  # elements between two samples: 16 divides it, so the loads stay as wide as without it
 SENTINEL = 12345.0
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 5e-6, torch.float16: 2e-3}
-IN_SMALL_TILES = ("softclip, none", "free-bits, none", "weight, none")
+IN_SMALL_TILES = ("softclip, none", "free-bits, none", "weight, none", "levels, free bits")
 
 Arguments = tuple[Tensors, Options]  # of a call of the operators
 
@@ -230,6 +232,50 @@ class Case:
                     compare(f"output {i} of the step", value, true)
 
 
+class LevelsCase:
+    """Guarded latents of a hierarchy with what the reference makes of them in fp64, and weights for each level."""
+
+    def __init__(self, tensors: Sequence[Tensor | None], free_bits: float) -> None:
+        self.tensors, self.free_bits = [None if t is None else guarded(t) for t in tensors], free_bits
+        wide, by = [None if t is None else t.double() for t in self.tensors], OneByOne(reference)
+        self.rates = by.levels(wide, free_bits, True)
+        self.weights = guarded(torch.randn_like(self.rates).to(compute_dtype(*tensors)))
+        self.wanted = [i for i, t in enumerate(tensors) if t is not None]
+        self.gradients = by.levels_grads(wide, free_bits, self.weights.double(), self.wanted)
+
+    def check(self, operators: Any) -> None:
+        by = of_levels(operators)
+        for per_level, true in ((True, self.rates), (False, self.rates.sum(1)), (True, self.rates)):
+            with GuardedAllocations() as allocations:
+                rates = by.levels(self.tensors, self.free_bits, per_level)
+            allocations.verify()
+            compare(f"rates, per_level={per_level}", rates, true)
+        with GuardedAllocations() as allocations:
+            gradients = by.levels_grads(self.tensors, self.free_bits, self.weights, self.wanted)
+        allocations.verify()
+        for i, value, true in zip(self.wanted, gradients, self.gradients, strict=True):
+            compare(f"gradient of {LATENTS[i % 4]} of level {i // 4}", value, true)
+
+
+def of_levels(operators: Any) -> Any:
+    """The operators of levels that belong to those of the loss."""
+    if hasattr(operators, "levels"):
+        return operators
+    return importlib.import_module(f"{operators.__package__}.levels")
+
+
+def levels_cases() -> dict[str, LevelsCase]:
+    """The first level has no prior; in fp64, so that no sum of other numbers is near enough."""
+    kind: dict[str, Any] = {"batch": 5, "shapes": ((4,), (8,), (3,), (40,), (12, 2, 2), (16,))}
+    return {
+        "levels": LevelsCase(Hierarchy(torch.float64, **kind).flat(), 0.0),
+        "levels, free bits": LevelsCase(Hierarchy(torch.float64, **kind).flat(), 0.2),
+        "more levels than a launch": LevelsCase(Hierarchy(torch.float64, batch=2, shapes=((8,),) * 35).flat(), 0.0),
+        "more samples than a block": LevelsCase(Hierarchy(torch.float64, batch=300, shapes=((1,), (2,))).flat(), 0.0),
+        "levels, fp32": LevelsCase(Hierarchy(torch.float32, batch=3, shapes=((8,), (4200,))).flat(), 0.1),
+    }
+
+
 @contextmanager
 def small_tiles(operators: ModuleType) -> Iterator[None]:
     """Many tiles and many partial sums from few elements."""
@@ -247,14 +293,14 @@ def small_tiles(operators: ModuleType) -> Iterator[None]:
 
 
 @contextmanager
-def cases() -> Iterator[dict[str, Case]]:
+def cases() -> Iterator[dict[str, Case | LevelsCase]]:
     torch.manual_seed(0)
     with far_apart(1 << 30) as far, far_apart(1 << 31) as farther:
         near = {name: Case(arguments(call)) for name, call in calls().items()}
-        yield {**near, "far apart": Case(far), "farther apart": Case(farther)}
+        yield {**near, **levels_cases(), "far apart": Case(far), "farther apart": Case(farther)}
 
 
-def fault_of(operators: Any, every: Mapping[str, Case], first: str | None = None) -> str | None:
+def fault_of(operators: Any, every: Mapping[str, Case | LevelsCase], first: str | None = None) -> str | None:
     """What is said by the first case that notices something: `first`, then the others."""
     assert first is None or first in every, f"there is no case {first!r}"
     for name in sorted(every, key=lambda name: name != first):

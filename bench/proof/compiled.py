@@ -12,7 +12,8 @@ Writes compiled.md and compiled.csv. No GPU is needed and nothing here has been 
   elbo_step is the whole step in one launch, in which a program holds three tiles of 2048 elements (sm_80: two of
   4096); [full]: 250 images, three tiles of 8192 (sm_80: two of 16384, which is all that a program can hold);
   [image], [given]: σ per image, and constant, where no program waits for another. [laplace]: that likelihood;
-  [decoder]: a sigmoid before the loss, a target of bytes, a mask that the channels share, and logvar in a range.
+  [decoder]: a sigmoid before the loss, a target of bytes, a mask that the channels share, and logvar in a range;
+  [hierarchy]: 16 levels with priors in one launch, of 1024 to 16384 latents.
 - registers of a thread (gfx942: VGPRs); spill_bytes: stores and loads of spilled registers in ptxas's log, once each
   (gfx942: private memory of a lane); shared_bytes of a block.
 - global_accesses: loads and stores of global memory in the code, wide_accesses: those of 128 bits or more. The rest are
@@ -51,8 +52,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from machine_code import WIDE, Code, read_amdgcn, read_sass, threads_per_sm
 from offline import Offline, active
 
-from fused_elbo import backend, decoupled_elbo, decoupled_elbo_backward
-from fused_elbo.kernels import _plan, elbo_finalize, elbo_grads, elbo_stats, elbo_step
+from fused_elbo import backend, decoupled_elbo, decoupled_elbo_backward, gaussian_kl
+from fused_elbo.kernels import _plan, elbo_finalize, elbo_grads, elbo_levels, elbo_stats, elbo_step
 from fused_elbo.kernels.structs import Call, Data, Latents
 
 TARGETS = {
@@ -67,6 +68,8 @@ JITTED = (
     (elbo_finalize, "elbo_shared_sigma_term_kernel"),
     (elbo_grads, "elbo_grads_kernel"),
     (elbo_step, "elbo_step_kernel"),
+    (elbo_levels, "elbo_levels_kernel"),
+    (elbo_levels, "elbo_levels_grads_kernel"),
 )
 # what a case is called -> its kernels in the table
 CASES = {
@@ -81,12 +84,14 @@ CASES = {
     "given": ("elbo_step",),
     "laplace": ("elbo_stats", "elbo_grads", "elbo_step"),
     "decoder": ("elbo_stats", "elbo_grads", "elbo_step"),
+    "hierarchy": ("elbo_levels", "elbo_levels_grads"),
 }
 KERNELS = [f"{kernel}[{case}]" if case else kernel for case, kernels in CASES.items() for kernel in kernels]
 SIZES = {
     "large": (3072, (3, 64, 64), 128),
     "by8": (64, (3, 50, 36), 200),
     "full": (250, (3, 64, 64), 128),
+    "hierarchy": (64, (), 1024),
 }  # batch, image, latents
 USUAL = (64, (3, 64, 64), 128)
 SMS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}  # of A100, H100, B200 and MI300X
@@ -116,6 +121,8 @@ class Launch:
 
     def tile_elements(self, *kinds: type) -> int:
         """`kinds`: Data, Latents, or both."""
+        if levels := [a for a in self.args if isinstance(a, elbo_levels.LevelsCall)]:  # of which a program has one
+            return levels[0].how.ROWS.value * levels[0].how.COLS.value if Latents in kinds else 0
         call = next(a for a in self.args if isinstance(a, Call))
         walked = [a for a in (call.data, call.latents) if isinstance(a, kinds)]
         return sum(a.tiles.ROWS.value * a.tiles.COLS.value * self.tiles(type(a)) for a in walked)
@@ -148,7 +155,8 @@ def leaves(arguments: Any) -> Iterator[Any]:
 def without_memory(argument: Any) -> Any:
     """The same argument with a pretended pointer for each tensor."""
     if isinstance(argument, tuple):
-        return type(argument)(*map(without_memory, argument))
+        made = map(without_memory, argument)
+        return argument._make(made) if hasattr(argument, "_make") else tuple(made)
     return MockTensor(argument.dtype) if isinstance(argument, Tensor) else argument
 
 
@@ -193,6 +201,12 @@ def launches(case: str, dtype: str, target_name: str) -> dict[str, Launch]:
         return torch.zeros(shape, dtype=DTYPES[dtype], requires_grad=True)
 
     batch, image, latents = SIZES.get(case, USUAL)
+    if case == "hierarchy":
+        every = [[leaf(batch, latents * i) for i in range(1, 17)] for _ in range(4)]
+        with offline(target_name), spied() as seen, backend("triton"):
+            rate = gaussian_kl(*every[:2], prior=list(zip(*every[2:], strict=True)))
+            torch.autograd.grad(rate, [t for each in every for t in each])
+        return seen
     recon, target, mu, logvar = leaf(batch, *image), leaf(batch, *image), leaf(batch, latents), leaf(batch, latents)
     extra: dict[str, Any] = {}
     leaves = [recon, mu, logvar]

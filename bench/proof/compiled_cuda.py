@@ -48,7 +48,11 @@ KERNELS = {
     "elbo_step_each[given]": ("elbo_step_each", "elbo_step_each_kernel<{T}, {T}, false>(StepEachArguments)", 512),
     "elbo_step_each[image]": ("elbo_step_each", "elbo_step_each_kernel<{T}, {T}, true>(StepEachArguments)", 512),
     "elbo_step": ("elbo_step", "elbo_step_kernel<{T}, {T}>(StepArguments)", 512),
+    "elbo_levels": ("elbo_levels", "elbo_levels_kernel<float>(LevelsArguments)", 256),
+    "elbo_level_sums": ("elbo_levels", "elbo_level_sums_kernel<float>(LevelSumsArguments)", 256),
+    "elbo_levels_grads": ("elbo_levels", "elbo_levels_grads_kernel<float>(LevelsArguments)", 256),
 }
+OF_ANY_DTYPE = ("elbo_finalize", "elbo_levels", "elbo_level_sums", "elbo_levels_grads")  # chosen at run time, or none
 
 
 def nvcc() -> str | None:
@@ -88,7 +92,7 @@ def as_triton_prints(sass: str) -> str:
 def row(kernel: str, dtype: str, target: str) -> Row:
     code, shared = compiled(kernel, dtype, target)
     in_flight = None
-    if kernel != "elbo_finalize" and code.in_flight is not None:
+    if kernel not in OF_ANY_DTYPE and code.in_flight is not None:
         in_flight = code.in_flight * threads_per_sm(code.registers, KERNELS[kernel][2] // 32)
     wide = [w for w in code.widths if w >= WIDE]
     return Row(
@@ -97,7 +101,7 @@ def row(kernel: str, dtype: str, target: str) -> Row:
 
 
 def dtypes_of(kernel: str) -> list[str]:
-    return ["fp32"] if kernel == "elbo_finalize" else list(DTYPES)  # which sees no element
+    return ["fp32"] if kernel in OF_ANY_DTYPE else list(DTYPES)
 
 
 def write(rows: list[Row], out: Path) -> None:

@@ -28,7 +28,7 @@ from kernel_check import Case, arguments, cases, compare, double, guarded
 
 from fused_elbo import reference
 from fused_elbo.call import Gradients, GradOutputs, Tensors
-from fused_elbo.operators import elbo
+from fused_elbo.operators import elbo, levels
 
 SCHEDULES = ("ascending", "descending", "random:1", "random:2")
 GRAD_SCALE = 3.0
@@ -132,7 +132,10 @@ class Every:
     def __init__(self, shim: Shim, stages: dict[str, Case], schedules: Sequence[str] = SCHEDULES) -> None:
         self.shim, self.schedules = shim, schedules
         by = elbo.Operators("fused_elbo_cuda")
-        self.operators = SimpleNamespace(forward=by.forward, grads=by.grads, step=by.step, shim=shim)
+        of = levels.Operators("fused_elbo_cuda")
+        self.operators = SimpleNamespace(
+            forward=by.forward, grads=by.grads, step=by.step, levels=of.levels, levels_grads=of.levels_grads, shim=shim
+        )
         steps = {name: make() for name, make in step_cases().items()}
         self.cases: dict[str, tuple[int, Any]] = {
             **{name: (1, case) for name, case in stages.items()},

@@ -30,8 +30,8 @@ pytestmark = [
 PROGRAM = Path(__file__).with_name("cuda_check.py")
 
 DEVICE, ELEMENTS = "cuda/device.cuh", "cuda/elements.cuh"
-STATS, FINALIZE, GRADS, STEP, EACH = (
-    f"cuda/elbo_{stem}.cuh" for stem in ("stats", "finalize", "grads", "step", "step_each")
+STATS, FINALIZE, GRADS, STEP, EACH, LEVELS = (
+    f"cuda/elbo_{stem}.cuh" for stem in ("stats", "finalize", "grads", "step", "step_each", "levels")
 )
 INPUTS, TERMS, MATH, SPAN = "inputs.h", "elbo.h", "elbo_math.h", "span.h"
 
@@ -216,6 +216,29 @@ MUTANTS = {
     "batches_are_taken_for_dense": Mutant(
         "cuda/elbo_step.cu", "one_block_of_memory", "$B == 1 || $S == $N", "true",
         ("descending", "step, samples apart"),
+    ),
+    # levels
+    "the_first_chunk_of_a_level_again": Mutant(
+        LEVELS, "for_level_chunks", "$I % level.chunks_per_sample * $S", "0 * $S", ("ascending", "levels, fp32"),
+    ),
+    "levels_share_their_partial_sums": Mutant(
+        LEVELS, "run_levels", "$S + level.first_partial + $C", "$S + $C", ("ascending", "levels"),
+    ),
+    "a_dropped_partial_of_a_level": Mutant(
+        LEVELS, "run_level_sums", "$P < $B[level + 1]", "$P < $B[level + 1] - 1", ("ascending", "levels"),
+    ),
+    "one_level_for_a_warp": Mutant(
+        LEVELS, "run_level_sums", "$L += static_cast<int>($D) / $W", "$L += 1 << 20",
+        ("ascending", "more levels than a launch"),
+    ),
+    "no_barrier_before_the_levels_are_added_up": Mutant(
+        LEVELS, "run_level_sums", "__syncthreads();", "", ("ascending", "more levels than a launch"), place=(0, 2),
+    ),
+    "no_barrier_before_the_next_samples_levels": Mutant(
+        LEVELS, "run_level_sums", "__syncthreads();", "", ("descending", "more samples than a block"), place=(1, 2),
+    ),
+    "one_weight_for_all_levels": Mutant(
+        LEVELS, "run_levels_grads", "const_cast<char*>(level.grad)", "args.grad.tensor.base", ("ascending", "levels"),
     ),
 }  # fmt: skip
 

@@ -47,8 +47,9 @@ NVIDIA = [name for name, target in bench.TARGETS.items() if target.backend == "c
 
 # What the code may read and write a value at a time, for it is O(batch). elbo_stats writes a partial sum of S and one
 # of KL; its last program reads those of all, and writes the outputs. elbo_grads reads grad_loss and ΣS for the one
-# sample of a tile of data, and grad_loss for each of the samples, up to four, of which a thread has latents.
-NARROW = {"elbo_stats": 2 + 32, "elbo_grads": 6}
+# sample of a tile of data, and grad_loss for each of the samples, up to four, of which a thread has latents. Those of
+# levels likewise.
+NARROW = {"elbo_stats": 2 + 32, "elbo_grads": 6, "elbo_levels": 1 + 16, "elbo_levels_grads": 4}
 BLOCKS_PER_SM = 2  # that fit at least: 16 warps, at most 128 registers
 
 # What differs little from what `make check` reads: fp16 from bf16, one target from another.
@@ -80,7 +81,7 @@ def test_compiles_without_spills(kernel: str, target: str, dtype: str) -> None:
 
 @for_each_dtype
 @for_each_target(bench.TARGETS)
-@for_each_kernel("elbo_stats", "elbo_grads")
+@for_each_kernel("elbo_stats", "elbo_grads", "elbo_levels")
 def test_every_access_of_big_tensors_is_wide(kernel: str, target: str, dtype: str) -> None:
     """The wide accesses move the bytes of one tile of each big tensor, no more and no less: so no part of any of them
     is left to narrow ones, or moved twice. What narrow ones there are, are as few as O(batch) values need."""
@@ -101,7 +102,7 @@ def test_every_access_of_big_tensors_is_wide(kernel: str, target: str, dtype: st
 
 @for_each_dtype
 @for_each_target(NVIDIA)
-@for_each_kernel("elbo_stats", "elbo_grads")
+@for_each_kernel("elbo_stats", "elbo_grads", "elbo_levels")
 def test_occupancy(kernel: str, target: str, dtype: str) -> None:
     launch, row = bench.launch_of(kernel, dtype, target), bench.row(kernel, dtype, target)
     warps = launch.kwargs["num_warps"]
@@ -163,7 +164,9 @@ def test_the_reading_of_machine_code() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("kernel", [pytest.param(k, marks=together(k)) for k in ("elbo_stats", "elbo_grads")])
+@pytest.mark.parametrize(
+    "kernel", [pytest.param(k, marks=together(k)) for k in ("elbo_stats", "elbo_grads", "elbo_levels[hierarchy]")]
+)
 def test_the_committed_table_is_of_this_code(kernel: str, dtype: str) -> None:
     """A few of its rows, compiled anew: `python bench/proof/compiled.py --out bench/proof` writes them all."""
     folder = Path(bench.__file__).parent

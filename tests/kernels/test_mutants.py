@@ -29,7 +29,7 @@ from mutants import Mutant, copy
 pytestmark = pytest.mark.triton
 KERNELS = Path(__file__).parents[2] / "kernels"
 
-STATS, FINALIZE, GRADS, STEP = (f"elbo_{stem}.py" for stem in ("stats", "finalize", "grads", "step"))
+STATS, FINALIZE, GRADS, STEP, LEVELS = (f"elbo_{stem}.py" for stem in ("stats", "finalize", "grads", "step", "levels"))
 LAYOUT, ELEMENTS, MATH, FACTORS, GRID = (f"_{name}.py" for name in ("layout", "elements", "math", "factors", "grid"))
 STRUCTS, OPERATORS = "structs.py", "operators.py"
 
@@ -43,7 +43,7 @@ MUTANTS = {
     "stats_reads_a_column_too_few": Mutant(
         STATS, "data_sums", MASK, "$ROWS & ($C < $N - 1)", "learned-image, none",
     ),
-    "stats_reads_a_latent_too_many": Mutant(STATS, "latent_sums", MASK, "$ROWS & ($C <= $N)", "far apart"),
+    "stats_reads_a_latent_too_many": Mutant(STATS, "chunk_rates", MASK, "$ROWS & ($C <= $N)", "far apart"),
     "stats_writes_a_row_too_many": Mutant(
         STATS, "data_sums", "tl.store($P, $X, $R < $B)", "tl.store($P, $X, $R <= $B)", "learned-image, none",
     ),
@@ -63,7 +63,7 @@ MUTANTS = {
         "far apart", place=(0, 4), beside=MASK,
     ),
     "padding_is_clamped_to_free_bits": Mutant(
-        STATS, "latent_sums", "tl.where($M, at_least($$$X), 0.0)", "tl.where($C >= 0, at_least($$$X), 0.0)",
+        STATS, "chunk_rates", "tl.where($M, at_least($$$X), 0.0)", "tl.where($C >= 0, at_least($$$X), 0.0)",
         "free-bits, none", beside=MASK,
     ),
     "empty_rows_are_counted": Mutant(
@@ -245,6 +245,34 @@ MUTANTS = {
     ),
     "the_step_adds_no_weights_up": Mutant(
         STEP, "elbo_step_kernel", "elements = sum_of($$$X)", "", "step, weights",
+    ),
+    # levels
+    "a_level_begins_a_program_late": Mutant(LEVELS, "level_of", "$P < $F", "$P <= $F", "levels"),
+    "a_levels_programs_are_counted_from_0": Mutant(LEVELS, "on_level", "$P - whole(cut.first)", "$P", "levels"),
+    "a_level_is_finished_before_its_last_program": Mutant(
+        LEVELS, "elbo_levels_kernel", "arrive($C, whole(level.cut.programs))", "arrive($C, 1)", "levels, free bits",
+    ),
+    "the_sum_is_of_the_levels_of_one_launch": Mutant(
+        LEVELS, "elbo_levels_kernel", "arrive($C, whole(call.batch.levels))", "arrive($C, call.how.LEVELS)",
+        "more levels than a launch",
+    ),
+    "levels_share_their_partial_sums": Mutant(
+        LEVELS, "level_sums", "partials + whole(level.cut.partials)", "partials", "levels",
+    ),
+    "the_rates_of_one_level_for_all": Mutant(
+        LEVELS, "level_sums", "$R + whole(level.cut.index)", "$R", "levels",
+    ),
+    "one_block_of_samples_of_a_level": Mutant(
+        LEVELS, "level_sums", "range(0, $N, $S)", "range(0, $N, 2 * $S)", "more samples than a block",
+    ),
+    "one_weight_for_all_levels": Mutant(
+        LEVELS, "on_chunk", "whole(level.cut.index) * $S", "0 * $S", "levels",
+    ),
+    "levels_with_and_without_a_prior_together": Mutant(
+        "levels.py", "launches", "(*[$T.dtype for $T in $X], $$$Y)", "(1, $$$Y)", "levels",
+    ),
+    "the_tiles_of_a_levels_chunk": Mutant(
+        LEVELS, "on_level", "cut.per_chunk - 4", "cut.per_chunk - 6", "levels, free bits",
     ),
     # memory
     "strides_of_32_bits": Mutant(ELEMENTS, "from_units", "tl.full((), $N, tl.int64) * $V", "$N * $V", "farther apart"),

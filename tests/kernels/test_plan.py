@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_elbo
 from fused_elbo import decoupled_elbo, decoupled_elbo_backward, gaussian_kl
@@ -217,7 +218,7 @@ def test_memory_between_programs_is_kept_for_the_default_stream_alone(monkeypatc
     monkeypatch.setattr(_grid, "barrier_of", lambda device: torch.zeros(2))
 
     def of(numbers: int) -> _grid.Scratch:
-        return _grid.Scratch(gpu, lambda: Partials(torch.empty(numbers), None, None), lambda: torch.empty(8))
+        return _grid.Scratch(gpu, lambda: Partials(torch.empty(numbers), None, None, None), lambda: torch.empty(8))
 
     small, large = of(64), of(_grid.MOST_KEPT // 4)
     kept = small()
@@ -225,9 +226,59 @@ def test_memory_between_programs_is_kept_for_the_default_stream_alone(monkeypatc
     assert large() is not large()
     stream.cuda_stream = 1
     others = [small(), small()]
-    assert len({id(each.partials.s) for each in (kept, *others)}) == 3
+    assert len({id(each.partials.a) for each in (kept, *others)}) == 3
     stream.cuda_stream = 0
     assert small() is kept
+
+
+VDVAE = [16, 256, 256, 1024, 1024, 4096, 4096, 4096, 16384, 16384, 16384] * 4  # latents of levels
+
+
+def hierarchy(sizes: list[int], batch: int = 2) -> tuple[list[Tensor], list[Tensor], list[Any]]:
+    mu, logvar, *prior = ([torch.zeros(batch, n, requires_grad=True) for n in sizes] for _ in range(4))
+    return mu, logvar, list(zip(*prior, strict=True))
+
+
+LEVELS, LEVELS_GRADS = ["elbo_levels_kernel"], ["elbo_levels_grads_kernel"]
+
+
+@pytest.mark.parametrize("per_level", [False, True])
+def test_43_levels_are_six_launches_of_two_kernels(per_level: bool, seen: Seen) -> None:
+    mu, logvar, prior = hierarchy(VDVAE[:43])
+    for _ in range(2):
+        gaussian_kl(mu, logvar, prior=prior, per_level=per_level).sum().backward()
+    assert seen.launched == 2 * (3 * LEVELS + 3 * LEVELS_GRADS)
+    assert seen.searched == 3 * LEVELS + 3 * LEVELS_GRADS
+    assert len(seen.compiled) == 2
+
+
+def test_levels_that_are_not_alike_take_launches_of_their_own(seen: Seen) -> None:
+    """A level without a prior, one of a length that 4 does not divide, and one of another dtype."""
+    mu, logvar, prior = hierarchy([16, 16, 16, 15, 16])
+    prior[1] = None
+    mu[2], logvar[2], prior[2] = mu[2].bfloat16(), logvar[2].bfloat16(), tuple(p.bfloat16() for p in prior[2])
+    gaussian_kl(mu, logvar, prior=prior).backward()
+    assert seen.launched == 4 * LEVELS + 4 * LEVELS_GRADS
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_levels_copy_nothing(seen: Seen) -> None:
+    """A CUDA graph can have it all: no table of pointers is sent to the GPU."""
+    mu, logvar, prior = hierarchy(VDVAE[:43])
+    for operations in (Operations(), Operations()):
+        with operations:
+            rates = gaussian_kl(mu, logvar, prior=prior, per_level=True, reduction="none")
+            torch.autograd.grad(rates, [*mu, *logvar], torch.ones_like(rates))
+    assert operations.seen <= {"empty_strided", "empty_like", "ones_like", "detach"}
 
 
 # ------------------------------------------------------------------------------------------ with kernels that compile

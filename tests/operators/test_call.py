@@ -57,8 +57,8 @@ def test_signatures_show_every_option_with_its_default() -> None:
     assert of(decoupled_elbo) == options.DEFAULTS
     assert of(decoupled_elbo_backward) == {**options.DEFAULTS, "grad_scale": None, "retain_graph": False}
     assert of(gaussian_kl) == {
-        "prior": None, "logvar_range": None, "free_bits": 0.0, "limit": None, "reduction": "batchmean",
-        "process_group": None,
+        "prior": None, "per_level": False, "logvar_range": None, "free_bits": 0.0, "limit": None,
+        "reduction": "batchmean", "process_group": None,
     }  # fmt: skip
     assert inspect.signature(DecoupledELBO).parameters["min_log_sigma"].default == -7.0
     assert "min_log_sigma" not in inspect.signature(LearnedSigmaELBO).parameters
