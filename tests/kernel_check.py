@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_elbo import autograd, decoupled_elbo, gaussian_kl, reference
-from fused_elbo.call import NONE, GradOutputs, Options, Outputs, Tensors, mask_of
+from fused_elbo.call import NONE, Gradients, GradOutputs, Options, Outputs, Tensors, mask_of
 from fused_elbo.operators.elbo import Implementation
 
 GUARD = 1 << 12  # elements on each side: a tile
@@ -44,7 +44,8 @@ def guarded(t: Tensor, apart: bool = True) -> Tensor:
     shape, strides = t.shape, list(t.stride())
     if apart and t.dim() and strides[0] == t.numel() // t.shape[0]:
         strides[0] += GAP
-    memory = torch.full((extent(t.shape, strides) + 2 * GUARD,), float("nan"), dtype=t.dtype)
+    nothing = float("nan") if t.is_floating_point() else 1  # bytes have no NaN
+    memory = torch.full((extent(t.shape, strides) + 2 * GUARD,), nothing, dtype=t.dtype)
     for dim, stride in enumerate(t.stride()):
         t = t.narrow(dim, 0, 1) if stride == 0 else t  # copy_ refuses an expanded tensor
     return memory.as_strided(t.shape, strides, GUARD).copy_(t).expand(shape)
@@ -157,7 +158,7 @@ def far_apart(step: int) -> Iterator[Arguments]:
 
 
 def double(tensors: Tensors) -> Tensors:
-    return Tensors._make(None if t is None else t.double() for t in tensors)
+    return Tensors._make(t.double() if t is not None and t.is_floating_point() else t for t in tensors)
 
 
 def compare(stage: str, got: Tensor, true: Tensor) -> None:
@@ -180,7 +181,8 @@ class Case:
         self.weights = GradOutputs._make(guarded(torch.randn_like(o, dtype=dtype)) for o in self.outputs[:3])
         weights = GradOutputs._make(w.double() for w in self.weights if w is not None)
         self.gradients = reference.gradients(wide, options, self.outputs.stats, weights)
-        self.mask = mask_of(t is not None for t in self.tensors)
+        differentiable = self.tensors[: len(Gradients._fields)]
+        self.mask = mask_of(t is not None and t.is_floating_point() for t in differentiable)
         scales = ((guarded(torch.tensor(-2.5), apart=False), 1.0), (None, -2.5))  # a tensor, and a number
         self.scales = scales if options.reduction != NONE else ()
         self.stepped = reference.step(wide, options, None, -2.5, self.mask) if self.scales else ()
