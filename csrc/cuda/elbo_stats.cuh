@@ -58,7 +58,7 @@ __device__ void rates(const Latents& latents, const Chunk& p, A& rate, A& clampe
 template <class A, class R, class T, bool Element>
 __device__ void write_errors(const Data& data, const Partials& out, const Chunk& chunk) {
   if constexpr (kIsMixed<T>) {
-    const MixedChunk<A, R> elements(data, chunk.sample, chunk.first);
+    const MixedChunk<A, R, Element> elements(data, chunk.sample, chunk.first);
     write_sums(mixed_sums(elements, chunk.n, elements.head(chunk.n), A(0), [](int, const auto&, auto) {}), out, chunk);
   } else {
     const A a = squared_error<A, R, T, Element>(data, chunk);

@@ -103,14 +103,14 @@ struct Held {
 // What is told of elements at run time takes the registers: all differences are in shared memory.
 template <class R>
 __device__ void mixed_role(const StepArguments& args) {
-  using Elements = MixedChunk<float, R>;
+  using Elements = MixedChunk<float, R, false>;
   const cooperative_groups::grid_group grid = cooperative_groups::this_grid();
-  const int64_t each = static_cast<int64_t>(args.plan.rows) * kWarpSize * Elements::V;
+  const int64_t each = static_cast<int64_t>(args.plan.rows) * kWarpSize * (16 / sizeof(R));  // rows as the plan has them
   const int64_t first = warp_of_blocks(0) * each;
   const int n = static_cast<int>(max(min(args.elements - first, each), int64_t{0}));
   const Chunk p = {true, 0, 0, first, n};  // all samples are one block of memory
   const Elements elements(args.grads.batch.data, 0, first);
-  const KeptSlopes<R> kept(on_chip + warp() * each, args.grads.gradients, p);
+  const KeptSlopes<R> kept(on_chip + warp() * each, elements.data, args.grads.gradients, p);
   const double total = block_sum(kept.keep(elements, n, 0));
   if (threadIdx.x == 0) args.sums[blockIdx.x] = total;
   grid.sync();  // as in data_role

@@ -67,7 +67,8 @@ struct KeptDifferences {
   float* kept;
   Written<R, T> out;
 
-  __device__ KeptDifferences(float* kept, const Gradients& gradients, const Chunk& p) : kept(kept), out(gradients, p) {}
+  __device__ KeptDifferences(float* kept, const Data&, const Gradients& gradients, const Chunk& p)
+      : kept(kept), out(gradients, p) {}
 
   __device__ int head(const Elements& elements, int n) const {
     return elements.head(n, out.recon, out.target);
@@ -104,7 +105,7 @@ __device__ void given_chunk(const StepEachArguments& args, const Chunk& p) {
   const Gradients& gradients = args.grads.gradients;
   const float a = static_cast<float>(own_factors(args.grads, p.sample, 0).recon_scale);
   if constexpr (kIsMixed<T>) {
-    write_sums(mixed_gradient<float, R>(data, gradients, a, p), args.partials, p);
+    write_sums(mixed_gradient<float, R, false>(data, gradients, a, p), args.partials, p);
   } else {
     const DataChunk<float, R, T, false> elements(data, p.sample, p.first);
     const Written<R, T> out(gradients, p);
@@ -125,7 +126,7 @@ __device__ void own_sample(const StepEachArguments& args, int64_t sample) {
   const int first = min(warp() * each, dims);
   const Chunk p = {true, sample, sample, first, min(each, dims - first)};
   const Elements elements(data, sample, first);
-  const Kept<R, T> kept(on_chip + first, args.grads.gradients, p);
+  const Kept<R, T> kept(on_chip + first, data, args.grads.gradients, p);
   const int head = kept.head(elements, p.n);
   const float sum = static_cast<float>(block_sum(kept.keep(elements, p.n, head)));
   if (threadIdx.x == 0) static_cast<float*>(args.partials.a)[sample] = sum;

@@ -46,24 +46,10 @@ struct Raw {
   }
 };
 
-// A tensor beside recon, or a gradient, from the beginning of a chunk.
-struct Part {
-  const Span& span;
-  char* at;  // null: there is no such tensor
-
-  __device__ Part(const Span& span, int64_t sample, int64_t first)
-      : span(span), at(span.base ? span.at(sample, first) : nullptr) {}
-
-  // Whether n neighbours from the i-th on are where one access, or several of 128 bits, can move them.
-  __device__ bool fits(int i, int n) const {
-    return at == nullptr || aligned(at + i * span.itemsize, min(n * span.itemsize, int64_t{16}));
-  }
-
-  template <int N, class F>
-  __device__ void put(int i, Count<N> count, F f) const {
-    if (at) store_any(span, at, i, count, f);
-  }
-};
+// Whether one access, or several of 128 bits, can move the n neighbours that lie there.
+__device__ inline bool fits(const char* at, int64_t itemsize, int n) {
+  return aligned(at, min(n * itemsize, int64_t{16}));
+}
 
 // What may be repeated: log σ, a weight. Null where elements have none.
 template <class A>
@@ -79,7 +65,7 @@ struct Repeated {
 
   __device__ bool fits(int i, int n) const {
     const int64_t itemsize = broadcast.values.itemsize;
-    return at == nullptr || broadcast.rank || aligned(at + i * itemsize, min(n * itemsize, int64_t{16}));
+    return at == nullptr || broadcast.rank || elbo::fits(at + i * itemsize, itemsize, n);
   }
 
   template <int N>
@@ -105,27 +91,28 @@ struct Repeated {
   }
 };
 
-template <class A, class R>
+// Own: σ may be an element's own.
+template <class A, class R, bool Own>
 struct MixedChunk {
   static constexpr int V = 16 / sizeof(A);  // of a half dtype 64 bits, or there would be too few registers
   const Data& data;
   const R* recon;
-  const Part target;
+  const char* target;
   const Repeated<A> log_sigma, weight;
 
   __device__ MixedChunk(const Data& data, int64_t sample, int64_t first)
       : data(data),
         recon(reinterpret_cast<const R*>(data.recon.at(sample, first))),
-        target(data.target, sample, first),
-        log_sigma(data.has_log_sigma, data.log_sigma, sample, first),
+        target(data.target.at(sample, first)),
+        log_sigma(Own && data.has_log_sigma, data.log_sigma, sample, first),
         weight(data.has_weight, data.weight, sample, first) {}
 
   // Elements before the first vector; n where there is none.
-  template <class... Written>
-  __device__ int head(int n, const Written&... written) const {
+  __device__ int head(int n) const {
     const int head = head_of(n, recon);
-    const bool fit = target.fits(head, V) && log_sigma.fits(head, V) && weight.fits(head, V);
-    return head < n && fit && (written.fits(head, V) && ...) ? head : n;
+    const int64_t itemsize = data.target.itemsize;
+    const bool fit = fits(target + head * itemsize, itemsize, V) && log_sigma.fits(head, V) && weight.fits(head, V);
+    return head < n && fit ? head : n;
   }
 
   template <int N>
@@ -138,7 +125,7 @@ struct MixedChunk {
   __device__ Fetched<N> load(int i, Count<N> count) const {
     Fetched<N> f;
     f.recon = elbo::load(recon + i, count);
-    f.target.read(target.at + i * target.span.itemsize, target.span.itemsize, count);
+    f.target.read(target + i * data.target.itemsize, data.target.itemsize, count);
     log_sigma.read(f.log_sigma, i, count);
     weight.read(f.weight, i, count);
     return f;
@@ -146,8 +133,8 @@ struct MixedChunk {
 
   template <int N>
   __device__ Values<A, N> target_of(const Fetched<N>& f) const {
-    Values<A, N> t = f.target.take(target.span.dtype);
-    if (target.span.dtype == ScalarType::Byte) {
+    Values<A, N> t = f.target.take(data.target.dtype);
+    if (data.target.dtype == ScalarType::Byte) {
       const A step = static_cast<A>(data.target_step), low = static_cast<A>(data.target_low);
 #pragma unroll
       for (int j = 0; j < N; ++j) t.value[j] = scaled_byte<A>(t.value[j], step, low);
@@ -207,17 +194,22 @@ __device__ inline void walk_ahead(int groups, Count<N> count, At at, Load load, 
 }
 
 // Calls f(Count<q>, whether σ is an element's own).
-template <class F>
+template <bool Own, class F>
 __device__ inline void with_likelihood(const Data& data, F f) {
-  const auto with_q = [&](auto q) { data.has_log_sigma ? f(q, std::true_type{}) : f(q, std::false_type{}); };
+  const auto with_q = [&](auto q) {
+    if constexpr (Own) {
+      if (data.has_log_sigma) return f(q, std::true_type{});
+    }
+    f(q, std::false_type{});
+  };
   data.exponent == 2 ? with_q(Count<2>{}) : with_q(Count<1>{});
 }
 
 // One warp over n elements: the sums, and for each group of elements `take(i, gradients, count)`, a being the sample's
 // factor.
-template <class A, class R, class Take>
-__device__ MixedSums<A> mixed_sums(const MixedChunk<A, R>& elements, int n, int head, A a, Take take) {
-  constexpr int V = MixedChunk<A, R>::V;
+template <class A, class R, bool Own, class Take>
+__device__ MixedSums<A> mixed_sums(const MixedChunk<A, R, Own>& elements, int n, int head, A a, Take take) {
+  constexpr int V = MixedChunk<A, R, Own>::V;
   const Data& data = elements.data;
   const int vectors = (n - head) / V, between = vectors * V;
   MixedSums<A> sums;
@@ -227,7 +219,7 @@ __device__ MixedSums<A> mixed_sums(const MixedChunk<A, R>& elements, int n, int 
     MixedGrads<A, N> g;
     Values<A, N> slopes, costs;
     const Values<A, N> x = elements.recon_of(fetched, slopes), t = elements.target_of(fetched);
-    with_likelihood(data, [&](auto q, auto own) {
+    with_likelihood<Own>(data, [&](auto q, auto own) {
       constexpr int Q = decltype(q)::n;
       Values<A, N> log_sigma;
       if constexpr (own.value) log_sigma = elements.log_sigma.take(fetched.log_sigma, i);
@@ -280,36 +272,51 @@ __device__ void write_sums(const MixedSums<A>& sums, const Partials& out, const 
   if (out.weights) static_cast<A*>(out.weights)[chunk.index] = weights;
 }
 
-// Where a chunk's gradients go.
+// Where a chunk's gradients go. They are dense, so that one number says where in all of them: three addresses would be
+// too many for the registers.
 struct MixedWritten {
-  const Part recon, target, log_sigma;
+  const Gradients& out;
+  int64_t begin;
 
-  __device__ MixedWritten(const Gradients& out, const Chunk& p)
-      : recon(out.recon, p.sample, p.first),
-        target(out.target, p.sample, p.first),
-        log_sigma(out.element_log_sigma, p.sample, p.first) {}
+  __device__ MixedWritten(const Gradients& out, int64_t dims, const Chunk& p)
+      : out(out), begin(p.sample * dims + p.first) {}
 
-  template <class A, class R>
-  __device__ int head(const MixedChunk<A, R>& elements, int n) const {
-    return elements.head(n, recon, target, log_sigma);
+  // Elements before the first vector; n where there is none.
+  template <class Elements>
+  __device__ int head(const Elements& elements, int n) const {
+    const int head = elements.head(n);
+    const auto fit = [&](const Span& to) {
+      return to.base == nullptr || fits(to.at(0, begin + head), to.itemsize, Elements::V);
+    };
+    return head < n && fit(out.recon) && fit(out.target) && fit(out.element_log_sigma) ? head : n;
   }
 
   template <class R, class A, int N>
   __device__ void put(int i, const MixedGrads<A, N>& g, Count<N> count) const {
-    if (recon.at) store_values(reinterpret_cast<R*>(recon.at) + i, count, [&](int j) { return g.recon.value[j]; });
-    target.put(i, count, [&](int j) { return g.target.value[j]; });
-    log_sigma.put(i, count, [&](int j) { return g.log_sigma.value[j]; });
+    if (out.recon.base) {
+      R* to = reinterpret_cast<R*>(out.recon.base) + begin + i;
+      store_values(to, count, [&](int j) { return g.recon.value[j]; });
+    }
+    put(out.target, i, g.target, count);
+    put(out.element_log_sigma, i, g.log_sigma, count);
+  }
+
+ private:
+  template <class A, int N>
+  __device__ void put(const Span& to, int i, const Values<A, N>& values, Count<N> count) const {
+    if (to.base) store_any(to, to.at(0, begin + i), 0, count, [&](int j) { return values.value[j]; });
   }
 };
 
 // What a warp keeps on chip of its elements until their factor is known: see keeps_slopes.
 template <class R>
 struct KeptSlopes {
-  using Elements = MixedChunk<float, R>;
+  using Elements = MixedChunk<float, R, false>;
   float* kept;
   MixedWritten out;
 
-  __device__ KeptSlopes(float* kept, const Gradients& gradients, const Chunk& p) : kept(kept), out(gradients, p) {}
+  __device__ KeptSlopes(float* kept, const Data& data, const Gradients& gradients, const Chunk& p)
+      : kept(kept), out(gradients, data.dims, p) {}
 
   // Of element j of a lane's vector that begins at the i-th: in 32 banks for the lanes of a warp.
   template <int N>

@@ -72,6 +72,9 @@ def step_cases() -> dict[str, Callable[[], StepCase]]:
         "optimal": 1, "floor": 1, "softclip": 1, "beta-sample": 1, "beta-tensor": 1, "free-bits": 1,
         "capacity-above": 1, "prior-shared": 1, "constant": 2, "learned": 3, "learned-image": 3, "per-image": 2,
         "per-image-floor": 2, "per-image-softclip": 2, "learned-channel": 3,
+        "laplace": 1, "laplace-image": 3, "laplace-learned": 3, "extra": 1, "extra-shared": 3, "mask": 3,
+        "mask-image": 3, "weight-channel": 3, "tanh": 2, "tanh-mask": 3, "bytes": 1, "bytes-sigmoid": 1,
+        "logvar-range": 1, "free-nats": 3, "free-nats-batch": 1, "capacity-sample": 3,
     }  # fmt: skip
     small: dict[str, Any] = {"batch": 3, "data": (3, 4, 8)}
     calls = {mode: (Call(mode, **small), launches) for mode, launches in modes.items()}
@@ -96,11 +99,22 @@ def step_cases() -> dict[str, Callable[[], StepCase]]:
         "per image, too few": (Call("per-image", batch=1, data=(75,)), 3),
         "given, several chunks": (Call("learned-image", batch=3, data=(9001,), latent=(4100,)), 3),
         "given, mean": (Call("beta-sample", "mean", **small), 1),
+        "sigmoid, of the target too": (Call("sigmoid", **small), 3),
+        "weights, mean": (Call("weight-channel", "mean", **small), 3),
+        "bytes, in many rows, fp16": (Call("bytes", batch=3, data=(3, 64, 65), **half), 1),
+        "bytes, in no whole number of vectors": (Call("bytes-sigmoid", batch=3, data=(75,)), 3),
+        "tanh, several chunks, two dtypes": (
+            Call("tanh", batch=3, data=(9001,), **half, target_dtype=torch.float32),
+            2,
+        ),
+        "laplace, several for a block": (Call("laplace-image", batch=9, data=(1027,), **half), 3),
     }
     cases: dict[str, Callable[[], StepCase]] = {
         f"step, {name}": lambda call=call, launches=launches: StepCase(call, launches)
         for name, (call, launches) in calls.items()
     }
+    behind_sigmoid = Call("sigmoid", **small)
+    cases["step, sigmoid"] = lambda: StepCase(behind_sigmoid, 1, without="target")
     call = Call(**small)
     cases["step, of the target"] = lambda: StepCase(call, 1, without="recon mu")
     cases["step, samples apart"] = lambda: StepCase(call, 3, apart=True)
@@ -114,9 +128,32 @@ def one_for_all(call: Call) -> Call:
     return call
 
 
+def partly_without_error(call: Call) -> Call:
+    with torch.no_grad():
+        call.tensors[0].view(-1)[::3] = call.tensors[1].view(-1)[::3]
+    return call
+
+
+def nan_behind_the_mask(call: Call) -> Call:
+    with torch.no_grad():
+        call.tensors[0][~call.kw["weight"]] = float("nan")
+    return call
+
+
 def stage_cases() -> dict[str, Case]:
     """Beside those of kernel_check.py."""
+    small: dict[str, Any] = {"batch": 3, "data": (3, 5, 5)}
+    modes = {
+        "laplace": "none", "laplace-pixel": "none", "extra": "none", "extra-shared": "batchmean", "weight": "mean",
+        "weight-pixel": "none", "weight-channel": "batchmean", "tanh-mask": "none", "sigmoid-pixel": "batchmean",
+        "bytes-pixel": "batchmean", "bytes-sigmoid": "none", "logvar-range": "none", "logvar-range-prior": "batchmean",
+        "free-nats": "none", "free-nats-batch": "batchmean", "free-nats-below": "sum", "capacity-sample": "none",
+    }  # fmt: skip
     calls = {
+        **{f"{mode}, {reduction}": Call(mode, reduction, **small) for mode, reduction in modes.items()},
+        "laplace, partly without error": partly_without_error(Call("laplace-image", **small, dtype=torch.float64)),
+        "NaN behind the mask": nan_behind_the_mask(Call("tanh-mask", "none", **small)),
+        "bytes and weights, fp16": Call("bytes-pixel", batch=3, data=(3, 8, 8), dtype=torch.float16),
         "latents of one sample for all": one_for_all(Call(batch=3, latent=(12,), dtype=torch.float16)),
         "more samples than finalize has threads": Call(
             "softclip", "none", batch=1100, data=(2,), latent=(1,), dtype=torch.float64

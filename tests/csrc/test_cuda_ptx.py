@@ -25,6 +25,7 @@ from mutants import Mutant, copy
 
 from fused_elbo import reference
 from fused_elbo.call import GradOutputs, Options, Tensors
+from fused_elbo.likelihood import Activation
 from fused_elbo.sigma import Kind
 
 if "cuda_plugin" not in sys.modules:
@@ -37,7 +38,7 @@ pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(NVCC is None, reason="no nvcc on this machine (PATH, /usr/local/cuda)"),
 ]
-SOURCE = Path(__file__).with_name("cuda_ptx.cu")
+SOURCE, SOURCE_MIXED = (Path(__file__).with_name(f"{stem}.cu") for stem in ("cuda_ptx", "cuda_ptx_mixed"))
 
 THREADS, STEP_THREADS, FINALIZE_THREADS = 256, 512, 1024  # as in csrc/cuda
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -46,15 +47,16 @@ SECTOR = 32  # bytes
 WIDEST = 32 * 16  # bytes: 128 bits of every lane
 
 
-def compiled(config: pytest.Config, arch: int, csrc: Path = CSRC) -> dict[str, Any]:
-    """The kernels of cuda_ptx.cu by name. Their PTX is kept, see cuda_plugin.kept_folder."""
+def compiled(config: pytest.Config, arch: int, csrc: Path = CSRC, source: Path = SOURCE) -> dict[str, Any]:
+    """The kernels of a file beside this one by name. Their PTX is kept, see cuda_plugin.kept_folder."""
     flags = ["-std=c++17", "-O3", "-fmad=false", f"-arch=compute_{arch}", "-ptx"]
     version = subprocess.run([str(NVCC), "--version"], check=True, capture_output=True).stdout
-    made_from = (version, flags, torch.__version__, SOURCE.read_bytes(), cuda_shim.code(csrc))
+    header = source.with_name("cuda_ptx.h").read_bytes()
+    made_from = (version, flags, torch.__version__, source.read_bytes(), header, cuda_shim.code(csrc))
 
     def compile_(ptx: Path) -> None:
         includes = [f"-I{csrc}", f"-I{Path(torch.__file__).parent / 'include'}"]
-        command = [str(NVCC), *flags, *includes, str(SOURCE), "-o", str(ptx)]
+        command = [str(NVCC), *flags, *includes, str(source), "-o", str(ptx)]
         subprocess.run(command, check=True, capture_output=True)
 
     ptx = cuda_shim.made_once(kept_folder(config) / f"kernels-{cuda_shim.digest(*made_from)}.ptx", compile_)
@@ -158,10 +160,16 @@ class Step:
         self.launch(kernels[f"{kind}_{self.name}"], data_blocks + 1, STEP_THREADS, *self.tensors, *args, shmem=shared)
         self.sums = [s[: self.batch] if kind == "image" else s.reshape(self.batch, -1).sum(1), kl]
 
+    def as_reference(self, inputs: list[torch.Tensor]) -> Tensors:
+        return Tensors(*inputs)
+
+    def options(self, kind: Kind) -> Options:
+        return Options(sigma_mode=int(kind), min_log_sigma=FLOOR, beta_value=BETA)
+
     def check(self, kind: Kind = Kind.BATCH) -> None:
         """Against the reference in fp64."""
         inputs = [t.double() for t in self.inputs]
-        tensors, options = Tensors(*inputs), Options(int(kind), min_log_sigma=FLOOR, beta_value=BETA)
+        tensors, options = self.as_reference(inputs), self.options(kind)
         *outputs, stats = reference.forward(tensors, options)
         if kind == Kind.BATCH:
             for got, true in zip(self.out, outputs, strict=True):
@@ -182,6 +190,78 @@ class Step:
     def size(self, data: int, latents: int) -> int:
         recon, mu = self.inputs[0], self.inputs[2]
         return data * recon.numel() * recon.element_size() + latents * mu.numel() * mu.element_size()
+
+
+class MixedStep(Step):
+    """With a target of bytes behind a sigmoid, and q = 1; in two passes and where σ is given, with a mask."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.bytes = torch.randint(0, 256, (self.batch, self.dims), dtype=torch.uint8)
+        self.mask = torch.rand(self.batch, self.dims) > 0.3
+        self.masked = False
+
+    @property
+    def tensors(self) -> list[Any]:
+        given = [self.bytes.numpy(), self.mask.numpy().view("uint8"), int(Activation.SIGMOID), BETA, GRAD_SCALE]
+        return [*super().tensors, *given]
+
+    def in_two_passes(self, kernels: dict[str, Any]) -> None:
+        self.masked = True
+        s, kl, n = (torch.full((self.batch * c,), float("nan")).numpy() for c in (*self.chunks, self.chunks[0]))
+        stats = torch.full((4, self.batch + 1), float("nan")).numpy()
+        blocks = -(-self.batch * sum(self.chunks) // (THREADS // 32))
+        self.launch(kernels[f"stats_{self.name}"], blocks, THREADS, *self.tensors, s, kl, n, *self.gradients)
+        sizes = (self.batch, self.dims, *self.chunks)
+        self.launch(kernels["finalize"], 1, FINALIZE_THREADS, *sizes, BETA, s, kl, n, self.out, stats)
+        self.launch(kernels[f"grads_{self.name}"], blocks, THREADS, *self.tensors, stats, *self.gradients)
+
+    def in_one_pass(self, kernels: dict[str, Any], data_blocks: int) -> None:
+        self.masked = False
+        vector = 16 // self.inputs[0].element_size()
+        rows = -(-self.batch * self.dims // (data_blocks * self.step_threads * vector))
+        shared = rows * vector * self.step_threads * 4
+        kl = torch.full((self.batch * self.chunks[1],), float("nan")).numpy()
+        workspace = torch.full((data_blocks + 2,), float("nan"), dtype=torch.float64).numpy()
+        args = (*self.tensors, data_blocks, rows, kl, workspace, self.out, *self.gradients)
+        kernel = kernels[f"step_{self.name}"]
+        self.launch(kernel, data_blocks + 1, self.step_threads, *args, shmem=shared, cooperative=True)
+
+    def of_each(self, kernels: dict[str, Any], kind: str, data_blocks: int = 0) -> None:
+        self.masked = kind == "given"
+        s, kl, n = (torch.full((self.batch * c,), float("nan")).numpy() for c in (*self.chunks, self.chunks[0]))
+        args = (s, kl, n) if self.masked else (data_blocks, s, kl)
+        shared = 0 if self.masked else self.dims * 4
+        kernel = kernels[f"{kind}_{self.name}"]
+        self.launch(kernel, data_blocks + 1, STEP_THREADS, *self.tensors, *args, *self.gradients, shmem=shared)
+        self.sums = [s.reshape(self.batch, -1).sum(1) if self.masked else s[: self.batch], kl]
+
+    def as_reference(self, inputs: list[torch.Tensor]) -> Tensors:
+        tensors = Tensors(*inputs)._replace(target=self.bytes)
+        return tensors._replace(weight=self.mask) if self.masked else tensors
+
+    def options(self, kind: Kind) -> Options:
+        return super().options(kind)._replace(exponent=1, activation=int(Activation.SIGMOID))
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_elements_of_more_than_two_numbers(name: str, pytestconfig: pytest.Config) -> None:
+    kernels = compiled(pytestconfig, 90, source=SOURCE_MIXED)
+    step = MixedStep(name, batch=3, dims=2056, latents=64, seed=1)
+    step.in_two_passes(kernels)
+    step.check()
+    # recon twice, its gradient once; bytes and mask twice
+    expected = step.size(3, 6) + 4 * step.bytes.numel()
+    ratio = sum(step.moved.values()) / expected
+    print(f"{step.moved}, {ratio:.4f} of what must be moved; sectors used {step.used}; bytes of an access {step.width}")
+    assert 1.0 <= ratio <= 1.05
+    step.of_each(kernels, "given")
+    step.check(Kind.GIVEN)
+    step.of_each(kernels, "image", 2)
+    step.check(Kind.IMAGE)
+    step.in_one_pass(kernels, data_blocks=2)
+    step.check()
+    assert step.moved["step"] <= 1.05 * (step.size(2, 6) + step.bytes.numel())
 
 
 @pytest.mark.parametrize("name", DTYPES)

@@ -33,6 +33,7 @@ DEVICE, ELEMENTS = "cuda/device.cuh", "cuda/elements.cuh"
 STATS, FINALIZE, GRADS, STEP, EACH, LEVELS = (
     f"cuda/elbo_{stem}.cuh" for stem in ("stats", "finalize", "grads", "step", "step_each", "levels")
 )
+MIXED, LAUNCH = "cuda/mixed.cuh", "cuda/launch.h"
 INPUTS, TERMS, MATH, SPAN = "inputs.h", "elbo.h", "elbo_math.h", "span.h"
 
 # Few elements then make many chunks, several for a warp, and chunks of several times the least size.
@@ -149,13 +150,70 @@ MUTANTS = {
         GRADS, "data_gradient", "return -$G;", "return $G;", ("descending", "per-image-softclip, none"),
     ),
     "sign_of_the_capacity_gap": Mutant(
-        MATH, "limit_by_capacity", "($G > 0) - ($G < 0)", "($G > 0)", ("ascending", "capacity-above"),
+        MATH, "limited_slope", "($R > $C) - ($R < $C)", "($R > $C)", ("ascending", "capacity-above"),
+    ),
+    "free_nats_have_a_gradient_below": Mutant(
+        MATH, "limited_slope", "$R >= $C", "true", ("ascending", "free-nats-below, sum"),
+    ),
+    "a_sample_is_limited_by_the_batch": Mutant(
+        TERMS, "factors_of", "limits_batch($M) ? $A : $B", "$A", ("ascending", "free-nats, none"),
     ),
     "free_bits_mask_inverted": Mutant(
         GRADS, "latent_gradient", "$X >= $F", "$X < $F", ("descending", "free-bits, none"),
     ),
     "free_bits_hide_nan": Mutant(
         STATS, "rates", "$X < $F ? $F : $X", "$X >= $F ? $X : $F", ("ascending", "NaN in the latents"),
+    ),
+    "a_gradient_above_the_range_of_logvar": Mutant(
+        MATH, "clamped_grad", "($X < $A) | ($X > $B)", "($X < $A)", ("ascending", "logvar-range, none"),
+    ),
+    # what is added to a sample's error
+    "no_extra_error": Mutant(FINALIZE, "sum_chunks", "$S + at($E, $I)", "$S", ("ascending", "extra, none")),
+    "no_extra_error_before_the_sigma_of_an_image": Mutant(
+        EACH, "own_sample", "$S + at($E, $I)", "$S", ("ascending", "step, laplace-image"),
+    ),
+    "no_extra_error_in_one_pass": Mutant(
+        STEP, "last_block", "$A += at($E, $I)", "$A += 0", ("ascending", "step, extra"),
+    ),
+    "the_gradient_of_q_extra_errors": Mutant(GRADS, "put_extra_error", "$F / $Q", "$F", ("ascending", "extra, none")),
+    "the_gradient_of_q_extra_errors_in_one_pass": Mutant(
+        STEP, "put_extra_error", "$F / $Q", "$F", ("ascending", "step, extra"),
+    ),
+    # elements of more than two numbers
+    "the_sign_of_0_is_1": Mutant(
+        MATH, "slope", "$E > A(0) ? $ONE : $X", "$E < A(0) ? $X : $ONE", ("ascending", "laplace, partly without error"),
+    ),
+    "nan_passes_the_mask": Mutant(
+        MATH, "weighted", "$M == $ZERO ? V{} : $M * $F", "$M * $F", ("ascending", "NaN behind the mask"),
+    ),
+    "the_first_samples_weights_for_all": Mutant(
+        GRADS, "elements_of", "3 * ($N + 1) + $I", "3 * ($N + 1)", ("ascending", "tanh-mask, none"),
+    ),
+    "the_mean_is_not_of_the_weights": Mutant(
+        FINALIZE, "finish", "$N == 0 ? $A : $B", "$A", ("ascending", "weight, mean"),
+    ),
+    "the_mean_in_one_pass_before_the_weights_are_known": Mutant(
+        "cuda/elbo_step_each.cu", "elbo_step_each_fits", "!$W || $R != $MEAN", "true",
+        ("ascending", "step, weights, mean"),
+    ),
+    "no_slope_of_the_activation": Mutant(
+        MIXED, "mixed_sums", "-$G * $S", "-$G", ("ascending", "sigmoid-pixel, batchmean"),
+    ),
+    "bytes_begin_at_0": Mutant(
+        MATH, "scaled_byte", "$B * $S + $L", "$B * $S", ("ascending", "bytes-pixel, batchmean"),
+    ),
+    "the_same_group_again": Mutant(
+        MIXED, "walk_ahead", "$NEXT = load($$$X)", "$NEXT = $NEXT", ("ascending", "step, tanh, several chunks, two dtypes"),
+        place=(1, 2),
+    ),
+    "one_look_up_for_a_vector": Mutant(
+        MIXED, "take", "$F + $I + $J", "$F + $I", ("ascending", "bytes-pixel, batchmean"),
+    ),
+    "sign_of_g_target_kept": Mutant(
+        MIXED, "write", "-$G", "$G", ("ascending", "step, laplace-image"),
+    ),
+    "the_targets_gradient_behind_an_activation": Mutant(
+        LAUNCH, "keeps_slopes", "!($A && $B)", "true", ("ascending", "step, sigmoid, of the target too"),
     ),
     # σ inside a sample, and layouts
     "log_sigma_does_not_wrap": Mutant(TERMS, "offset_of", "$I / $D % $N", "$I / $D", ("ascending", "learned-rows")),
@@ -204,7 +262,7 @@ MUTANTS = {
         ("ascending", "step, per image, several for a block"),
     ),
     "all_warps_keep_at_one_place": Mutant(
-        EACH, "own_sample", "$KEPT + $I", "$KEPT", ("ascending", "step, per image, of 75 kB"), place=(2, 5),
+        EACH, "own_sample", "on_chip + $I", "on_chip", ("ascending", "step, per image, of 75 kB"),
     ),
     "no_grad_scale_for_each": Mutant(
         EACH, "own_factors", "loss_weight($A, $I)", "Weight{$A.scale, 0, 0}", ("ascending", "step, constant"),

@@ -1,0 +1,81 @@
+// The kernels of a training step where elements are more than two numbers: bytes for a target, q = 1, an activation, and,
+// in two passes and where σ is given, a mask. See test_cuda_ptx.py.
+#include "cuda_ptx.h"
+
+namespace {
+
+// Without `mask` there is none.
+__device__ GradsArguments mixed(GradsArguments args, const uint8_t* bytes, const uint8_t* mask, long long activation) {
+  Data& data = args.batch.data;
+  data.target = {reinterpret_cast<char*>(const_cast<uint8_t*>(bytes)), ScalarType::Byte, 1, data.dims};
+  data.target_step = 1.0 / 255;
+  data.exponent = 1;
+  data.activation = activation;
+  args.options.q = 1;
+  if (mask == nullptr) return args;
+  data.has_weight = true;
+  data.weight.values = {reinterpret_cast<char*>(const_cast<uint8_t*>(mask)), ScalarType::Bool, 1, data.dims};
+  return args;
+}
+
+}  // namespace
+
+#define MIXED_ARGUMENTS(T) \
+  TENSORS(T), const uint8_t *bytes, const uint8_t *mask, long long activation, double beta, double grad_scale
+#define WITH_MASK(T, stats) \
+  mixed(grads_of(GIVEN(T), stats, beta, grad_scale, g_recon, g_mu, g_logvar), bytes, mask, activation)
+
+#define MIXED(name, T)                                                                                             \
+  extern "C" __global__ void __launch_bounds__(kThreads) stats_##name(                                             \
+      MIXED_ARGUMENTS(T), float* s, float* kl, float* weights, T* g_recon, T* g_mu, T* g_logvar) {                 \
+    run_stats<float, T, Mixed, true>({WITH_MASK(T, nullptr).batch, {s, kl, kl, weights}});                         \
+  }                                                                                                                \
+  extern "C" __global__ void __launch_bounds__(kThreads) grads_##name(                                             \
+      MIXED_ARGUMENTS(T), const float* stats, T* g_recon, T* g_mu, T* g_logvar) {                                  \
+    run_grads<float, T, Mixed, true>(WITH_MASK(T, stats));                                                         \
+  }                                                                                                                \
+  extern "C" __global__ void __launch_bounds__(kStepThreads) given_##name(                                         \
+      MIXED_ARGUMENTS(T), float* s, float* kl, float* weights, T* g_recon, T* g_mu, T* g_logvar) {                 \
+    StepEachArguments args = {WITH_MASK(T, nullptr), {s, kl, kl, weights}, 0};                                     \
+    args.grads.options.sigma_mode = kGiven;                                                                        \
+    run_step_each<T, Mixed, false>(args);                                                                          \
+  }                                                                                                                \
+  extern "C" __global__ void __launch_bounds__(kStepThreads) image_##name(                                         \
+      MIXED_ARGUMENTS(T), int data_blocks, float* s, float* kl, T* g_recon, T* g_mu, T* g_logvar) {                \
+    mask = nullptr;                                                                                                \
+    StepEachArguments args = {WITH_MASK(T, nullptr), {s, kl, kl}, data_blocks};                                    \
+    args.grads.options.sigma_mode = kImage;                                                                        \
+    run_step_each<T, Mixed, true>(args);                                                                           \
+  }                                                                                                                \
+  extern "C" __global__ void __launch_bounds__(kStepThreads) step_##name(                                          \
+      MIXED_ARGUMENTS(T), int data_blocks, int rows, float* kl, double* workspace, float* out, T* g_recon, T* g_mu, \
+      T* g_logvar) {                                                                                               \
+    mask = nullptr;                                                                                                \
+    run_step<T, Mixed>(                                                                                            \
+        {WITH_MASK(T, nullptr),                                                                                    \
+         {out, out + 1, out + 2, out + 3, false, nullptr},                                                         \
+         {nullptr, kl, kl},                                                                                        \
+         {true, data_blocks, 1, rows, 0},                                                                          \
+         batch * dims,                                                                                             \
+         workspace + 2,                                                                                            \
+         workspace});                                                                                              \
+  }
+
+MIXED(fp32, float)
+MIXED(bf16, BFloat16)
+
+extern "C" __global__ void __launch_bounds__(kFinalizeThreads) finalize(
+    long long batch, long long dims, long long data_chunks, long long latent_chunks, double beta, float* s, float* kl,
+    float* weights, float* out, float* stats) {
+  Options options = options_of(beta);
+  options.q = 1;
+  run_finalize<float>(
+      {batch,
+       dims,
+       1.0 / batch,
+       {s, kl, kl, weights},
+       data_chunks,
+       latent_chunks,
+       options,
+       {out, out + 1, out + 2, out + 3, false, stats}});
+}
