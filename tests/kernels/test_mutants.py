@@ -253,7 +253,7 @@ MUTANTS = {
         LEVELS, "elbo_levels_kernel", "arrive($C, whole(level.cut.programs))", "arrive($C, 1)", "levels, free bits",
     ),
     "the_sum_is_of_the_levels_of_one_launch": Mutant(
-        LEVELS, "elbo_levels_kernel", "arrive($C, whole(call.batch.levels))", "arrive($C, call.how.LEVELS)",
+        LEVELS, "elbo_levels_kernel", "arrive($C, whole(call.batch.levels))", "arrive($C, MOST)",
         "more levels than a launch",
     ),
     "levels_share_their_partial_sums": Mutant(
