@@ -33,7 +33,7 @@ def bytes_of(b: int, d: tuple[int, ...]) -> Tensor:
 
 PER_IMAGE = "optimal-per-image"
 # name -> keyword arguments, from (batch, data shape, latent shape); "target" takes the target's place
-MODES: dict[str, Callable[[int, tuple[int, ...], tuple[int, ...]], dict[str, Any]]] = {
+BASIC: dict[str, Callable[[int, tuple[int, ...], tuple[int, ...]], dict[str, Any]]] = {
     "optimal": lambda b, d, k: {},
     "per-image": lambda b, d, k: {"sigma": "optimal-per-image"},
     "constant": lambda b, d, k: {"sigma": 0.3},
@@ -59,7 +59,9 @@ MODES: dict[str, Callable[[int, tuple[int, ...], tuple[int, ...]], dict[str, Any
     "capacity-above": lambda b, d, k: {"capacity": torch.tensor(1000.0), "beta": torch.tensor(3.0)},
     "prior": lambda b, d, k: {"prior": (torch.randn(b, *k), torch.randn(b, *k) * 0.3)},
     "prior-shared": lambda b, d, k: {"prior": (torch.randn(k), torch.randn(k) * 0.3), "free_bits": 0.2},
-    # What trainers have besides, each with a mode of σ of its own.
+}
+# What trainers have besides, each with a mode of σ of its own.
+OF_TRAINERS: dict[str, Callable[[int, tuple[int, ...], tuple[int, ...]], dict[str, Any]]] = {
     "laplace": lambda b, d, k: {"likelihood": "laplace", "constant": False},
     "laplace-image": lambda b, d, k: {"likelihood": "laplace", "sigma": PER_IMAGE, "extra_error": torch.rand(b) * 9},
     "laplace-learned": lambda b, d, k: {"likelihood": "laplace", "log_sigma": torch.linspace(-1, 0.5, b)},
@@ -96,8 +98,14 @@ INSIDE_A_SAMPLE = [
 ]  # fmt: skip
 
 
+MODES = BASIC | OF_TRAINERS
 # One for each way through the kernels.
-FEW = ["optimal", "per-image", "learned-channel", "free-bits", "prior"]
+FEW = ["optimal", "per-image", "learned-channel", "free-bits", "prior", "tanh-mask"]
+# For tests of what is around the formulas: each option in one of them.
+SOME = [
+    *BASIC, "laplace-image", "weight", "tanh-mask", "bytes-sigmoid", "logvar-range-prior", "free-nats",
+    "free-nats-batch",
+]  # fmt: skip
 
 
 def gpu_kernels_on_cpu() -> bool:
@@ -112,15 +120,15 @@ def implied(by: str, unless: bool = False) -> Any:
 
 
 def modes_for_operators() -> list[str]:
-    """For tests of what is around the kernels: all modes, or FEW where a GPU's kernels run on the CPU. (Tests of values
-    and gradients go through all of them there, too.)"""
-    return FEW if gpu_kernels_on_cpu() else list(MODES)
+    """For tests of what is around the kernels: SOME, or FEW where a GPU's kernels run on the CPU. (Tests of values and
+    gradients go through all modes there, too.)"""
+    return FEW if gpu_kernels_on_cpu() else SOME
 
 
-def few_often(*, often: Sequence[str] = tuple(MODES)) -> list[Any]:
+def few_often(*, often: Sequence[str] = tuple(SOME)) -> list[Any]:
     """The same, of which `make test` takes FEW, and `make check` those of `often`."""
     what = "operators and compiled code in every mode"
-    others = {mode: pytest.mark.check(what) if mode in often else pytest.mark.release(what) for mode in MODES}
+    others = {mode: pytest.mark.check(what) if mode in often else pytest.mark.release(what) for mode in SOME}
     return [pytest.param(mode, marks=() if mode in FEW else others[mode]) for mode in modes_for_operators()]
 
 

@@ -152,7 +152,7 @@ def calls() -> dict[str, Call]:
         "step, waits": just_below(Call("capacity", batch=2, data=(1501,), latent=(3000,))),
         "step, weights": Call("weight", "mean", batch=3, data=(1501,)),
         "bytes-sigmoid": Call("bytes-sigmoid", batch=3),
-        "laplace-image": Call("laplace-image", batch=5, data=(3, 39, 39), latent=(4099,)),
+        "laplace-image": Call("laplace-image", batch=3),
         "wide rows": Call("prior", batch=3, data=(64,), latent=(32,)),
         "two tiles": Call("free-bits", batch=2, data=(5000,), latent=(4100,), dtype=torch.float64),
         "64 elements of a log sigma": Call("learned-channel", batch=2, data=(3, 40, 40), dtype=torch.float64),

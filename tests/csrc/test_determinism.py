@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import MODES, Call
+from cases import SOME, Call
 from instruction_sets import of_each_instruction_set
 
 from fused_elbo import decoupled_elbo, decoupled_elbo_backward
@@ -30,7 +30,7 @@ def large(mode: str) -> list[torch.Tensor]:
     return [*[o for o in (*outputs, *at_once) if o is not None], *call.gradients(outputs), *gradients]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", SOME)
 def test_any_number_of_threads(mode: str, cpp: None, threads: None) -> None:
     torch.set_num_threads(1)
     expected = large(mode)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from cases import MODES, REDUCTIONS, Call
+from cases import MODES, REDUCTIONS, SOME, Call
 from torch import Tensor
 
 BATCH = 7
@@ -16,7 +16,7 @@ SCALAR = [r for r in REDUCTIONS if r != "none"]
 
 # This C lies above one shard's mean KL and below the batch's, but above what that is before free_bits.
 BETWEEN = {"capacity": 4.2, "free_bits": 0.3, "beta": 2.0}
-ALL_MODES = [*MODES, "capacity-between"]
+ALL_MODES = [*SOME, "mask", "weight-pixel", "capacity-sample", "capacity-between"]
 
 
 def of_mode(mode: str, reduction: str = "batchmean", dtype: torch.dtype = torch.float32) -> Call:

@@ -51,7 +51,7 @@ def test_group_of_one_is_no_group(mode: str, group: dist.ProcessGroup, backend: 
             torch.testing.assert_close(a, b)
 
 
-OF_SHARDS = [*FEW, "beta-sample", "capacity-between"]
+OF_SHARDS = [*FEW, "beta-sample", "capacity-between", "weight"]
 by_few = "two shards in one mode for each way through the kernels"
 
 

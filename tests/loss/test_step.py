@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import FEW, MODES, REDUCTIONS, Call, implied
+from cases import BASIC, FEW, MODES, REDUCTIONS, Call, implied
 from stepwise import compare, same
 from torch import Tensor, nn
 
@@ -25,7 +25,7 @@ scaled = 'every mode with the mean over the batch, of which "sum" and "mean" are
     [
         pytest.param(mode, reductions, marks=implied(scaled, unless=mode in FEW or reductions == REDUCTIONS[:1]))
         for reductions in (REDUCTIONS[:1], REDUCTIONS[1:3])
-        for mode in MODES
+        for mode in (MODES if reductions == REDUCTIONS[:1] else [*BASIC, "weight"])
     ],
     ids=str,
 )
