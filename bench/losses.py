@@ -68,6 +68,34 @@ def latent_diffusion(*tensors: Tensor) -> Tensor:
     return nll + 2.0 * torch.sum(rate) / rate.shape[0]
 
 
+def one_liner_laplace(*tensors: Tensor) -> Tensor:
+    recon, target, mu, logvar = wide(*tensors)
+    return recon.numel() * torch.log(F.l1_loss(recon, target)) + kl(mu, logvar)
+
+
+def latent_diffusion_l1(*tensors: Tensor) -> Tensor:
+    """As CompVis/latent-diffusion and Stability-AI/generative-models have it, without the perceptual term: |e| /
+    exp(logvar) + logvar, summed, over the batch."""
+    recon, target, mu, logvar, logvar_x = wide(*tensors)
+    nll = torch.abs(target - recon) / torch.exp(logvar_x) + logvar_x
+    nll = torch.sum(nll) / nll.shape[0]
+    logvar = torch.clamp(logvar, -30.0, 20.0)
+    rate = 0.5 * torch.sum(torch.pow(mu, 2) + torch.exp(logvar) - 1.0 - logvar, dim=list(range(1, mu.dim())))
+    return nll + torch.sum(rate) / rate.shape[0]
+
+
+def masked_one_liner(*tensors: Tensor) -> Tensor:
+    recon, target, mu, logvar, mask = wide(*tensors)
+    selected = mask.sum() * recon.shape[1]
+    mse = (mask * (recon - target).square()).sum() / selected
+    return selected / 2 * torch.log(mse) + kl(mu, logvar)
+
+
+def decoders_one_liner(*tensors: Tensor) -> Tensor:
+    y, target, mu, logvar = wide(*tensors)
+    return one_liner(torch.sigmoid(y), target.float() / 255, mu, logvar)
+
+
 def eager_levels(*tensors: Tensor) -> Tensor:
     """The KL of two Gaussians for each level, as VDVAE writes it."""
     total = torch.zeros((), device=tensors[0].device)
@@ -84,9 +112,16 @@ def levels_of(tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
 
 
 def options(sigma: str, tensors: tuple[Tensor, ...]) -> dict[str, object]:
-    if sigma == "image":
-        return {"sigma": "optimal-per-image"}
-    return {"log_sigma": tensors[4]} if sigma in ("learned", "pixel") else {}
+    if sigma in ("learned", "pixel"):
+        return {"log_sigma": tensors[4]}
+    if sigma == "laplace-learned":
+        return {"likelihood": "laplace", "log_sigma": tensors[4], "logvar_range": (-30, 20)}
+    return {
+        "image": {"sigma": "optimal-per-image"},
+        "laplace": {"likelihood": "laplace"},
+        "mask": {"weight": tensors[-1]},
+        "decoder": {"activation": "sigmoid"},
+    }.get(sigma, {})
 
 
 def fused(sigma: str, *tensors: Tensor) -> Tensor:
@@ -112,6 +147,16 @@ def exact(sigma: str, softclip: bool, *tensors: Tensor) -> Tensor:
             [0.5 * ((m - m_p) ** 2 / l_p.exp() + (l - l_p).exp() - 1 - (l - l_p)).sum() for m, l, m_p, l_p in gaussians]
         ).sum()
     recon, target, mu, logvar = tensors[:4]
+    rate = 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum()
+    if sigma.startswith("laplace"):
+        absolute = (recon - target).abs()
+        log_scale = absolute.mean().log() if sigma == "laplace" else tensors[4]
+        return (absolute / log_scale.exp() + log_scale + math.log(2)).sum() + rate
+    if sigma == "mask":
+        squared = ((recon - target) ** 2)[tensors[4].bool().expand(recon.shape)]
+        return squared.numel() / 2 * (squared.mean().log() + 1 + LOG_2PI) + rate
+    if sigma == "decoder":
+        recon, target, sigma = torch.sigmoid(recon), target / 255, "batch"
     squared = (recon - target) ** 2
     if sigma == "batch":
         log_sigma = 0.5 * squared.mean().log()
@@ -122,4 +167,4 @@ def exact(sigma: str, softclip: bool, *tensors: Tensor) -> Tensor:
     if softclip:
         log_sigma = SOFTCLIP + F.softplus(log_sigma - SOFTCLIP)
     distortion = squared / (2 * (2 * log_sigma).exp()) + log_sigma + 0.5 * LOG_2PI
-    return distortion.sum() + 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum()
+    return distortion.sum() + rate

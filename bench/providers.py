@@ -4,6 +4,7 @@ before it is timed."""
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +75,16 @@ def optimal(case: Case) -> float:
     return half_log_2pi(case) + case.elements / 2
 
 
+def optimal_laplace(case: Case) -> float:
+    """At s = the mean, Σ |e|/s is N."""
+    return case.elements * (1 + math.log(2))
+
+
+def optimal_masked(case: Case) -> float:
+    """Of the elements that the mask selects."""
+    return case.tensors()[4].sum().item() * case.shape[1] * 0.5 * (1 + losses.LOG_2PI)
+
+
 def eager(name: str, loss: Callable[..., Tensor], sigmas: tuple[str, ...], **kw: Any) -> list[Provider]:
     """A baseline, and the same under torch.compile."""
     return [
@@ -100,6 +111,16 @@ ALL = [
         "latent_diffusion", losses.latent_diffusion, ("learned",), scale=lambda c: 2 / c.batch, left_out=half_log_2pi
     ),
     *eager("eager_levels", losses.eager_levels, ("levels",)),
+    *eager("one_liner_laplace", losses.one_liner_laplace, ("laplace",), left_out=optimal_laplace),
+    *eager(
+        "latent_diffusion_l1",
+        losses.latent_diffusion_l1,
+        ("laplace-learned",),
+        scale=lambda c: 1 / c.batch,
+        left_out=lambda c: c.elements * math.log(2),
+    ),
+    *eager("masked_one_liner", losses.masked_one_liner, ("mask",), left_out=optimal_masked),
+    *eager("decoders_one_liner", losses.decoders_one_liner, ("decoder",), left_out=optimal),
     fused("reference", "reference"),
     Provider("limit", tuple(SIGMAS), "limit"),
 ]
@@ -114,6 +135,10 @@ TITLES = {
     "stock": "stock σ-VAE code",
     "gaussian_nll": "`F.gaussian_nll_loss` + KL",
     "latent_diffusion": "latent-diffusion's learned logvar",
+    "one_liner_laplace": "`N·log(F.l1_loss)` + KL",
+    "latent_diffusion_l1": "latent-diffusion's own loss",
+    "masked_one_liner": "masked `n/2·log MSE` + KL",
+    "decoders_one_liner": "`N/2·log(F.mse_loss(y.sigmoid(), x.float() / 255))` + KL",
     "eager_levels": f"KL of {sum(LEVELS.values())} levels, eager",
     "reference": "fused_elbo's reference",
     "limit": "limit",
@@ -181,7 +206,7 @@ def forced(name: str, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
 @functools.lru_cache(maxsize=2)  # softclip or not: a case's providers come one after the other
 def truth(case: Case, softclip: bool) -> tuple[float, list[Tensor]]:
     """The formula's sum and gradients in fp64, at the case's rounded tensors."""
-    tensors = [t.detach().double().requires_grad_(t.requires_grad) for t in case.tensors()]
+    tensors = [t.detach().double().requires_grad_(t.requires_grad) for t in case.tensors()]  # mask and bytes, too
     loss = losses.exact(case.sigma, softclip, *tensors)
     return loss.item(), list(torch.autograd.grad(loss, leaves(tensors)))
 

@@ -32,7 +32,7 @@ from record import HIDDEN, Columns, Record, count, median, number, quartiles, ra
 BENCH = Path(__file__).resolve().parent
 KEPT, PAGE, README = BENCH / "results", BENCH / "RESULTS.md", BENCH.parent / "README.md"
 TEMPLATE = BENCH / "RESULTS.template.md"
-HOST_RUN = "host.json"
+HOST_RUN, TRAINERS_RUN = "host.json", "trainers.json"
 START, END = "<!-- bench: written by make bench-docs -->\n", "<!-- /bench -->\n"
 
 
@@ -141,6 +141,11 @@ def each_case(run: Record, sigmas: Iterable[str]) -> str:
     )
 
 
+def of_trainers(run: Record) -> str:
+    found = each_case(run, workloads.OF_TRAINERS)
+    return f"{measured_on(run)}, commit {run['versions']['commit']}.\n\n{found}" if found else ""
+
+
 def narrower_table(run: Record, narrower: Record) -> str:
     """A row for each case of a narrower run, beside the same case of the page's own run."""
     widest = run["flags"]["instruction_set"]
@@ -189,6 +194,7 @@ def results_page(
     narrower: Iterable[Record] = (),
     on_gpus: Iterable[Record] = (),
     host: Record | None = None,
+    trainers: Record | None = None,
 ) -> str:
     compiled = next((c for c in (Case(run, s.name) for s in workloads.SHAPES) if "stock_compiled" in c.records), None)
     halved = [name for name, about in run["cases"].items() if about["dtype"] != "fp32"]
@@ -199,6 +205,7 @@ def results_page(
         "halves": table(HALVES, cases(run, halved)),
         "other_sigmas": each_case(run, workloads.OTHER_SIGMAS),
         "hierarchy": each_case(run, ["levels"]),
+        "trainers": of_trainers(trainers or run),
         "narrower": "\n\n".join(f"{narrower_on(other)}\n\n{narrower_table(run, other)}" for other in narrower),
         "memory_table": table(MEMORY, peaks, left=2),
         "overhead": table(PROVIDERS + COUNTS, Case(run, workloads.TINY.name).records.values()),
@@ -258,25 +265,34 @@ def rendered() -> dict[Path, str]:
     images = [image.name for image in sorted(KEPT.glob("*.png"))]
     run = record.read_json(KEPT / "results.json")
     of_gpus = gpu_pages.kept(KEPT)
-    others = {KEPT / "results.json", KEPT / HOST_RUN, *of_gpus}
+    others = {KEPT / "results.json", KEPT / HOST_RUN, KEPT / TRAINERS_RUN, *of_gpus}
     narrower = [path for path in sorted(KEPT.glob("*.json")) if path not in others]
-    host = record.read_json(KEPT / HOST_RUN) if (KEPT / HOST_RUN).exists() else None
+    host, trainers = (
+        record.read_json(path) if path.exists() else None for path in (KEPT / HOST_RUN, KEPT / TRAINERS_RUN)
+    )
+    on_others = (map(record.read_json, paths) for paths in (narrower, of_gpus))
     return {
-        PAGE: results_page(run, images, *(map(record.read_json, paths) for paths in (narrower, of_gpus)), host),
+        PAGE: results_page(run, images, *on_others, host, trainers),
         README: between(README.read_text(encoding="utf-8"), readme_table(run)),
     }
 
 
 def keep(*folders: Path) -> None:
     """Runs of bench/run.py, the widest first, and of bench/proof/gpu_check.py and bench/host.py, which a folder is told
-    by."""
+    by; and a run of bench/run.py of nothing but what trainers have, which stands beside the others."""
     KEPT.mkdir(exist_ok=True)
     for path in (path for folder in folders for path in gpu_pages.kept(folder)):
         record.write_json(record.read_json(path), KEPT / path.name)
     of_hosts = [folder for folder in folders if (folder / HOST_RUN).exists()]
     for folder in of_hosts:
         record.write_json(record.read_json(folder / HOST_RUN), KEPT / HOST_RUN)
-    if on_cpus := [folder for folder in folders if not gpu_pages.kept(folder) and folder not in of_hosts]:
+    on_cpus = [folder for folder in folders if not gpu_pages.kept(folder) and folder not in of_hosts]
+    runs = {folder: record.read_json(folder / "results.json") for folder in on_cpus}
+    for folder, run in runs.items():
+        if all(about["sigma"] in workloads.OF_TRAINERS for about in run["cases"].values()):
+            record.write_json(run, KEPT / TRAINERS_RUN)
+            on_cpus.remove(folder)
+    if on_cpus:
         keep_on_cpus(*on_cpus)
 
 

@@ -21,7 +21,12 @@ SIGMAS = {
     "learned": "log σ is one parameter",
     "pixel": "log σ for every element",
     "levels": "no data: the KL of a hierarchy of latents, each with its prior",
+    "laplace": "Laplace, its scale the mean absolute error of the batch",
+    "laplace-learned": "Laplace, log of its scale one parameter",
+    "mask": "σ² = MSE of the batch's pixels that a mask selects, for all channels",
+    "decoder": "σ² = MSE of the batch; recon is what a sigmoid follows, the target is of bytes",
 }
+OF_TRAINERS = ("laplace", "laplace-learned", "mask", "decoder")
 # The 43 stochastic layers of VDVAE's decoder for CIFAR-10 (Child, arXiv 2011.10650): how many at which resolution.
 LEVELS = {1: 1, 4: 3, 8: 6, 16: 11, 32: 22}
 LEVEL_CHANNELS = 16
@@ -63,8 +68,8 @@ class Case:
         return math.prod(self.shape)
 
     def tensors(self) -> list[Tensor]:
-        """(recon, target, mu, logvar), then log σ if it is learned; of "levels" (mu, logvar, prior_mu, prior_logvar) of
-        each. All but the target require gradients."""
+        """(recon, target, mu, logvar), then log σ if it is learned, or the mask; of "levels" (mu, logvar, prior_mu,
+        prior_logvar) of each. All but target and mask require gradients."""
         generator = torch.Generator().manual_seed(0)
         made: list[Tensor] = []
         if self.sigma == "levels":
@@ -74,12 +79,21 @@ class Case:
             target = torch.rand(self.shape, generator=generator)
             made += [target + NOISE * torch.randn(self.shape, generator=generator), target]
             made += torch.randn(2, self.batch, *self.latent, generator=generator).unbind(0)
-        if self.sigma == "learned":
+        if self.sigma in ("learned", "laplace-learned"):
             made.append(torch.tensor(LOG_SIGMA))
+        if self.sigma == "mask":
+            made.append(torch.rand(self.batch, 1, *self.shape[2:], generator=generator) > 0.3)
+        if self.sigma == "decoder":
+            made[0], made[1] = torch.logit(made[0].clamp(0.02, 0.98)), (255 * made[1]).byte()
         if self.sigma == "pixel":
             made.append(LOG_SIGMA + 0.1 * torch.randn(self.shape, generator=generator))
         fixed = None if self.sigma == "levels" else 1
-        return [t.to(self.device, DTYPES[self.dtype]).clone().requires_grad_(i != fixed) for i, t in enumerate(made)]
+        return [self._leaf(t, i != fixed) for i, t in enumerate(made)]
+
+    def _leaf(self, t: Tensor, requires_grad: bool) -> Tensor:
+        if not t.is_floating_point():
+            return t.to(self.device)
+        return t.to(self.device, DTYPES[self.dtype]).clone().requires_grad_(requires_grad)
 
 
 def levels() -> list[tuple[int, ...]]:
@@ -150,6 +164,9 @@ def registry(device: str = "cpu") -> dict[str, Case]:
         replace(SHAPES[1], dtype="fp16"),
         *(replace(case, sigma=sigma) for sigma in OTHER_SIGMAS for case in (SHAPES[0], SHAPES[1], SHAPES[3])),
         Case((8,), (), sigma="levels"),
+        *(replace(case, sigma=sigma) for sigma in ("laplace", "laplace-learned") for case in (SHAPES[1], SHAPES[4])),
+        # Their tensors are of several dtypes, which the limit's loops do not read side by side.
+        *(replace(case, sigma=sigma, limit=False) for sigma in ("mask", "decoder") for case in (SHAPES[1], SHAPES[4])),
         *SWEEP,
         *(thread_sweep() if device == "cpu" else ()),
     ]
