@@ -1,5 +1,6 @@
 """Which tests run when: `make test` proves the library in minutes, `make check` has the rest, but for what only a
-release needs, which `make check-release` has, and what needs other people's training code, which `make check-hosts` has.
+release needs, which `make check-release` has, and for what runs in other people's training code, which
+`make check-hosts` has.
 
     pytest                    what `make test` runs; where files are named, all that they have
     pytest --tier=check       the files of CHECK, and the tests that are marked `check`, with the reason

@@ -25,7 +25,7 @@ from common.objective import VAEObjective, make_objective
 
 import fused_elbo
 from fused_elbo import ELBO, decoupled_elbo
-from fused_elbo.backends import cpp as backend
+from fused_elbo.backends import cpp
 
 SHAPE, BETA, MIB = (1, 16, 16), 2.0, 1 << 20
 STATM = Path("/proc/self/statm")
@@ -125,39 +125,35 @@ def halved(tried: list[int]) -> Any:
 
 
 @limits_memory
-@pytest.mark.parametrize("name", [s.name for s in fused_elbo.backends.statuses() if s.ready and s.name != "cuda"])
-def test_memory_that_the_loss_lacks_halves_the_batch(name: str) -> None:
+def test_memory_that_the_loss_lacks_halves_the_batch(backend: str) -> None:
     """All that grows with the batch here is the gradient of recon, 1 MiB a sample, since what is expanded has no
     memory of its own. (The reference has some tensors of this size.)"""
     one = torch.rand(1, MIB // 4)
     recon, latents = (one / 2).requires_grad_(), torch.rand(1, 4)
     tried: list[int] = []
 
-    def step(batch: int) -> tuple[ELBO, Tensor]:
+    def step(batch: int) -> tuple[Tensor, Tensor]:
         tried.append(batch)
         mu, x = latents.expand(batch, -1), one.expand(batch, -1)
-        elbo = decoupled_elbo(recon.expand(batch, -1), x, mu, mu)
-        return elbo, torch.autograd.grad(elbo.loss, recon)[0]
+        loss = decoupled_elbo(recon.expand(batch, -1), x, mu, mu).loss
+        return loss.detach(), torch.autograd.grad(loss, recon)[0]
 
-    with fused_elbo.backend(name):
-        expected = step(16)
-        tried.clear()
-        before = address_space()
-        with memory_left(160 * MIB):
-            found = find_executable_batch_size(step, starting_batch_size=512, reduce_batch_size_fn=halved(tried))()
-            pooled = backend.pooled_bytes()
-        fused_elbo.empty_cache()
-        assert tried == [512 >> k for k in range(len(tried))]
-        assert len(tried) > 1
-        if name == "cpp":
-            assert tried == [512, 256, 128]
-            assert pooled <= 256 * MIB
-        assert address_space() - before < 32 * MIB
-        assert backend.pooled_bytes() == 0
-        for ours, of_before in zip(step(16), expected, strict=True):
-            for now, then in zip(ours, of_before, strict=True):
-                assert torch.equal(now, then)
-        torch.testing.assert_close(found[0].distortion, expected[0].distortion, rtol=1e-5, atol=0)
+    step(16)
+    tried.clear()
+    before = address_space()
+    with memory_left(160 * MIB):
+        loss, grad = find_executable_batch_size(step, starting_batch_size=512, reduce_batch_size_fn=halved(tried))()
+    assert tried == [512 >> k for k in range(len(tried))]
+    assert tried == [512, 256, 128] if backend == "cpp" else len(tried) > 1
+
+    # What is left behind is the pool, within its limit, and a call gives it back. The same batch has the same bits.
+    assert cpp.pooled_bytes() <= cpp.POOL_MIB * MIB
+    fused_elbo.empty_cache()
+    assert cpp.pooled_bytes() == 0
+    assert address_space() - before < 16 * MIB
+    again, grad_again = step(tried[-1])
+    assert torch.equal(loss, again)
+    assert torch.equal(grad, grad_again)
 
 
 @limits_memory

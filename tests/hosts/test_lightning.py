@@ -35,7 +35,6 @@ class TrainVAE(lightning.LightningModule):
         self.outputs: list[tuple[Tensor, VAEOutput]] = []
         self.elbos: list[ELBO] = []
         self.grads: list[dict[str, Tensor]] = []
-        self.validated: list[float] = []
         self.objective.model.register_forward_hook(lambda _, args, out: self.outputs.append((args[0], out)))
 
     def on_train_epoch_start(self) -> None:
@@ -46,14 +45,20 @@ class TrainVAE(lightning.LightningModule):
         self.elbos.append(elbo)
         return elbo.loss
 
-    def validation_step(self, x: Tensor, index: int) -> None:
-        self.validated.append(self.objective(x).loss.item())
-
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         self.grads.append(gradients(self))
 
     def configure_optimizers(self) -> Any:
         return torch.optim.Adam(self.parameters(), lr=self.lr)
+
+
+class Validated(TrainVAE):
+    def __init__(self, sigma: str, lr: float) -> None:
+        super().__init__(sigma, lr)
+        self.validated: list[float] = []
+
+    def validation_step(self, x: Tensor, index: int) -> None:
+        self.validated.append(self.objective(x).loss.item())
 
 
 class InOneCall(TrainVAE):
@@ -74,7 +79,7 @@ class InOneCall(TrainVAE):
 def fit(module: TrainVAE, images: Tensor, batch: int, validate: Tensor | None = None, **options: Any) -> TrainVAE:
     trainer = lightning.Trainer(
         accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0 if validate is None else 1.0, **options,
+        enable_model_summary=False, num_sanity_val_steps=0, **options,
     )  # fmt: skip
     trainer.fit(module, DataLoader(images, batch), None if validate is None else DataLoader(validate, len(validate)))
     return module
@@ -110,7 +115,7 @@ def test_loss_and_dtypes(precision: Any, tolerance: float) -> None:
 @PRECISIONS
 def test_loss_falls_and_validation_has_the_running_sigma(precision: Any, tolerance: float) -> None:
     images = blobs(80, *SHAPE[::2])
-    module = TrainVAE("optimal", 3e-3)
+    module = Validated("optimal", 3e-3)
     fit(module, images[:64], 32, validate=images[64:], max_epochs=12, precision=precision)
     assert_falls(elbo.loss.item() for elbo in module.elbos)
     assert len(module.validated) == 12
