@@ -90,8 +90,8 @@ format: $(VENV)/.dev ## rewrite Python and C++ in the project's style
 	@$(PY) -m ruff format .
 	@$(if $(CPP),$(VENV)/bin/clang-format -i $(CPP))
 
-clean: ## remove .venv, build leftovers and caches; results in runs/ stay
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+clean: ## remove .venv, .venv-hosts, build leftovers and caches; results in runs/ stay
+	rm -rf .venv .venv-hosts build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -path ./.git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An empty file in VENV marks each finished step, so that a second run costs nothing, and a change of the requirements
