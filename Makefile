@@ -16,7 +16,7 @@ PINS := $(VENV)/constraints.txt
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 CPP = $(shell find csrc bench -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help demo test check check-slow check-release test-triton test-cuda gpu-check bench bench-docs wheel lint format clean
+.PHONY: help demo test check check-slow check-hosts hosts check-release test-triton test-cuda gpu-check bench bench-docs wheel lint format clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # pip does not share an environment with another pip
@@ -46,6 +46,13 @@ test-triton: $(VENV)/.dev ## of `make check`: the Triton kernels, in Triton's in
 test-cuda: $(VENV)/.dev ## of `make check`: the CUDA kernels, as CPU code and, where nvcc is, as GPU code
 	@echo "== Running the CUDA kernels as CPU code: pytest $(ARGS)"
 	@PYTHONPATH="tests:$$PYTHONPATH" $(PYTEST) -p cuda_plugin $(ARGS)
+
+check-hosts: ## the loss in diffusers, Lightning, accelerate and pythae, in an environment of its own; ARGS go to pytest
+	@$(MAKE) --no-print-directory VENV=$(VENV)-hosts hosts
+
+hosts: $(VENV)/.hosts
+	@echo "== Running the tests in other people's training code: pytest --tier=hosts $(ARGS)"
+	@OMP_NUM_THREADS=1 $(PY) -m pytest --tier=hosts $(ARGS) tests/hosts # not side by side: the imports are what takes long
 
 check-release: $(VENV)/.dev ## what only a release needs: every GPU target's machine code, what examples train for minutes
 	@echo "== Running what a release needs: pytest --tier=release $(ARGS)"
@@ -83,19 +90,21 @@ format: $(VENV)/.dev ## rewrite Python and C++ in the project's style
 	@$(PY) -m ruff format .
 	@$(if $(CPP),$(VENV)/bin/clang-format -i $(CPP))
 
-clean: ## remove .venv, build leftovers and caches; results in runs/ stay
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+clean: ## remove .venv, .venv-hosts, build leftovers and caches; results in runs/ stay
+	rm -rf .venv .venv-hosts build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -path ./.git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An empty file in VENV marks each finished step, so that a second run costs nothing, and a change of the requirements
 # or an interrupted step runs it again.
 
 # Without Triton, a gigabyte that a CPU has no use for: PyTorch's CUDA builds, which need it, bring it themselves.
-$(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	@echo "== Installing fused_elbo with what the examples need (a minute or two, the first time)"
+$(VENV)/.demo: EXTRA := examples
+$(VENV)/.hosts: EXTRA := hosts
+$(VENV)/.demo $(VENV)/.hosts: $(VENV)/.torch pyproject.toml
+	@echo "== Installing fused_elbo with what the $(EXTRA) need (a minute or two, the first time)"
 	@$(PIP) -qq --no-deps -e .
-	@$(PY) .ci/requirements.py --extra examples --without triton > $(VENV)/examples.txt
-	@$(PIP) -qq --no-warn-conflicts -c $(PINS) -r $(VENV)/examples.txt # Triton is missed on purpose
+	@$(PY) .ci/requirements.py --extra $(EXTRA) --without triton > $(VENV)/$(EXTRA).txt
+	@$(PIP) -qq --no-warn-conflicts -c $(PINS) -r $(VENV)/$(EXTRA).txt # Triton is missed on purpose
 	@$(COMPILE)
 	@touch $@
 

@@ -1,9 +1,11 @@
 """Which tests run when: `make test` proves the library in minutes, `make check` has the rest, but for what only a
-release needs, which `make check-release` has.
+release needs, which `make check-release` has, and for what runs in other people's training code, which
+`make check-hosts` has.
 
     pytest                    what `make test` runs; where files are named, all that they have
     pytest --tier=check       the files of CHECK, and the tests that are marked `check`, with the reason
     pytest --tier=release     the tests that are marked `release`, likewise
+    pytest --tier=hosts       the files of HOSTS
     pytest --tier=all         everything
 
 Each run says at its end what it left out, and how to run that. conftest.py takes these hooks up.
@@ -19,7 +21,7 @@ import pytest
 
 from fused_elbo import backends
 
-COMMANDS = {"test": "make test", "check": "make check", "release": "make check-release"}
+COMMANDS = {"test": "make test", "check": "make check", "release": "make check-release", "hosts": "make check-hosts"}
 # Files whose tests all wait for `make check`, and why. `make test` does not even import them.
 CHECK = {
     "the examples: what they claim, how they resume, what they refuse": (
@@ -36,9 +38,16 @@ CHECK = {
     "the finding of mutants": ("mutant_patterns",),
     "compilers and exporters of transforms, all combinations": ("traced_inputs", "transforms"),
 }  # fmt: skip
+# Likewise, for `make check-hosts`; `make check` does not import them either.
+HOSTS = {"the loss in other people's training code": ("accelerate", "diffusers", "lightning", "pythae")}
 # Fixtures of a module that take so long that no second process should make them.
 MADE_ONCE = {"quick", "library", "expected", "built"}
-_REASONS = {f"test_{stem}.py": reason for reason, stems in CHECK.items() for stem in stems}
+_FILES = {
+    f"test_{stem}.py": (tier, reason)
+    for tier, files in (("check", CHECK), ("hosts", HOSTS))
+    for reason, stems in files.items()
+    for stem in stems
+}
 _LEFT_OUT = pytest.StashKey[Counter[tuple[str, str]]]()  # (tier, what)
 
 
@@ -59,8 +68,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    if config.option.tier == "test" and (reason := _REASONS.get(collection_path.name)):
-        config.stash[_LEFT_OUT]["check", f"{reason} (files)"] += 1
+    """`make test` imports no file that waits, and none but `make check-hosts` those of HOSTS."""
+    tier, reason = _FILES.get(collection_path.name, ("", ""))
+    asked = config.option.tier
+    if (asked == "test" and tier) or (asked in ("check", "release") and tier == "hosts"):
+        config.stash[_LEFT_OUT][tier, f"{reason} (files)"] += 1
         return True
     return None
 
@@ -72,9 +84,7 @@ def tier_of(item: pytest.Item) -> tuple[str, str]:
     for tier in ("release", "check"):
         if mark := item.get_closest_marker(tier):
             return tier, mark.args[0]
-    if reason := _REASONS.get(item.path.name):
-        return "check", reason
-    return "test", "the tests that prove the library"
+    return _FILES.get(item.path.name, ("test", "the tests that prove the library"))
 
 
 def select(config: pytest.Config, items: list[pytest.Item]) -> None:
