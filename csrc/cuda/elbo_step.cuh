@@ -105,7 +105,8 @@ template <class R>
 __device__ void mixed_role(const StepArguments& args) {
   using Elements = MixedChunk<float, R, false>;
   const cooperative_groups::grid_group grid = cooperative_groups::this_grid();
-  const int64_t each = static_cast<int64_t>(args.plan.rows) * kWarpSize * (16 / sizeof(R));  // rows as the plan has them
+  const int64_t each =
+      static_cast<int64_t>(args.plan.rows) * kWarpSize * (16 / sizeof(R));  // rows as the plan has them
   const int64_t first = warp_of_blocks(0) * each;
   const int n = static_cast<int>(max(min(args.elements - first, each), int64_t{0}));
   const Chunk p = {true, 0, 0, first, n};  // all samples are one block of memory

@@ -58,7 +58,8 @@ inline void launch(
   check(run(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), pointers, shared_bytes, stream), name);
 }
 
-// The type of a target whose dtype is known only at run time, like all else that may be of an element: see mixed.cuh.
+// The type of a target whose dtype is known only at run time, like all else that may be of an element: see
+// mixed_elements.cuh.
 struct Mixed {};
 
 template <class T>

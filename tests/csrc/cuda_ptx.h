@@ -1,5 +1,5 @@
-// A training step on contiguous tensors, as the arguments that an executor of PTX can be given: pointers and numbers, no
-// structures.
+// A training step on contiguous tensors, as the arguments that an executor of PTX can be given: pointers and numbers,
+// no structures.
 #pragma once
 
 #include "cuda/elbo_step.cuh"

@@ -1,5 +1,5 @@
-// The kernels of a training step where elements are more than two numbers: bytes for a target, q = 1, an activation, and,
-// in two passes and where σ is given, a mask. See test_cuda_ptx.py.
+// The kernels of a training step where elements are more than two numbers: bytes for a target, q = 1, an activation,
+// and, in two passes and where σ is given, a mask. See test_cuda_ptx.py.
 #include "cuda_ptx.h"
 
 namespace {
@@ -25,40 +25,40 @@ __device__ GradsArguments mixed(GradsArguments args, const uint8_t* bytes, const
 #define WITH_MASK(T, stats) \
   mixed(grads_of(GIVEN(T), stats, beta, grad_scale, g_recon, g_mu, g_logvar), bytes, mask, activation)
 
-#define MIXED(name, T)                                                                                             \
-  extern "C" __global__ void __launch_bounds__(kThreads) stats_##name(                                             \
-      MIXED_ARGUMENTS(T), float* s, float* kl, float* weights, T* g_recon, T* g_mu, T* g_logvar) {                 \
-    run_stats<float, T, Mixed, true>({WITH_MASK(T, nullptr).batch, {s, kl, kl, weights}});                         \
-  }                                                                                                                \
-  extern "C" __global__ void __launch_bounds__(kThreads) grads_##name(                                             \
-      MIXED_ARGUMENTS(T), const float* stats, T* g_recon, T* g_mu, T* g_logvar) {                                  \
-    run_grads<float, T, Mixed, true>(WITH_MASK(T, stats));                                                         \
-  }                                                                                                                \
-  extern "C" __global__ void __launch_bounds__(kStepThreads) given_##name(                                         \
-      MIXED_ARGUMENTS(T), float* s, float* kl, float* weights, T* g_recon, T* g_mu, T* g_logvar) {                 \
-    StepEachArguments args = {WITH_MASK(T, nullptr), {s, kl, kl, weights}, 0};                                     \
-    args.grads.options.sigma_mode = kGiven;                                                                        \
-    run_step_each<T, Mixed, false>(args);                                                                          \
-  }                                                                                                                \
-  extern "C" __global__ void __launch_bounds__(kStepThreads) image_##name(                                         \
-      MIXED_ARGUMENTS(T), int data_blocks, float* s, float* kl, T* g_recon, T* g_mu, T* g_logvar) {                \
-    mask = nullptr;                                                                                                \
-    StepEachArguments args = {WITH_MASK(T, nullptr), {s, kl, kl}, data_blocks};                                    \
-    args.grads.options.sigma_mode = kImage;                                                                        \
-    run_step_each<T, Mixed, true>(args);                                                                           \
-  }                                                                                                                \
-  extern "C" __global__ void __launch_bounds__(kStepThreads) step_##name(                                          \
+#define MIXED(name, T)                                                                                              \
+  extern "C" __global__ void __launch_bounds__(kThreads)                                                            \
+      stats_##name(MIXED_ARGUMENTS(T), float* s, float* kl, float* weights, T* g_recon, T* g_mu, T* g_logvar) {     \
+    run_stats<float, T, Mixed, true>({WITH_MASK(T, nullptr).batch, {s, kl, kl, weights}});                          \
+  }                                                                                                                 \
+  extern "C" __global__ void __launch_bounds__(kThreads)                                                            \
+      grads_##name(MIXED_ARGUMENTS(T), const float* stats, T* g_recon, T* g_mu, T* g_logvar) {                      \
+    run_grads<float, T, Mixed, true>(WITH_MASK(T, stats));                                                          \
+  }                                                                                                                 \
+  extern "C" __global__ void __launch_bounds__(kStepThreads)                                                        \
+      given_##name(MIXED_ARGUMENTS(T), float* s, float* kl, float* weights, T* g_recon, T* g_mu, T* g_logvar) {     \
+    StepEachArguments args = {WITH_MASK(T, nullptr), {s, kl, kl, weights}, 0};                                      \
+    args.grads.options.sigma_mode = kGiven;                                                                         \
+    run_step_each<T, Mixed, false>(args);                                                                           \
+  }                                                                                                                 \
+  extern "C" __global__ void __launch_bounds__(kStepThreads)                                                        \
+      image_##name(MIXED_ARGUMENTS(T), int data_blocks, float* s, float* kl, T* g_recon, T* g_mu, T* g_logvar) {    \
+    mask = nullptr;                                                                                                 \
+    StepEachArguments args = {WITH_MASK(T, nullptr), {s, kl, kl}, data_blocks};                                     \
+    args.grads.options.sigma_mode = kImage;                                                                         \
+    run_step_each<T, Mixed, true>(args);                                                                            \
+  }                                                                                                                 \
+  extern "C" __global__ void __launch_bounds__(kStepThreads) step_##name(                                           \
       MIXED_ARGUMENTS(T), int data_blocks, int rows, float* kl, double* workspace, float* out, T* g_recon, T* g_mu, \
-      T* g_logvar) {                                                                                               \
-    mask = nullptr;                                                                                                \
-    run_step<T, Mixed>(                                                                                            \
-        {WITH_MASK(T, nullptr),                                                                                    \
-         {out, out + 1, out + 2, out + 3, false, nullptr},                                                         \
-         {nullptr, kl, kl},                                                                                        \
-         {true, data_blocks, 1, rows, 0},                                                                          \
-         batch * dims,                                                                                             \
-         workspace + 2,                                                                                            \
-         workspace});                                                                                              \
+      T* g_logvar) {                                                                                                \
+    mask = nullptr;                                                                                                 \
+    run_step<T, Mixed>(                                                                                             \
+        {WITH_MASK(T, nullptr),                                                                                     \
+         {out, out + 1, out + 2, out + 3, false, nullptr},                                                          \
+         {nullptr, kl, kl},                                                                                         \
+         {true, data_blocks, 1, rows, 0},                                                                           \
+         batch * dims,                                                                                              \
+         workspace + 2,                                                                                             \
+         workspace});                                                                                               \
   }
 
 MIXED(fp32, float)

@@ -33,7 +33,7 @@ DEVICE, ELEMENTS = "cuda/device.cuh", "cuda/elements.cuh"
 STATS, FINALIZE, GRADS, STEP, EACH, LEVELS = (
     f"cuda/elbo_{stem}.cuh" for stem in ("stats", "finalize", "grads", "step", "step_each", "levels")
 )
-MIXED, LAUNCH = "cuda/mixed.cuh", "cuda/launch.h"
+MIXED, READ, LAUNCH = "cuda/mixed.cuh", "cuda/mixed_elements.cuh", "cuda/launch.h"
 INPUTS, TERMS, MATH, SPAN = "inputs.h", "elbo.h", "elbo_math.h", "span.h"
 
 # Few elements then make many chunks, several for a warp, and chunks of several times the least size.
@@ -203,11 +203,11 @@ MUTANTS = {
         MATH, "scaled_byte", "$B * $S + $L", "$B * $S", ("ascending", "bytes-pixel, batchmean"),
     ),
     "the_same_group_again": Mutant(
-        MIXED, "walk_ahead", "$NEXT = load($$$X)", "$NEXT = $NEXT", ("ascending", "step, tanh, several chunks, two dtypes"),
+        MIXED, "walk_ahead", "$NEXT = load($$$X)", "$NEXT = $NEXT", ("ascending", "step, tanh, two dtypes"),
         place=(1, 2),
     ),
     "one_look_up_for_a_vector": Mutant(
-        MIXED, "take", "$F + $I + $J", "$F + $I", ("ascending", "bytes-pixel, batchmean"),
+        READ, "take", "$F + $I + $J", "$F + $I", ("ascending", "bytes-pixel, batchmean"),
     ),
     "sign_of_g_target_kept": Mutant(
         MIXED, "write", "-$G", "$G", ("ascending", "step, laplace-image"),
