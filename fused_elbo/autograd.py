@@ -98,7 +98,7 @@ class ElboFunction(torch.autograd.Function):
         *inputs, stats = ctx.saved_tensors  # once: activation checkpointing recomputes at each access
         tensors, needs, given = Tensors._make(inputs), ctx.needs_input_grad, GradOutputs(*grad_outputs[:3])
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # A backward that is itself differentiated: the formulas, with S and KL as functions of the inputs again.
+            # A backward that is itself differentiated: the formulas, with A and KL as functions of the inputs again.
             by, stats = reference, reference.stats(tensors, ctx.options)
         else:
             by = nearest(ctx.backend, tensors, stats, *given)

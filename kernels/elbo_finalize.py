@@ -213,8 +213,9 @@ class EmptyOutputs:
         return Outputs._make([make() for make in self._makers])
 
 
-def blocks(batch: int, data: Tiles | None, latents: Tiles | None, per_sample: bool) -> Blocks:
-    chunks = [1 if tiles is None else tiles.chunks for tiles in (data, latents)]
+def blocks(batch: int, data: Tiles | None, latents: Tiles | None, per_sample: bool, least: int = 1) -> Blocks:
+    """`least`: partial sums of a sample that are taken at a time, although it has fewer: so one kernel serves more."""
+    chunks = [least if tiles is None else max(least, tiles.chunks) for tiles in (data, latents)]
     most = BLOCK if batch * max(chunks) <= FEW else 4 * BLOCK
     cols = [min(most, power_of_2(n)) for n in chunks]
     rows = max(1, min(most // max(cols), power_of_2(batch)))

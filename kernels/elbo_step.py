@@ -6,9 +6,9 @@ What the factor of a gradient needs decides how (`Plan`):
 
 - A σ that is given, or that of an image which one program holds: the program knows the factor, and writes at once. The
   last program to arrive at a counter then does what is O(B): the loss, and the gradients of a given log σ and of β.
-- A σ of the batch, or of an image that several programs share; or a capacity: the factor needs what all programs have
-  summed, so they wait for one another at a grid barrier. All must be on the GPU at once (a cooperative launch), each
-  with its slopes, so there is a largest batch: 32768 elements for each SM.
+- A σ of the batch, or of an image that several programs share; a limit per batch, or a mean of weights: the factor
+  needs what all programs have summed, so they wait for one another at a grid barrier. All must be on the GPU at once (a
+  cooperative launch), each with its slopes, so there is a largest batch: 32768 elements for each SM.
 
 A σ that varies inside a sample, fp64, a limit of each sample's rate, and what is too large take the stages one after
 another (`operators.step`); so does an activation before a target that has a gradient, since slopes then are two.
@@ -280,5 +280,5 @@ def elbo_step(inputs: Inputs, layout: Layout, cut: Cut) -> Launch:
     samples = min(BLOCK, power_of_2(inputs.batch))
     programs = max(cut.threads, power_of_2(cut.programs))  # so that each value is read by one thread
     constants = (cut.waits, cut.tiles, cut.ahead, cut.counted, samples, programs)
-    how = How(*map(constant, constants), blocks(inputs.batch, cut.data, cut.latents, False))
+    how = How(*map(constant, constants), blocks(inputs.batch, cut.data, cut.latents, False, least=8))
     return Launch(elbo_step_kernel, cut.programs, layout, how, **launch_options(cut), enable_fp_fusion=False)

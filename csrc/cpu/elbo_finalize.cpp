@@ -1,4 +1,4 @@
-// Stage two, O(B) and in double: S and KL to loss, distortion, rate and σ; and the prologue of the gradients, which
+// Stage two, O(B) and in double: A and KL to loss, distortion, rate and σ; and the prologue of the gradients, which
 // turns the same numbers into one factor per sample.
 #include <numeric>
 
