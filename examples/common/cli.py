@@ -71,8 +71,9 @@ def add_data_arguments(parser: argparse.ArgumentParser, *, full: str = "mnist", 
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data", default=default, metavar="mnist|digits|sprites|PATH",
-        help="mnist: 5000 digits of 28x28; digits: 1797 of 8x8; sprites: 4000 drawings of 32x32 in colour; PATH: a folder of images (searched recursively), or an "
-        ".npz holding 'images' (else its first array), NxHxW[xC] or NxCxHxW, uint8 or floats in [0, 1] "
+        help="mnist: 5000 digits of 28x28; digits: 1797 of 8x8; sprites: 4000 drawings of 32x32 in colour; PATH: a "
+        "folder of images (searched recursively), or an .npz holding 'images' (else its first array), NxHxW[xC] or "
+        "NxCxHxW, uint8 or floats in [0, 1] "
         f"(default: {full}{'' if quick is None else f'; with --quick {quick}'})",
     )  # fmt: skip
     group.add_argument(
