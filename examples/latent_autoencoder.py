@@ -44,13 +44,13 @@ from fused_elbo import ELBO, DecoupledELBO
 
 LOGVAR_RANGE = (-30.0, 20.0)
 MOMENTUM = 0.1  # of the running scale that stands in for the closed form in evaluation
-FULL = {"epochs": 15, "loss": ["ours", "theirs", "learned"]}
-QUICK = {"epochs": 5, "loss": ["ours", "theirs"]}
+FULL = {"epochs": 12, "loss": ["ours", "theirs", "learned"]}
+QUICK = {"epochs": 3, "loss": ["ours", "theirs"]}
 SHOWN = 12  # images in the picture
 STYLES = {  # label, colour, line
     "ours": ("ours", "#DDAA33", {"lw": 5}),
     "theirs": ("theirs", "#004488", {"lw": 1.5}),
-    "learned": ("theirs, learned scale", "#BB5566", {"lw": 1.5, "ls": "--"}),
+    "learned": ("theirs, scale learned", "#BB5566", {"lw": 1.5, "ls": "--"}),
 }
 COLUMNS = {  # of the table: key, heading, format
     "loss": ("−ELBO, nats", ".1f"),
@@ -187,7 +187,7 @@ def pictures(trainers: dict[str, AdversarialTrainer], images: Images) -> dict[st
 
 def plot(path: Path, rows: dict[str, Tensor], results: Sequence[dict[str, Any]]) -> None:
     figure = plt.figure(figsize=(13, 1.35 * len(rows) + 3.6), layout="constrained")
-    grid = figure.add_gridspec(len(rows) + 1, 4, height_ratios=[1.3] * len(rows) + [3.2], width_ratios=[4, 4, 1.6, 1.6])
+    grid = figure.add_gridspec(len(rows) + 1, 4, height_ratios=[1.3] * len(rows) + [3.2], width_ratios=[4, 4, 2, 2])
     for i, (label, row) in enumerate(rows.items()):
         axis = figure.add_subplot(grid[i, :])
         axis.imshow(tile(row, SHOWN), interpolation="nearest")
@@ -199,16 +199,15 @@ def plot(path: Path, rows: dict[str, Tensor], results: Sequence[dict[str, Any]])
         epochs = [point["epoch"] for point in row["curve"]]
         curves.plot(epochs, [point["loss"] for point in row["curve"]], color=colour, label=label, **line)
         scales.plot(epochs, [point["train_sigma"] for point in row["curve"]], color=colour, **line)
-        times.bar(label.replace(", ", ",\n"), row["loss_ms"], color=colour)
-        sizes.bar(label.replace(", ", ",\n"), row["loss_mib"], color=colour)
+        times.bar(label.replace(" ", "\n"), row["loss_ms"], color=colour)
+        sizes.bar(label.replace(" ", "\n"), row["loss_mib"], color=colour)
     curves.set(title="−ELBO on validation images (nats)", xlabel="epoch")
     curves.legend(frameon=False)
-    scales.set(title="scale b, training", xlabel="epoch", yscale="log")
-    times.set(title="loss part (ms)")
-    sizes.set(title="kept for backward (MiB)")
+    scales.set(title="scale b in training", xlabel="epoch", ylim=(0, None))
     for axis in (curves, scales):
         axis.grid(alpha=0.3)
-    for axis, key in ((times, "loss_ms"), (sizes, "loss_mib")):
+    for axis, key, title in ((times, "loss_ms", "loss part: ms"), (sizes, "loss_mib", "MiB until backward")):
+        axis.set(title=title, ylim=(0, 1.1 * max(0.1, *(row[key] for row in results))))
         for i, row in enumerate(results):
             axis.text(i, row[key], f"{row[key]:.1f}", ha="center", va="bottom", fontsize=9)
         axis.tick_params(axis="x", labelsize=8)
@@ -227,8 +226,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     at_least_0 = cli.number(at_least=0)
     for name, default, meaning in (
-        ("beta", 1.0, "weight of the rate"),
-        ("perceptual", 0.5, "weight of the feature distance, beside a pixel's mean absolute error"),
+        ("beta", 0.1, "weight of the rate"),
+        ("perceptual", 0.2, "weight of the feature distance, beside a pixel's mean absolute error"),
         ("gan", 0.5, "weight of the discriminator, beside the adaptive one; it begins after a third of the epochs"),
     ):
         loss.add_argument(
@@ -237,10 +236,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group("models")
     group.add_argument("--epochs", type=cli.positive_int, metavar="N",
                        help=f"(default: {FULL['epochs']}; with --quick {QUICK['epochs']})")  # fmt: skip
-    for name, default in (("latent-channels", 4), ("width", 24), ("batch-size", 32)):
+    for name, default in (("latent-channels", 4), ("width", 64), ("batch-size", 16)):
         group.add_argument(f"--{name}", type=cli.positive_int, default=default, metavar="N",
                            help="(default: %(default)s)")  # fmt: skip
-    group.add_argument("--lr", type=cli.number(above=0), default=2e-3, metavar="LR", help="(default: %(default)s)")
+    group.add_argument("--lr", type=cli.number(above=0), default=4e-3, metavar="LR", help="(default: %(default)s)")
     group.add_argument(
         "--ema", type=at_least_0, default=0.0, metavar="D",
         help="evaluate an average of the weights with this decay, 0.999 say (default: none)",

@@ -13,10 +13,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fused_elbo import ELBO
 
-from .latent_models import FeatureDistance, LatentAutoencoder, PatchDiscriminator
+from .latent_models import SCALE, FeatureDistance, LatentAutoencoder, PatchDiscriminator
 from .training import Trainer
 
-BETAS = (0.5, 0.9)  # of the discriminator's Adam
+LR, BETAS = 5e-4, (0.5, 0.9)  # of the discriminator's Adam
 MAX_WEIGHT = 1e4
 
 
@@ -46,7 +46,7 @@ class LatentObjective(nn.Module):
     def __init__(self, model: LatentAutoencoder, loss: nn.Module, *, bf16: bool) -> None:
         super().__init__()
         self.model, self.loss, self.bf16 = model, loss, bf16
-        self.distance = FeatureDistance(model.last.out_channels // 4)
+        self.distance = FeatureDistance(model.last.out_channels // SCALE**2)
 
     def autocast(self, x: Tensor) -> AbstractContextManager[Any]:
         return torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16)
@@ -78,7 +78,7 @@ class AdversarialTrainer(Trainer):
         super().__init__(objective, *args, **options)
         self.gan, self.gan_start = gan, gan_start
         self.discriminator = PatchDiscriminator(self.images.train.shape[1]).to(self.device)
-        self.discriminator_optimizer = torch.optim.Adam(self.discriminator.parameters(), options["lr"], BETAS)
+        self.discriminator_optimizer = torch.optim.Adam(self.discriminator.parameters(), LR, BETAS)
         self.average = AveragedModel(objective.model, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None
 
     def batch(self, images: Tensor) -> Tensor:

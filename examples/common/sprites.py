@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-COUNT, SIZE, OBJECTS = 4000, 32, 3
+COUNT, SIZE, OBJECTS = 4000, 32, 2
 KINDS = 5  # disc, ring, triangle, square, star
 
 
@@ -25,11 +25,11 @@ def sprites(count: int = COUNT, size: int = SIZE, seed: int = 0) -> Tensor:
     canvas = torch.lerp(uniform(0.05, 0.75, 3, 1, 1), uniform(0.05, 0.75, 3, 1, 1), ramp)
     for _ in range(OBJECTS):
         kind = torch.randint(KINDS, (count, 1, 1), generator=generator)
-        radius, angle = uniform(0.14, 0.27), uniform(0, 2 * math.pi)
-        dx, dy = x - uniform(-0.32, 0.32), y - uniform(-0.32, 0.32)
+        radius, angle = uniform(0.18, 0.33), uniform(0, 2 * math.pi)
+        dx, dy = x - uniform(-0.28, 0.28), y - uniform(-0.28, 0.28)
         u, v = dx * angle.cos() + dy * angle.sin(), dy * angle.cos() - dx * angle.sin()
         cover = (size * _inside(kind, u, v, radius) + 0.5).clamp(0, 1)
-        stripes = (uniform(0, 1) < 0.5) & (torch.sin(2 * math.pi * u / uniform(0.12, 0.2)) > 0)
+        stripes = (uniform(0, 1) < 0.5) & (torch.sin(2 * math.pi * u / uniform(0.18, 0.28)) > 0)
         shade = torch.where(stripes, uniform(0.25, 0.6), 1.0)
         canvas = torch.lerp(canvas, _vivid(uniform(0, 1, 1, 1)) * shade.unsqueeze(1), cover.unsqueeze(1))
     return (255 * canvas).clamp(0, 255).round().to(torch.uint8)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 FILES = ["curves.csv", "latent_autoencoder.png", "models", "results.csv"]
 PERCEPTUAL, BETA = 0.5, 1.5
-EPOCHS = 6  # of 10 steps; the discriminator begins with the third
+EPOCHS = 6  # of 20 steps; the discriminator begins with the third
 TINY = ["--width", "8", "--epochs", str(EPOCHS), "--device", "cpu"]
 Make = Callable[..., AdversarialTrainer]
 
@@ -79,8 +79,10 @@ def test_the_gradients_are_those_of_the_adaptive_weight_s_formula(kind: str, mak
     before = [p.clone() for p in discriminator.parameters()]
     trainer.optimizer.zero_grad()
     trainer.gradients(x)
-    for p, gradient in zip(parameters, expected, strict=True):
-        torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-4 * gradient.abs().max().item() + 1e-12)
+    found = torch.cat([p.grad.flatten() for p in parameters])
+    wanted = torch.cat([gradient.flatten() for gradient in expected])
+    # Of the whole: a bias before a normalisation has the gradient 0, and what is found there is rounding.
+    assert (found - wanted).norm() < 1e-5 * wanted.norm()
     assert not all(map(torch.equal, before, discriminator.parameters()))  # it has learnt, from its own loss
 
 
@@ -128,7 +130,7 @@ def test_what_a_quick_run_leaves(quick: Path) -> None:
 
 
 def test_training_is_equal(quick: Path) -> None:
-    """Within what rounding becomes over 60 steps of Adam, 40 of them against a discriminator."""
+    """Within what rounding becomes over 120 steps of Adam, 80 of them against a discriminator."""
     curves = read_csv(quick / "curves.csv")
     for ours, theirs in zip(curves[:EPOCHS], curves[EPOCHS:], strict=True):
         for key in ("loss", "distortion", "rate", "sigma", "train_sigma", "mae"):
@@ -175,7 +177,7 @@ def test_resumed_run_equals_uninterrupted_one(data: str, tmp_path: Path, monkeyp
     options = ["--data", data, "--width", "4", "--epochs", "3", "--ema", "0.9", "--device", "cpu"]
     options += ["--loss", "ours", "learned"]
     assert latent_autoencoder.main([*options, "--out", str(tmp_path / "whole")]) == 0
-    for i, step in enumerate((25, 15)):  # of 2 models with 30 each: in the first one, then in the second
+    for i, step in enumerate((25, 65)):  # of 2 models with 60 each: in the first one, then in the second
         with monkeypatch.context() as patch:
             interrupt_in_step(patch, step)
             resume = ["--resume"] * (i > 0)
