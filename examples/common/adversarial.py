@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fused_elbo import ELBO
 
-from .latent_models import SCALE, FeatureDistance, LatentAutoencoder, PatchDiscriminator
+from .latent_models import SCALE, FeatureDistance, LatentAutoencoder, PatchDiscriminator, wide
 from .training import Trainer
 
 LR, BETAS = 5e-4, (0.5, 0.9)  # of the discriminator's Adam
@@ -138,7 +138,7 @@ class AdversarialTrainer(Trainer):
     def reconstruct(self, x: Tensor) -> Tensor:
         """In [-1, 1], at the posterior's mean, of what `batch` gives."""
         with self.objective.autocast(x):
-            return self.model.decode(self.model.encode(centred(x))[0]).float().clamp(-1, 1)
+            return wide(self.model.decode(self.model.encode(centred(x))[0])).clamp(-1, 1)
 
     def state_dict(self) -> dict[str, Any]:
         own = {"discriminator": self.discriminator, "discriminator_optimizer": self.discriminator_optimizer}

@@ -14,6 +14,11 @@ from .models import ResBlock, norm
 SCALE = 4  # of images beside their latents
 
 
+def wide(t: Tensor) -> Tensor:
+    """What autocast has made narrow, in fp32."""
+    return t.float() if t.element_size() == 2 else t
+
+
 class LatentAutoencoder(nn.Module):
     """Images [B, C, H, W] to a posterior of [B, K, H/4, W/4] (rounded up), and back. No output activation.
 
@@ -48,7 +53,7 @@ class LatentAutoencoder(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mu, logvar = self.encode(x)
-        std = torch.exp(0.5 * logvar.float().clamp(-30, 20))
+        std = torch.exp(0.5 * wide(logvar).clamp(-30, 20))
         return self.decode(mu + std * torch.randn_like(std)), mu, logvar
 
 
@@ -64,7 +69,7 @@ class PatchDiscriminator(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.body(x).float()
+        return wide(self.body(x))
 
 
 class FeatureDistance(nn.Module):
@@ -88,7 +93,7 @@ class FeatureDistance(nn.Module):
         found = []
         for level in self.levels:
             x = F.relu(level(x))
-            found.append(F.normalize(x.float(), dim=1, eps=1e-3))
+            found.append(F.normalize(wide(x), dim=1, eps=1e-3))
         return found
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
