@@ -25,8 +25,9 @@ COMMANDS = {"test": "make test", "check": "make check", "release": "make check-r
 # Files whose tests all wait for `make check`, and why. `make test` does not even import them.
 CHECK = {
     "the examples: what they claim, how they resume, what they refuse": (
-        "calibrated_decoders", "example_data", "examples", "frechet", "learned_vs_fixed_sigma", "likelihoods", "linear",
-        "mmd", "objective_slices", "rd_curve", "rd_curve_runs", "sparse_representation", "sweep",
+        "calibrated_decoders", "example_data", "examples", "frechet", "latent_autoencoder", "learned_vs_fixed_sigma",
+        "likelihoods", "linear", "mmd", "objective_slices", "rd_curve", "rd_curve_runs", "sparse_representation",
+        "sweep",
     ),
     "the benchmark and the GPU check": (
         "bench", "gpu_check", "gpu_pages", "gpu_pool", "gpu_sections", "gpu_tools", "results",

@@ -65,15 +65,16 @@ def device(text: str) -> torch.device:
     return chosen
 
 
-def add_data_arguments(parser: argparse.ArgumentParser, *, quick: str | None = None) -> None:
-    """`quick`: what --quick takes in place of MNIST. Then --data is None where it was not given, for `settle`."""
-    default = "mnist" if quick is None else None
+def add_data_arguments(parser: argparse.ArgumentParser, *, full: str = "mnist", quick: str | None = None) -> None:
+    """`quick`: what --quick takes in place of `full`. Then --data is None where it was not given, for `settle`."""
+    default = full if quick is None else None
     group = parser.add_argument_group("data")
     group.add_argument(
-        "--data", default=default, metavar="mnist|digits|PATH",
-        help="mnist: 5000 digits of 28x28; digits: 1797 of 8x8; PATH: a folder of images (searched recursively), or an "
-        ".npz holding 'images' (else its first array), NxHxW[xC] or NxCxHxW, uint8 or floats in [0, 1] "
-        f"(default: mnist{'' if quick is None else f'; with --quick {quick}'})",
+        "--data", default=default, metavar="mnist|digits|sprites|PATH",
+        help="mnist: 5000 digits of 28x28; digits: 1797 of 8x8; sprites: 4000 drawings of 32x32 in colour; PATH: a "
+        "folder of images (searched recursively), or an .npz holding 'images' (else its first array), NxHxW[xC] or "
+        "NxCxHxW, uint8 or floats in [0, 1] "
+        f"(default: {full}{'' if quick is None else f'; with --quick {quick}'})",
     )  # fmt: skip
     group.add_argument(
         "--image-size", type=positive_int, metavar="N", help="folders: resize and crop to NxN (default: 64)"

@@ -1,4 +1,4 @@
-"""Images for the examples: two bundled data sets, a folder of pictures, or an .npz file.
+"""Images for the examples: two bundled data sets, one that is drawn, a folder of pictures, or an .npz file.
 
 Everything is held in memory in its own dtype (8-bit images stay uint8) and scaled to [0, 1] batch by batch.
 """
@@ -14,7 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .sprites import sprites
+
 DEFAULT_IMAGE_SIZE = 64
+NAMED = ("mnist", "digits", "sprites")  # everything else is a path
 MIN_IMAGES = 10  # fewer leave nothing to split into training, validation and test
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
@@ -61,7 +64,7 @@ def to_unit(images: Tensor) -> Tensor:
 
 
 def load(data: str, *, image_size: int | None = None, grey: bool = False) -> Images:
-    """Read `data` ("mnist", "digits" or a path) and split it 80/10/10.
+    """Read `data` (one of NAMED, or a path) and split it 80/10/10.
 
     The split does not depend on any run's seed, so runs with different seeds are tested on the same images.
     """
@@ -92,11 +95,13 @@ def load_labels(data: str) -> Splits | None:
 def load_tensor(data: str, *, image_size: int | None = None, grey: bool = False) -> Tensor:
     """All images of `data`, unsplit: [N, C, H, W]."""
     path = Path(data).expanduser()
-    is_folder = data not in ("mnist", "digits") and path.is_dir()
+    is_folder = data not in NAMED and path.is_dir()
     if not is_folder and (image_size is not None or grey):
         raise DataError("--image-size and --grey apply only where --data is a folder of images")
     if data == "mnist":
         return _mnist()[0]
+    if data == "sprites":
+        return sprites()
     if data == "digits":
         from sklearn.datasets import load_digits
 
@@ -104,9 +109,9 @@ def load_tensor(data: str, *, image_size: int | None = None, grey: bool = False)
     if is_folder:
         return _load_folder(path, image_size or DEFAULT_IMAGE_SIZE, grey)
     if not path.exists():
-        raise DataError(f"{data}: no such file or folder (and neither 'mnist' nor 'digits')")
+        raise DataError(f"{data}: no such file or folder (and none of {', '.join(NAMED)})")
     if path.suffix != ".npz":
-        raise DataError(f"{data}: expected 'mnist', 'digits', a folder of images or an .npz file")
+        raise DataError(f"{data}: expected {', '.join(NAMED)}, a folder of images or an .npz file")
     return _load_npz(path)
 
 

@@ -24,7 +24,7 @@ def _halve(n: int) -> int:
     return -(-n // 2)  # rounded up, as a strided convolution with "same" padding does
 
 
-def _norm(channels: int) -> nn.GroupNorm:
+def norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(8, channels), channels)
 
 
@@ -35,7 +35,7 @@ class ResBlock(nn.Module):
         super().__init__()
         first, last = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
         nn.init.zeros_(last.weight)  # each block starts as the identity
-        self.body = nn.Sequential(_norm(channels), nn.SiLU(), first, _norm(channels), nn.SiLU(), last)
+        self.body = nn.Sequential(norm(channels), nn.SiLU(), first, norm(channels), nn.SiLU(), last)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.body(x)
@@ -80,7 +80,7 @@ class ConvVAE(nn.Module):
         encoder: list[nn.Module] = [nn.Conv2d(channels, width, 5, stride=2, padding=2), ResBlock(width)]
         for fine, wide in itertools.pairwise(widths):
             encoder += [nn.Conv2d(fine, wide, 3, stride=2, padding=1), ResBlock(wide)]
-        self.encoder = nn.Sequential(*encoder, _norm(widths[-1]), nn.SiLU(), nn.Flatten())
+        self.encoder = nn.Sequential(*encoder, norm(widths[-1]), nn.SiLU(), nn.Flatten())
         self.to_posterior = nn.Linear(features, 2 * latent_dim)
 
         decoder: list[nn.Module] = [nn.Linear(latent_dim, features), nn.Unflatten(1, coarse), ResBlock(widths[-1])]
@@ -88,7 +88,7 @@ class ConvVAE(nn.Module):
             decoder += [nn.Upsample(scale_factor=2), nn.Conv2d(wide, fine, 3, padding=1), ResBlock(fine)]
         out_channels = channels * outputs * (2 if per_pixel_sigma else 1)
         self.decoder = nn.Sequential(
-            *decoder, _norm(width), nn.SiLU(), nn.Conv2d(width, 4 * out_channels, 3, padding=1), nn.PixelShuffle(2)
+            *decoder, norm(width), nn.SiLU(), nn.Conv2d(width, 4 * out_channels, 3, padding=1), nn.PixelShuffle(2)
         )
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:

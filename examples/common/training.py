@@ -154,11 +154,16 @@ class Trainer:
     def train_step(self, index: Tensor) -> ELBO:
         self.objective.train()
         self.optimizer.zero_grad()
-        elbo: ELBO = self.forward(self.batch(self.images.train[ranks.part(index)]))
-        elbo.loss.backward()
+        elbo = self.gradients(self.batch(self.images.train[ranks.part(index)]))
         self.optimizer.step()
         self.scheduler.step()
         self.totals += torch.stack(elbo).detach()
+        return elbo
+
+    def gradients(self, x: Tensor) -> ELBO:
+        """Leaves the gradients of a batch in the parameters."""
+        elbo: ELBO = self.forward(x)
+        elbo.loss.backward()
         return elbo
 
     def progress(self, elbo: ELBO) -> dict[str, str]:
