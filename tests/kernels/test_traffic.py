@@ -89,6 +89,37 @@ def test_a_step_moves_five_times_its_data(batch: int, dims: int, dtype: torch.dt
     assert 1.0 < moved["elbo_grads"] / (3 * n + 4 * latents) < 1.005
 
 
+@pytest.mark.parametrize(
+    ("option", "two_launches", "one_launch"),
+    [("laplace", 5.0, 3.0), ("sigmoid", 5.0, 3.0), ("bytes", 3.5, 2.25), ("mask", 5.5, 3.25)],
+)
+def test_what_trainers_have_moves_its_own_bytes_alone(
+    option: str, two_launches: float, one_launch: float, log: list[Launch]
+) -> None:
+    """In units of N, for fp32: bytes are a quarter of it, and so is a mask of every element."""
+    target = torch.rand(5, 4096)
+    recon = (target + 0.3 * torch.randn(5, 4096)).requires_grad_()
+    mu, logvar = (torch.randn(5, LATENTS).requires_grad_() for _ in range(2))
+    options = {
+        "laplace": {"likelihood": "laplace"},
+        "sigmoid": {"activation": "sigmoid"},
+        "bytes": {},
+        "mask": {"weight": torch.rand(5, 4096) > 0.3},
+    }[option]
+    target = (255 * target).byte() if option == "bytes" else target
+    n, latents = recon.numel() * 4, mu.numel() * 4
+    for by, times in ((decoupled_elbo, two_launches), (decoupled_elbo_backward, one_launch)):
+        before = len(log)
+        with fused_elbo.backend("triton"):
+            elbo = by(recon, target, mu, logvar, **options)  # type: ignore[operator]
+            if by is decoupled_elbo:
+                torch.autograd.grad(elbo.loss, [recon, mu, logvar])
+        moved, _ = moved_since(log, before)
+        ratio = sum(moved.values()) / (times * n + 6 * latents)
+        print(f"{option}: {ratio:.4f} of {times}N + 6L")
+        assert 1.0 <= ratio <= 1.02
+
+
 def step_in_one_launch(batch: int, dims: int, sigma: str | float, dtype: torch.dtype, log: list[Launch]) -> Launch:
     """The launch of decoupled_elbo_backward, after a look at what it moved."""
     target = torch.randn(batch, dims).to(dtype)
