@@ -124,6 +124,11 @@ def make_loss(kind: str, perceptual: float, beta: float) -> nn.Module:
     return Ours(perceptual, beta) if kind == "ours" else Theirs(perceptual, beta, learned=kind == "learned")
 
 
+def gan_start(epochs: int) -> int:
+    """After how many epochs the discriminator begins."""
+    return max(1, epochs // 3)
+
+
 def make_run(args: argparse.Namespace, images: Images, kind: str) -> Run:
     settings = {
         "kind": kind, "seed": args.seed, "data": args.data, "epochs": args.epochs, "width": args.width,
@@ -140,7 +145,7 @@ def make_run(args: argparse.Namespace, images: Images, kind: str) -> Run:
         return AdversarialTrainer(
             objective, images, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, seed=args.seed,
             device=args.device, checkpoint=checkpoint, settings=settings,
-            gan=args.gan, gan_start=max(1, args.epochs // 3), ema=args.ema,
+            gan=args.gan, gan_start=gan_start(args.epochs), ema=args.ema,
         )  # fmt: skip
 
     return Run(f"{kind}-{args.seed}", settings, build, measure)
@@ -202,6 +207,8 @@ def plot(path: Path, rows: dict[str, Tensor], results: Sequence[dict[str, Any]])
         times.bar(label.replace(" ", "\n"), row["loss_ms"], color=colour)
         sizes.bar(label.replace(" ", "\n"), row["loss_mib"], color=colour)
     curves.set(title="−ELBO on validation images (nats)", xlabel="epoch")
+    if any(row["gan"] for row in results):
+        curves.axvline(gan_start(results[0]["epochs"]), color="grey", ls=":", label="the discriminator begins")
     curves.legend(frameon=False)
     scales.set(title="scale b in training", xlabel="epoch", ylim=(0, None))
     for axis in (curves, scales):
@@ -249,7 +256,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="bf16 is autocast, as public trainers run; many CPUs have no bf16 arithmetic, and take far longer for it "
         "(default: fp32 on CPUs, bf16 elsewhere)",
     )  # fmt: skip
-    cli.add_sweep_arguments(parser, out=Path("runs/latent_autoencoder"), minutes="ten minutes")
+    cli.add_sweep_arguments(parser, out=Path("runs/latent_autoencoder"), minutes="eight minutes")
     args = parser.parse_args(argv)
     cli.settle(args, full=FULL, quick=QUICK)
     if ranks.count() > 1:

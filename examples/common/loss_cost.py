@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from .adversarial import centred
 
 BATCH = (4, 3, 256, 256)  # of 8-bit images, as latent diffusion's autoencoders have them
-ROUNDS = 15
+ROUNDS, CALLS = 8, 5  # calls in a row, so that threads and allocators have settled by the last
 
 
 class LossPart:
@@ -69,8 +69,10 @@ def loss_costs(
 ) -> dict[str, dict[str, float]]:
     """Milliseconds, the least of interleaved rounds, so that what else the machine does falls on all alike; and MiB."""
     parts = {kind: LossPart(loss, latent_channels, device, bf16=bf16) for kind, loss in losses.items()}
-    rounds = [{kind: part.seconds() for kind, part in parts.items()} for _ in range(2 + ROUNDS)][2:]
+    times: dict[str, list[float]] = {kind: [] for kind in parts}
+    for _ in range(ROUNDS):
+        for kind, part in parts.items():
+            times[kind] += [part.seconds() for _ in range(CALLS)]
     return {
-        kind: {"loss_ms": 1e3 * min(r[kind] for r in rounds), "loss_mib": part.bytes_kept() / 2**20}
-        for kind, part in parts.items()
+        kind: {"loss_ms": 1e3 * min(times[kind]), "loss_mib": part.bytes_kept() / 2**20} for kind, part in parts.items()
     }
