@@ -176,6 +176,7 @@ def on_level(pid, level, call, work):
                 cut.prior_mu_stride if call.how.PRIOR else None,
                 cut.prior_logvar_stride if call.how.PRIOR else None,
                 call.batch.FREE_BITS,
+                None,
                 LevelTiles(
                     cut.length, cut.chunks, cut.per_chunk - 4, call.how.VEC, call.how.ROWS, call.how.COLS, False
                 ),

@@ -87,10 +87,10 @@ OF_TRAINERS: dict[str, Callable[[int, tuple[int, ...], tuple[int, ...]], dict[st
     "logvar-range-prior": lambda b, d, k: {
         "logvar_range": (-0.5, 0.7), "prior": (torch.randn(b, *k), torch.randn(b, *k) * 0.3), "free_bits": 0.3,
     },
-    "free-nats": lambda b, d, k: {"limit": FreeNats(2.5), "beta": torch.linspace(0.5, 3.0, b)},
+    "free-nats": lambda b, d, k: {"limit": FreeNats(3.55), "beta": torch.linspace(0.5, 3.0, b)},
     "free-nats-batch": lambda b, d, k: {"limit": FreeNats(torch.tensor(1.0), per="batch"), "beta": torch.tensor(2.0)},
     "free-nats-below": lambda b, d, k: {"limit": FreeNats(1000.0, per="batch"), "beta": torch.tensor(2.0)},
-    "capacity-sample": lambda b, d, k: {"limit": Capacity(2.5, per="sample"), "beta": torch.tensor(2.0)},
+    "capacity-sample": lambda b, d, k: {"limit": Capacity(3.55, per="sample"), "beta": torch.tensor(2.0)},
 }  # fmt: skip
 INSIDE_A_SAMPLE = [
     "learned-channel", "learned-channel-image", "learned-map", "learned-last", "learned-rows", "learned-data",

@@ -150,6 +150,7 @@ def calls() -> dict[str, Call]:
         "step, one beta": Call("capacity-above", batch=3),
         "step, one log sigma": Call("learned", batch=3),
         "step, waits": just_below(Call("capacity", batch=2, data=(1501,), latent=(3000,))),
+        "step, extra error": Call("extra-shared", batch=3),
         "step, weights": Call("weight", "mean", batch=3, data=(1501,)),
         "bytes-sigmoid": Call("bytes-sigmoid", batch=3),
         "laplace-image": Call("laplace-image", batch=3),

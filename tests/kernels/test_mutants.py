@@ -46,6 +46,7 @@ MUTANTS = {
     "stats_reads_a_latent_too_many": Mutant(STATS, "chunk_rates", MASK, "$ROWS & ($C <= $N)", "far apart"),
     "stats_writes_a_row_too_many": Mutant(
         STATS, "data_sums", "tl.store($P, $X, $R < $B)", "tl.store($P, $X, $R <= $B)", "learned-image, none",
+        place=(0, 2),
     ),
     "grads_writes_a_column_too_many": Mutant(
         GRADS, "tile_of_data", MASK, "$ROWS & ($C <= $N)", "learned-image, none",
@@ -150,7 +151,7 @@ MUTANTS = {
         GRADS, "scalar_gradients", "tl.where($R < $B, $X, 0.0)", "$X", "step, one log sigma", place=(0, 3),
     ),
     "samples_that_are_not_there_pull_on_extra_error": Mutant(
-        GRADS, "scalar_gradients", "tl.where($R < $B, $X, 0.0)", "$X", "extra-shared", place=(2, 3),
+        GRADS, "scalar_gradients", "tl.where($R < $B, $X, 0.0)", "$X", "step, extra error", place=(2, 3),
     ),
     # σ inside a sample
     "one_run_of_log_sigma_only": Mutant(ELEMENTS, "offsets_of", "$X.outer is not None", "False", "learned-rows"),
@@ -219,7 +220,7 @@ MUTANTS = {
         GRADS, "scalar_gradients", "$A * (1.0 / $Q)", "$A", "weight, none",
     ),
     "no_slope_of_the_activation": Mutant(GRADS, "data_gradients", "$G * dx_dy", "$G", "tanh-mask"),
-    "the_slope_of_a_sigmoid": Mutant(MATH, "activated", "$Z * $S * $S", "$Z * $S", "bytes-sigmoid"),
+    "the_slope_of_a_sigmoid": Mutant(MATH, "activated", "$Z * $S * $S", "$Z * $S", "bytes-sigmoid", place=(0, 2)),
     "the_slope_of_a_tanh": Mutant(MATH, "activated", "4.0 * $W * $S * $S", "4.0 * $S * $S", "tanh-mask"),
     "the_sign_of_a_sigmoid": Mutant(
         MATH, "activated", "tl.where($Y < 0.0, $Z * $S, $S)", "$S", "bytes-sigmoid", place=(0, 1),
@@ -241,10 +242,10 @@ MUTANTS = {
         FACTORS, "factors", "call.options.LIMIT == $X or call.options.LIMIT == $Y", "True", "free-nats, none",
     ),
     "the_step_holds_slopes_without_weights": Mutant(
-        STEP, "sums_of_rows", "weighted($M, $A), weighted($M, $U)", "weighted($M, $A), $U", "step, weights",
+        STEP, "sums_of_rows", "weighted($M, $U)", "$U", "step, weights", place=(1, 2),
     ),
     "the_step_adds_no_weights_up": Mutant(
-        STEP, "elbo_step_kernel", "elements = sum_of($$$X)", "", "step, weights",
+        STEP, "elbo_step_kernel", "elements = sum_of($$$X)", "elements = elements_of(call)", "step, weights",
     ),
     # levels
     "a_level_begins_a_program_late": Mutant(LEVELS, "level_of", "$P < $F", "$P <= $F", "levels"),
