@@ -145,8 +145,10 @@ def elbo_stats(inputs: Inputs, layout: Layout, per_sample: bool) -> Launch:
     tiles = inputs.data_tiles, inputs.latent_tiles
     programs = sum(t.programs(inputs.batch) for t in tiles if t is not None)
     loops = any(t.per_chunk > 1 for t in tiles if t is not None)
-    limited = (inputs.log_sigma is not None or loops) and inputs.dtype != torch.float64
-    registers = at_most(64) if limited else {}
+    limited = (inputs.log_sigma is not None or loops or not inputs.is_plain) and inputs.dtype != torch.float64
+    # What is looked up by its index, and what stands before the loss, takes registers of its own.
+    most = 80 if not inputs.is_plain else 72 if inputs.runs else 64
+    registers = at_most(most) if limited else {}
     return Launch(
         elbo_stats_kernel, programs, layout, blocks(inputs.batch, *tiles, per_sample),
         num_warps=inputs.num_warps, **registers, enable_fp_fusion=False,
