@@ -156,7 +156,7 @@ def exact(sigma: str, softclip: bool, *tensors: Tensor) -> Tensor:
         squared = ((recon - target) ** 2)[tensors[4].bool().expand(recon.shape)]
         return squared.numel() / 2 * (squared.mean().log() + 1 + LOG_2PI) + rate
     if sigma == "decoder":
-        recon, target, sigma = torch.sigmoid(recon), target / 255, "batch"
+        recon, target, sigma = torch.sigmoid(recon), target.double() / 255, "batch"
     squared = (recon - target) ** 2
     if sigma == "batch":
         log_sigma = 0.5 * squared.mean().log()

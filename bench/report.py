@@ -287,13 +287,18 @@ def keep(*folders: Path) -> None:
     for folder in of_hosts:
         record.write_json(record.read_json(folder / HOST_RUN), KEPT / HOST_RUN)
     on_cpus = [folder for folder in folders if not gpu_pages.kept(folder) and folder not in of_hosts]
-    runs = {folder: record.read_json(folder / "results.json") for folder in on_cpus}
-    for folder, run in runs.items():
-        if all(about["sigma"] in workloads.OF_TRAINERS for about in run["cases"].values()):
-            record.write_json(run, KEPT / TRAINERS_RUN)
-            on_cpus.remove(folder)
-    if on_cpus:
-        keep_on_cpus(*on_cpus)
+    of_trainers = [folder for folder in on_cpus if is_of_trainers(folder)]
+    for folder in of_trainers:
+        record.write_json(record.read_json(folder / "results.json"), KEPT / TRAINERS_RUN)
+    if whole := [folder for folder in on_cpus if folder not in of_trainers]:
+        keep_on_cpus(*whole)
+
+
+def is_of_trainers(folder: Path) -> bool:
+    if not (folder / "results.json").exists():
+        return False
+    cases = record.read_json(folder / "results.json")["cases"].values()
+    return all(about["sigma"] in workloads.OF_TRAINERS for about in cases)
 
 
 def keep_on_cpus(folder: Path, *narrower: Path) -> None:

@@ -136,6 +136,8 @@ class Launch:
         total = 0
         for t in self.tensors:
             expanded = 0 in t.stride()  # as large by its shape alone
+            if t.element_size() == 1:  # bytes: a thread reads as many of them as of wider numbers
+                continue
             if not expanded and (kind := elements.get(t.numel())):
                 total += self.tile_elements(kind) * t.element_size()
                 if kind is Latents and self.how is not None:  # elbo_step reads latents twice, and writes them once

@@ -22,10 +22,10 @@ from gpu_section import Failed, Part, Record, environment, last_of, limited, sho
 FILES = tuple(
     f"tests/{name}.py"
     for name in (
-        "loss/test_facts", "loss/test_elbo", "loss/test_step", "loss/test_levels", "loss/test_modules",
-        "loss/test_module_state", "loss/test_memory", "loss/test_corners", "loss/test_layout",
-        "operators/test_autograd", "operators/test_ops", "loss/test_step_graph", "operators/test_compile",
-        "loss/test_properties",
+        "loss/test_facts", "loss/test_elbo", "loss/test_step", "loss/test_elements", "loss/test_levels",
+        "loss/test_per_level", "loss/test_modules", "loss/test_module_state", "loss/test_memory", "loss/test_corners",
+        "loss/test_layout", "operators/test_autograd", "operators/test_ops", "loss/test_step_graph",
+        "operators/test_compile", "loss/test_properties",
     )
 )  # fmt: skip
 GPU_FILE = "tests/kernels/test_gpu.py"

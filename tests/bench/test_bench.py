@@ -80,7 +80,8 @@ def test_compiled_baselines_are_the_eager_ones() -> None:
 def test_the_formula_is_the_librarys() -> None:
     """Two independent writings of it, fp64."""
     for case in SMALL:
-        tensors = [t.detach().double().requires_grad_(t.requires_grad) for t in case.tensors()]
+        given = case.tensors()
+        tensors = [t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t for t in given]
         ours, exact = losses.fused(case.sigma, *tensors), losses.exact(case.sigma, False, *tensors)
         torch.testing.assert_close(ours, exact)
 
@@ -129,7 +130,7 @@ def test_bytes_and_rates() -> None:
 
 
 def test_the_limit_reads_and_writes_every_word() -> None:
-    for case in SMALL:
+    for case in (case for case in SMALL if case.sigma not in ("mask", "decoder")):  # of several dtypes: no limit
         tensors = case.tensors()
         moved = limit.Limit(tensors, case.sigma)
         recon, target, mu, logvar = (t.detach().view(torch.int32) for t in tensors[:4])
@@ -142,8 +143,8 @@ def test_the_limit_reads_and_writes_every_word() -> None:
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
         read = [data[0].long().sum(), (mu ^ logvar).long().sum()]
         assert moved.forward() == sum(int(part) for part in read) % 2**32
-    bytes_of = sum(t.numel() * t.element_size() for group in moved.groups for t in group)
-    assert bytes_of == workloads.forward_bytes(tensors)
+        bytes_of = sum(t.numel() * t.element_size() for group in moved.groups for t in group)
+        assert bytes_of == workloads.forward_bytes([t for t in tensors if t.numel() > 1])
 
 
 def test_without_a_compiler_there_is_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,7 +170,7 @@ struct Numbers {
 
 constexpr int64_t kBatch = 2;
 
-template <class T>
+template <class T, int Q>
 void of_data(const char* name) {
   Hash sums, gradients;
   for (int64_t dims : {1, 7, 15, 16, 17, 40, 63, 64, 65, 127, 200, 1023, 1024, 3333}) {
@@ -186,19 +186,19 @@ void of_data(const char* name) {
     for (bool past_caches : {false, true}) {
       out.past_caches = past_caches;
       for (int64_t sample = 0; sample < kBatch; ++sample) {
-        sums.add(chunk_sum<float>(data, sample, 0));
-        chunk_gradient<float>(data, 0.3f, sample, 0, out);
+        sums.add(chunk_sum<float, Q>(data, sample, 0));
+        chunk_gradient<float, Q>(data, 0.3f, sample, 0, out);
       }
       gradients.add(g.values.data(), g.values.size() * sizeof(T));
       gradients.add(g_target.values.data(), g.values.size() * sizeof(T));
     }
   }
   std::printf(
-      "data %s %016llx %016llx\n", name, static_cast<unsigned long long>(sums.value),
+      "data %s%s %016llx %016llx\n", name, Q == 1 ? " laplace" : "", static_cast<unsigned long long>(sums.value),
       static_cast<unsigned long long>(gradients.value));
 }
 
-template <class T, bool Prior>
+template <class T, bool Prior, bool Range>
 void of_latents(const char* name) {
   Hash sums, gradients;
   for (int64_t dims : {1, 7, 16, 17, 40, 64, 65, 200, 1024, 1500}) {
@@ -215,6 +215,9 @@ void of_latents(const char* name) {
       latents.prior_logvar = prior_logvar.span();
       latents.has_free_bits = free_bits > 0;
       latents.free_bits = free_bits;
+      latents.has_range = Range;
+      latents.logvar_min = -1;
+      latents.logvar_max = 2;
       Gradients out;
       out.mu = g[0].span();
       out.logvar = g[1].span();
@@ -224,25 +227,27 @@ void of_latents(const char* name) {
         out.latents_past_caches = past_caches;
         for (int64_t sample = 0; sample < kBatch; ++sample) {
           double rate, clamped;
-          rates<float, Prior>(latents, sample, 0, rate, clamped);
+          rates<float, Prior, Range>(latents, sample, 0, rate, clamped);
           sums.add(rate);
           sums.add(clamped);
-          latent_gradient<float, Prior>(latents, 0.7f, 0.2f, sample, 0, out);
+          latent_gradient<float, Prior, Range>(latents, 0.7f, 0.2f, sample, 0, out);
         }
         for (auto& of : g) gradients.add(of.values.data(), of.values.size() * sizeof(T));
       }
     }
   }
   std::printf(
-      "latents %s%s %016llx %016llx\n", name, Prior ? " prior" : "", static_cast<unsigned long long>(sums.value),
-      static_cast<unsigned long long>(gradients.value));
+      "latents %s%s%s %016llx %016llx\n", name, Prior ? " prior" : "", Range ? " range" : "",
+      static_cast<unsigned long long>(sums.value), static_cast<unsigned long long>(gradients.value));
 }
 
 template <class T>
 void run(const char* name) {
-  of_data<T>(name);
-  of_latents<T, false>(name);
-  of_latents<T, true>(name);
+  of_data<T, 2>(name);
+  of_data<T, 1>(name);
+  of_latents<T, false, false>(name);
+  of_latents<T, true, false>(name);
+  of_latents<T, true, true>(name);
 }
 
 }  // namespace

@@ -40,8 +40,8 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     if compiler is None:
         pytest.skip("neither g++ nor clang++ is here")
     lines = output(tmp_path_factory.mktemp("narrowest"), compiler)
-    assert len(lines) == 9  # of three dtypes: data, latents, latents with a prior
-    assert len({word for line in lines for word in line.split()[-2:]}) == 18  # none of which is another's
+    assert len(lines) == 15  # of three dtypes: data of both likelihoods; latents, with a prior, and in a range
+    assert len({word for line in lines for word in line.split()[-2:]}) == 30  # none of which is another's
     return lines
 
 

@@ -127,6 +127,8 @@ def test_a_batch_that_a_mask_selects(compiler: str, reduction: str) -> None:
 def test_the_operators_that_tracers_see() -> None:
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     tensors = [t.detach().requires_grad_() for t in Call(data=(3,)).tensors]
-    args = (*Tensors(*tensors), *Options(int(Kind.BATCH), min_log_sigma=-7.0), None)
+    args = (*Tensors(*tensors), *Options(sigma_mode=int(Kind.BATCH), min_log_sigma=-7.0), None)
     torch.library.opcheck(registry.find("elbo"), args, test_utils=checks)
-    torch.library.opcheck(registry.find("rates"), ([tensors[2], tensors[3], None, None], 0.0, None), test_utils=checks)
+    torch.library.opcheck(
+        registry.find("rates"), ([tensors[2], tensors[3], None, None], 0.0, False, None), test_utils=checks
+    )
