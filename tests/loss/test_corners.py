@@ -241,7 +241,7 @@ def test_compiled_numbers_keep_their_precision(name: str) -> None:
 
 def test_fakes_of_mixed_dtypes() -> None:
     x = torch.randn(2, 3)
-    args = (*Tensors(x, x.double(), x, x), *Options(int(Kind.BATCH), min_log_sigma=-7.0))
+    args = (*Tensors(x, x.double(), x, x), *Options(sigma_mode=int(Kind.BATCH), min_log_sigma=-7.0))
     for name in ("forward", "stats"):
         torch.library.opcheck(registry.find(name), args, test_utils=("test_faketensor",))
 
