@@ -56,7 +56,8 @@ void elbo_levels(const LevelsBatch& batch, void* partials, void* rates, bool per
   args.partials = partials;
   for_launches(batch, batch.levels, args, [&](const LevelsArguments& launched) {
     const auto kernel = batch.is_double ? elbo_levels_kernel<double> : elbo_levels_kernel<float>;
-    launch("elbo_levels", kernel, launched, blocks_for(launched.chunks), kThreads, stream);
+    const int64_t resident = blocks_at_once(kernel, kThreads, 0);
+    launch("elbo_levels", kernel, launched, blocks_for(launched.chunks, resident), kThreads, stream);
   });
   const int64_t count = static_cast<int64_t>(batch.levels.size());
   LevelSumsArguments sums = {batch.size, count, batch.partials, 0, 0, partials, rates, per_level, {}};
@@ -68,8 +69,8 @@ void elbo_levels(const LevelsBatch& batch, void* partials, void* rates, bool per
       sums.begin[k] = static_cast<int32_t>(past ? batch.partials : batch.levels[first + k].first_partial);
     }
     const auto kernel = batch.is_double ? elbo_level_sums_kernel<double> : elbo_level_sums_kernel<float>;
-    const int64_t most = static_cast<int64_t>(multiprocessors()) * kBlocksPerSm;
-    launch("elbo_level_sums", kernel, sums, std::min(batch.size, most), kThreads, stream);
+    const int64_t resident = blocks_at_once(kernel, kThreads, 0);
+    launch("elbo_level_sums", kernel, sums, std::min(batch.size, resident), kThreads, stream);
   }
 }
 
@@ -88,7 +89,8 @@ void elbo_levels_grads(
   args.grad = grads[0];
   for_launches(batch, wanted, args, [&](const LevelsArguments& launched) {
     const auto kernel = batch.is_double ? elbo_levels_grads_kernel<double> : elbo_levels_grads_kernel<float>;
-    launch("elbo_levels_grads", kernel, launched, blocks_for(launched.chunks), kThreads, stream);
+    const int64_t resident = blocks_at_once(kernel, kThreads, 0);
+    launch("elbo_levels_grads", kernel, launched, blocks_for(launched.chunks, resident), kThreads, stream);
   });
 }
 
