@@ -181,13 +181,15 @@ def elbo_shared_sigma_term_kernel(
     ROWS: tl.constexpr,
 ):  # fmt: skip
     """slope · Σ_j w_j (D − A_j/σ^q) / ΣA for a σ shared by the batch and unequal w_j."""
-    total, flows = tl.load(stats + size(call)), tl.zeros((ROWS,), call.batch.ACC)
-    slope = total * 0.0
+    total, elements = tl.load(stats + size(call)), elements_of(call)
+    if call.data.weight.stride is not None:
+        elements = tl.load(stats + 3 * (size(call) + 1) + size(call))
+    _, inverse, slope = shared_sigma(total, elements, call)
+    r = reduction_weight(elements, call)
+    flows = tl.zeros((ROWS,), call.batch.ACC)
     for first in range(0, size(call), ROWS):
         rows = first + tl.arange(0, ROWS)
         sums = sample_sums(stats, rows, call)
-        _, inverse, slope = shared_sigma(total, sums.elements, call)
-        r = reduction_weight(sums.elements, call)
         w = values_of(given.loss, call.numbers.grad_scale, call.grad_outputs.loss, rows, call)
         w += values_of(given.distortion, call.numbers.grad_scale, call.grad_outputs.distortion, rows, call)
         flows += r * w * distortion_slope(sums.a, sums.dims, inverse)

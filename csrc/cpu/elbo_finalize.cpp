@@ -92,11 +92,11 @@ void elbo_finalize(const Stats& stats, const Batch& batch, const Options& option
   }
   if (each) return;
   const double weight = weight_of_samples(stats, batch, options), mean_distortion = weight * distortions;
-  const double mean_loss = limits_batch(options.limit_mode)
-                               ? mean_distortion + weight * limited_batch(
-                                                                options, static_cast<double>(batch.size),
-                                                                mean_rate(stats, options))
-                               : weight * losses;
+  const double mean_loss =
+      limits_batch(options.limit_mode)
+          ? mean_distortion +
+                weight * limited_batch(options, static_cast<double>(batch.size), mean_rate(stats, options))
+          : weight * losses;
   *loss = static_cast<A>(mean_loss);
   *nats = static_cast<A>(mean_distortion);
   *rate = static_cast<A>(weight * sum(stats.kl));
@@ -112,8 +112,8 @@ std::vector<Factors> elbo_factors(
   double beta_sum = 0;
   for (int64_t i = 0; i < batch.size; ++i) {
     const Weight weight = weight_of(scale, grad_outputs, i);
-    result[i] = factors_of(
-        options, sigmas[i], i, stats.a[i], stats.kl_clamped[i], dims_of(stats, batch, i), mean, weight);
+    result[i] =
+        factors_of(options, sigmas[i], i, stats.a[i], stats.kl_clamped[i], dims_of(stats, batch, i), mean, weight);
     slope_sum += result[i].log_sigma;
     beta_sum += result[i].beta;
     if (options.sigma_mode == kGiven && gradients.log_sigma_each) put(gradients.log_sigma, i, result[i].log_sigma);

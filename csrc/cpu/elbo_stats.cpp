@@ -39,7 +39,9 @@ Stats elbo_stats(const Batch& batch, const Number& extra_error) {
   };
   for_shares(batch.size, data.dims, latents.dims, each(data.dims, data_task), each(latents.dims, latent_task));
   Stats stats = {
-      with_extra_error(sums_of(batch.size, a), extra_error), sums_of(batch.size, rate), sums_of(batch.size, clamped),
+      with_extra_error(sums_of(batch.size, a), extra_error),
+      sums_of(batch.size, rate),
+      sums_of(batch.size, clamped),
       {}};
   if (data.has_weight) stats.weights = sums_of(batch.size, weights);
   return stats;

@@ -24,8 +24,7 @@ inline const A* read_recon(const Data& data, int64_t sample, int64_t first, int6
   const A* y = read(data.recon, sample, first, n, scratch);
   if (data.activation == kNoActivation) return y;
   if (slopes == nullptr) {
-    for_activated<A>(
-        data.activation, y, n, [&](int64_t i, auto lanes, auto x) { store(scratch + i, x.value, lanes); });
+    for_activated<A>(data.activation, y, n, [&](int64_t i, auto lanes, auto x) { store(scratch + i, x.value, lanes); });
   } else {
     for_activated<A>(data.activation, y, n, [&](int64_t i, auto lanes, auto x) {
       store(scratch + i, x.value, lanes);
@@ -154,8 +153,7 @@ inline void element_gradient(const Data& data, A a, int64_t sample, int64_t chun
   for_blocks(chunk, data.dims, [&](int64_t first, int64_t n) {
     const DataBlock<A> block(data, sample, first, n, true);
     const auto gradient = [&](auto own, auto factors) {
-      block_gradient<A, Q, decltype(own)::value, decltype(factors)::value>(
-          block, a, sample, first, n, out, log_sigma);
+      block_gradient<A, Q, decltype(own)::value, decltype(factors)::value>(block, a, sample, first, n, out, log_sigma);
     };
     if (!data.has_log_sigma) return gradient(std::false_type{}, std::true_type{});
     has_factors(data) ? gradient(std::true_type{}, std::true_type{}) : gradient(std::true_type{}, std::false_type{});

@@ -40,13 +40,14 @@ BARRIER_MUTANTS = {
 }
 MUTANTS = {
     "a_program_is_left_out_of_the_sum": Mutant(
-        STEP, "elbo_step_kernel", "sum_of($T, $N, $M)", "sum_of($T, $N - 1, $M)", IN_ORDER, place=(0, 2),
+        STEP, "elbo_step_kernel", "sum_of($T, $N, $M)", "sum_of($T, $N - 1, $M)", IN_ORDER, place=(0, 3),
     ),
     "the_second_tile_is_left_out_of_the_sum": Mutant(
         STEP, "elbo_step_kernel", "tl.sum($A, 0) + tl.sum($B, 0)", "tl.sum($A, 0)", IN_ORDER,
+        place=(0, 2),
     ),
     "the_third_tile_is_left_out_of_the_sum": Mutant(
-        STEP, "elbo_step_kernel", "$T += tl.sum($A, 0)", "$T += 0.0", IN_ORDER,
+        STEP, "elbo_step_kernel", "$T += tl.sum($A, 0)", "$T += 0.0", IN_ORDER, place=(0, 2),
     ),
     "the_tail_is_a_column_short": Mutant(STEP, "tile_of", MASK, "($R < $B)[:, None] & ($C < $N - 1)", IN_ORDER),
     "the_tail_is_a_column_long": Mutant(STEP, "tile_of", MASK, "($R < $B)[:, None] & ($C <= $N)", IN_ORDER),
@@ -158,7 +159,8 @@ def test_a_mutant_is_noticed(name: str, package: Callable[..., str], monkeypatch
 
     def check() -> str | None:
         for got, true in zip(operators.step(*args), expected, strict=True):
-            torch.testing.assert_close(got, true, rtol=1e-4, atol=1e-5)
+            if true.numel():  # what is not asked for is None here, and empty there
+                torch.testing.assert_close(got, true, rtol=1e-4, atol=1e-5)
         return None
 
     fault = fault_of(check, mutant.killer if mutant else IN_ORDER, monkeypatch)
