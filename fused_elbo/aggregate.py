@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, backends, checks, distributed, tracing
-from .call import Tensors, compute_dtype
+from .call import compute_dtype
 from .dispatch import aggregate_implementation, check_served
 from .operators import registry
 from .operators.aggregate import Mixture, Sums
@@ -89,7 +89,7 @@ def kl_decomposition(
     reduction: str = "batchmean",
     process_group: ProcessGroup | None = None,
 ) -> KLTerms:
-    """The rate's three parts (Chen et al. 2018, arXiv 1802.04942), in nats, estimated with a sample z of each posterior:
+    """The rate's three parts (Chen et al. 2018, arXiv 1802.04942) in nats, estimated with a sample z of each posterior:
 
         mutual_information = log q(z|x) − log q̂(z)          I(x; z)
         total_correlation  = log q̂(z) − Σ_k log q̂(z_k)      KL(q(z) ‖ Π_k q(z_k))

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch._compile import _disable_dynamo  # torch.compiler.disable would import Dynamo now: seconds
 
 from . import autograd, backends, checks, reference
@@ -83,15 +82,21 @@ class Shards(NamedTuple):
 
 @_disable_dynamo
 def gather(mu: Tensor, logvar: Tensor, process_group: ProcessGroup) -> Shards:
-    """(M, K) of all ranks from the shards (b, K). Shards may differ in size, so ranks tell each other theirs first: on a
-    GPU, the host waits for that."""
+    """(M, K) of all ranks from the shards (b, K). These may differ in size, so ranks first tell each other theirs, which
+    a GPU's host waits for."""
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError("process_group: not inside torch.func's transforms, which cannot cross processes")
     rank = dist.get_rank(process_group)
     told = mu.new_empty(dist.get_world_size(process_group), dtype=torch.int64)
     dist.all_gather(list(told.split(1)), told.new_full((1,), mu.shape[0]), group=process_group)
     sizes = told.tolist()
-    return Shards(*cast(Any, _Gather).apply(mu, logvar, sizes, process_group), sum(sizes[:rank]))
+    of_all = cast(Any, _Gather).apply(mu, logvar, sizes, process_group)
+    return Shards(of_all[0], of_all[1], sum(sizes[:rank]))
+
+
+def _refuse_second_derivatives() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError("process_group: no second derivatives, so no backward with create_graph=True")
 
 
 class _Gather(torch.autograd.Function):
@@ -109,8 +114,8 @@ class _Gather(torch.autograd.Function):
         return rows[0].clone(), rows[1].clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivatives()
         sums = torch.stack(grad_outputs)
         dist.all_reduce(sums, group=ctx.group)
         of_mu, of_logvar = sums[:, ctx.own].unbind(0)
@@ -137,8 +142,7 @@ class _GlobalElbo(autograd.ElboFunction):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("process_group: no second derivatives, so no backward with create_graph=True")
+        _refuse_second_derivatives()
         if ctx.empty:  # zeros, not None: whoever averages gradients counts on one of each rank
             pairs = zip(ctx.saved_tensors[:_TENSORS], ctx.needs_input_grad, strict=False)
             return autograd.for_inputs(

@@ -2,8 +2,8 @@
 //
 // The time goes into an exp for each (z, component, dimension). So the components lie side by side, dimension after
 // dimension, and a vector has one dimension of several components: then any number of dimensions fills it, and the sum
-// over dimensions, for the joint density, needs no sum over lanes. A block of components stays in the second-level cache
-// while many z pass over it.
+// over dimensions, for the joint density, needs no sum over lanes. A block of components stays in the second-level
+// cache while many z pass over it.
 //
 // All sums go by numbers that the sizes decide, and never by the threads.
 #include "aggregate.h"
@@ -192,9 +192,9 @@ void add_block(const Reading<A>& in, int64_t i, int64_t first, int64_t n, LogSum
 // Sums of gradients over a part of the z, or of the components.
 template <class A>
 struct Parts {
-  int64_t rows, columns;         // into how many parts the z and the components are cut
-  std::vector<double> z;         // [columns, batch, latents]
-  std::vector<A> mu, logvar;     // [rows, latents, padded]
+  int64_t rows, columns;      // into how many parts the z and the components are cut
+  std::vector<double> z;      // [columns, batch, latents]
+  std::vector<A> mu, logvar;  // [rows, latents, padded]
 
   explicit Parts(const Reading<A>& in)
       : rows(std::min(kParts, (in.batch + kRows - 1) / kRows)),

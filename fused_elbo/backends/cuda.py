@@ -11,11 +11,11 @@ import threading
 import torch
 
 from fused_elbo import build as builder
+from fused_elbo import reference
 from fused_elbo.backends.base import dispatched
 from fused_elbo.backends.library import Library
 from fused_elbo.call import Options, Tensors
 from fused_elbo.errors import BackendUnavailable, sentence
-from fused_elbo import reference
 from fused_elbo.operators import aggregate, elbo, levels, registry
 
 # Whose tensors the operators take. The tests have a library for CPU tensors: they say so here and in `library.loaded`.

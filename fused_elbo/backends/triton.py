@@ -8,8 +8,8 @@ from typing import Any, cast
 
 import torch
 
-from ..errors import BackendUnavailable, once, sentence, unavailable
 from .. import reference
+from ..errors import BackendUnavailable, once, sentence, unavailable
 from ..operators import aggregate, elbo, levels
 from .base import Status
 

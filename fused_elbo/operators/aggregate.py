@@ -1,7 +1,7 @@
 """The operators of the aggregate posterior: log-densities of a mixture of posteriors, at many points at once.
 
-    aggregate        log q̂(z_i) and log q̂(z_ik) of the mixture of N(μ_j, exp l_j), j < M     -> joint [B], marginals [B, K]
-    aggregate_grads  the gradients of Σ grad_joint·joint + Σ grad_marginals·marginals            -> of z, mu, logvar
+    aggregate        log q̂(z_i) and log q̂(z_ik), q̂ the mixture of N(μ_j, exp l_j), j < M  -> joint [B], marginals [B, K]
+    aggregate_grads  the gradients of Σ grad_joint·joint + Σ grad_marginals·marginals       -> of z, mu, logvar
     log_aggregate    aggregate with its autograd node: what torch.compile and torch.export see (aggregate.py)
 
 z is [B, K], mu and logvar are [M, K], of one floating dtype and of any strides; B, M and K are at least 1. Where `own`

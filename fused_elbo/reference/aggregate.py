@@ -1,8 +1,8 @@
 """log q̂ of a mixture of posteriors, and its gradients, in plain PyTorch (../operators/aggregate.py).
 
-    L_i  = logsumexp_j(log w_ij + Σ_k a_ijk)      p_ij  = exp(log w_ij + Σ_k a_ijk − L_i)      a_ijk = log N(z_ik; μ_jk, l_jk)
+    L_i  = logsumexp_j(log w_ij + Σ_k a_ijk)      p_ij  = exp(log w_ij + Σ_k a_ijk − L_i)
     M_ik = logsumexp_j(log w_ij + a_ijk)          r_ijk = exp(log w_ij + a_ijk − M_ik)
-    W_ijk = g_i p_ij + h_ik r_ijk                 g = ∂/∂L, h = ∂/∂M
+    a_ijk = log N(z_ik; μ_jk, exp l_jk)           W_ijk = g_i p_ij + h_ik r_ijk,  g = ∂/∂L, h = ∂/∂M
 
     ∂z_ik = Σ_j W_ijk ∂a/∂z      ∂μ_jk = Σ_i W_ijk ∂a/∂μ      ∂l_jk = Σ_i W_ijk ∂a/∂l
 
