@@ -13,12 +13,13 @@ import limit
 import losses
 import torch
 from torch import Tensor
-from workloads import LEVELS, SIGMAS, Case, leaves
+from workloads import LEVELS, NO_DATA, SIGMAS, Case, leaves
 
 import fused_elbo
 from fused_elbo import backends
 
-DATA = tuple(sigma for sigma in SIGMAS if sigma != "levels")
+DATA = tuple(sigma for sigma in SIGMAS if sigma not in NO_DATA)
+MOST_BROADCAST = 1 << 28  # elements, 1 GiB in fp32, of which eager code makes several tensors
 LOSS_TOLERANCE = 1e-4  # of the loss, whose sums are fp32 at least
 TOLERANCES = {  # of the largest element of a gradient: its sum's rounding, then that of its own dtype
     torch.float64: 1e-9,
@@ -51,6 +52,8 @@ class Provider:
     def serves(self, case: Case) -> bool:
         if self.kind == "limit":
             return case.limit and case.device == "cpu" and limit.available()
+        if case.sigma == "aggregate" and self.kind in ("baseline", "reference") and case.elements > MOST_BROADCAST:
+            return False
         return case.sigma in self.sigmas and (self.backend is None or self.backend in available(case.device))
 
 
@@ -111,6 +114,7 @@ ALL = [
         "latent_diffusion", losses.latent_diffusion, ("learned",), scale=lambda c: 2 / c.batch, left_out=half_log_2pi
     ),
     *eager("eager_levels", losses.eager_levels, ("levels",)),
+    *eager("eager_aggregate", losses.eager_aggregate, ("aggregate",)),
     *eager("one_liner_laplace", losses.one_liner_laplace, ("laplace",), left_out=optimal_laplace),
     *eager(
         "latent_diffusion_l1",
@@ -140,6 +144,7 @@ TITLES = {
     "masked_one_liner": "masked `n/2·log MSE` + KL",
     "decoders_one_liner": "`N/2·log(F.mse_loss(y.sigmoid(), x.float() / 255))` + KL",
     "eager_levels": f"KL of {sum(LEVELS.values())} levels, eager",
+    "eager_aggregate": "total correlation by broadcasting",
     "reference": "fused_elbo's reference",
     "limit": "limit",
 }

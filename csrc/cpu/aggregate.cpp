@@ -144,7 +144,7 @@ struct LogSum {
   ELBO_INLINE void add(const A* values, int64_t n, A most_of_these) {
     const A next = most_of_these > most ? most_of_these : most;
     const A shift = next == kMinusInfinity<A> ? A(0) : next;
-    if (next != most) sum *= std::exp(static_cast<double>(most - next));
+    if (next != most && sum != 0) sum *= std::exp(static_cast<double>(most - next));
     most = next;
     sum += sum_lanes<A>(n, [&](int64_t j, auto lanes) { return exp_of_negative(load(values + j, lanes) - shift); });
   }
