@@ -141,27 +141,28 @@ struct LogSum {
   A most = kMinusInfinity<A>;
   double sum = 0;
 
-  ELBO_INLINE void add(const A* values, int64_t n, A most_of_these) {
-    const A next = most_of_these > most ? most_of_these : most;
-    const A shift = next == kMinusInfinity<A> ? A(0) : next;
-    if (next != most && sum != 0) sum *= std::exp(static_cast<double>(most - next));
-    most = next;
+  // n values, of which these lanes hold the greatest.
+  ELBO_INLINE void add(const A* values, int64_t n, Vector<A> greatest) {
+    const A shift = raise(greatest);
     sum += sum_lanes<A>(n, [&](int64_t j, auto lanes) { return exp_of_negative(load(values + j, lanes) - shift); });
   }
 
+  // Makes `most` as great as any of these lanes, and returns what is subtracted from what is added then. Apart from the
+  // loops, like `log`, for it compares single numbers.
+  __attribute__((noinline)) A raise(Vector<A> lanes) {
+    A next = most;
+    for (int64_t k = 0; k < kLanes<A>; ++k) next = lanes[k] > next ? lanes[k] : next;
+    if (next != most && sum != 0) sum *= std::exp(static_cast<double>(most - next));
+    most = next;
+    return next == kMinusInfinity<A> ? A(0) : next;
+  }
+
   // NaN is no number's maximum, but it is in the sum.
-  double log(double log_weight) const {
+  __attribute__((noinline)) double log(double log_weight) const {
     if (most == kMinusInfinity<A> && !std::isnan(sum)) return most;
     return log_weight + most + std::log(sum);
   }
 };
-
-template <class A>
-ELBO_INLINE A greatest(Vector<A> v) {
-  A most = v[0];
-  for (int64_t k = 1; k < kLanes<A>; ++k) most = v[k] > most ? v[k] : most;
-  return most;
-}
 
 // What one z adds to its log-sums in one block.
 template <class A>
@@ -179,14 +180,14 @@ void add_block(const Reading<A>& in, int64_t i, int64_t first, int64_t n, LogSum
       store(of_one + j, weighted, lanes);
       most = weighted > most ? weighted : most;
     });
-    marginals[k].add(of_one, n, greatest<A>(most));
+    marginals[k].add(of_one, n, most);
   }
   V most = V{} + kMinusInfinity<A>;
   for_lanes<A>(n, [&](int64_t j, auto lanes) {
     const V v = load(of_all + j, lanes);
     most = v > most ? v : most;
   });
-  joint.add(of_all, n, greatest<A>(most));
+  joint.add(of_all, n, most);
 }
 
 // Sums of gradients over a part of the z, or of the components.
