@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-
 from workloads import DATASET_SIZE
 
 from fused_elbo import decoupled_elbo, decoupled_elbo_backward, gaussian_kl, log_aggregate_posterior
@@ -122,6 +121,29 @@ def _total_correlation(z: Tensor, mu: Tensor, logvar: Tensor, first: int = 0) ->
     weights.diagonal(first).fill_(-math.log(DATASET_SIZE))
     joint = torch.logsumexp(log_density.sum(2) + weights, 1)
     return (joint - torch.logsumexp(log_density + weights[:, :, None], 1).sum(1)).sum()
+
+
+def keops_aggregate(*tensors: Tensor) -> Tensor:
+    """The same by pykeops, which streams too: one reduction for the joint density, and one for all dimensions, which are
+    then a dimension of batches."""
+    z, mu, logvar = wide(*tensors)
+    columns = (t.t()[:, :, None].contiguous() for t in (z, mu, logvar))
+    return _keops_log_sums(z, mu, logvar).sum() - _keops_log_sums(*columns).sum()
+
+
+def _keops_log_sums(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    from pykeops.torch import LazyTensor  # pyright: ignore[reportMissingImports]
+
+    components = mu.shape[-2]
+    own = -math.log(DATASET_SIZE)
+    others = math.log((DATASET_SIZE - 1) / (DATASET_SIZE * (components - 1)))
+    i = torch.arange(z.shape[-2], dtype=z.dtype, device=z.device)[:, None, None]
+    j = torch.arange(components, dtype=z.dtype, device=z.device)[None, :, None]
+    log_weight = own + (others - own) * (LazyTensor(i) - LazyTensor(j)).square().sign()
+    scaled = (LazyTensor(z[..., :, None, :]) - LazyTensor(mu[..., None, :, :])).square()
+    scaled = scaled * LazyTensor(torch.exp(-logvar)[..., None, :, :])
+    log_density = -0.5 * (scaled + LazyTensor((logvar + LOG_2PI)[..., None, :, :]))
+    return (log_density.sum(-1) + log_weight).logsumexp(dim=z.dim() - 1)
 
 
 def levels_of(tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:

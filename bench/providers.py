@@ -4,6 +4,7 @@ before it is timed."""
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ class Provider:
     compiled: bool = False
     backend: str | None = None  # of fused_elbo
     calls_backward: bool = False  # the gradients are in .grad afterwards
+    needs: str | None = None  # a package that is no requirement of the benchmark
     softclip: bool = False  # bends log σ near −6
     scale: Callable[[Case], float] = lambda case: 1.0
     left_out: Callable[[Case], float] = lambda case: 0.0  # nats
@@ -52,7 +54,10 @@ class Provider:
     def serves(self, case: Case) -> bool:
         if self.kind == "limit":
             return case.limit and case.device == "cpu" and limit.available()
-        if case.sigma == "aggregate" and self.kind in ("baseline", "reference") and case.elements > MOST_BROADCAST:
+        if self.needs and importlib.util.find_spec(self.needs) is None:
+            return False
+        in_plain_torch = self.kind in ("baseline", "reference") and not self.needs
+        if case.sigma == "aggregate" and in_plain_torch and case.elements > MOST_BROADCAST:
             return False
         return case.sigma in self.sigmas and (self.backend is None or self.backend in available(case.device))
 
@@ -115,6 +120,7 @@ ALL = [
     ),
     *eager("eager_levels", losses.eager_levels, ("levels",)),
     *eager("eager_aggregate", losses.eager_aggregate, ("aggregate",)),
+    Provider("keops", ("aggregate",), "baseline", losses.keops_aggregate, needs="pykeops"),
     *eager("one_liner_laplace", losses.one_liner_laplace, ("laplace",), left_out=optimal_laplace),
     *eager(
         "latent_diffusion_l1",
@@ -144,6 +150,7 @@ TITLES = {
     "masked_one_liner": "masked `n/2·log MSE` + KL",
     "decoders_one_liner": "`N/2·log(F.mse_loss(y.sigmoid(), x.float() / 255))` + KL",
     "eager_levels": f"KL of {sum(LEVELS.values())} levels, eager",
+    "keops": "total correlation by KeOps",
     "eager_aggregate": "total correlation by broadcasting",
     "reference": "fused_elbo's reference",
     "limit": "limit",

@@ -154,7 +154,13 @@ SWEEP = tuple(Case((batch, 3, 64, 64)) for batch in (2, 8, 32, 128, 512, 2048)) 
 THREADED = Case((512, 3, 64, 64))
 OTHER_SIGMAS = ("image", "learned", "pixel")
 QUICK = ("1x1", "64x1x28x28", "64x1x28x28-learned")
-PEAKS = ("64x3x256x256", "16x3x256x256-learned", "16x3x256x256-pixel", "8x43-levels", "2048x128-aggregate")  # whose peak memory is measured
+PEAKS = (
+    "64x3x256x256",
+    "16x3x256x256-learned",
+    "16x3x256x256-pixel",
+    "8x43-levels",
+    "2048x128-aggregate",
+)  # whose peak memory is measured
 
 
 def threads_here() -> int:
