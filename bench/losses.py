@@ -124,8 +124,8 @@ def _total_correlation(z: Tensor, mu: Tensor, logvar: Tensor, first: int = 0) ->
 
 
 def keops_aggregate(*tensors: Tensor) -> Tensor:
-    """The same by pykeops, which streams too: one reduction for the joint density, and one for all dimensions, which are
-    then a dimension of batches."""
+    """The same by pykeops, which streams too: one reduction for the joint density, and one for all dimensions, which
+    are then a dimension of batches."""
     z, mu, logvar = wide(*tensors)
     columns = (t.t()[:, :, None].contiguous() for t in (z, mu, logvar))
     return _keops_log_sums(z, mu, logvar).sum() - _keops_log_sums(*columns).sum()
