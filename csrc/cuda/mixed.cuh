@@ -20,7 +20,7 @@ struct MixedGrads {
 // group are asked for before one is used.
 template <int N, class At, class Load, class Use>
 __device__ inline void walk_ahead(int groups, Count<N> count, At at, Load load, Use use) {
-  decltype(load(0, count)) next;
+  decltype(load(0, count)) next = {};
   int g = lane();
   if (g < groups) next = load(at(g), count);
 #pragma unroll 1
@@ -47,7 +47,7 @@ __device__ inline void with_likelihood(const Data& data, F f) {
 
 // One warp over n elements: the sums, and for each group of elements `take(i, gradients, count)`, a being the sample's
 // factor.
-template <class A, class R, bool Own, class Take>
+template <Order Way = Order::kForward, class A, class R, bool Own, class Take>
 __device__ MixedSums<A> mixed_sums(const MixedChunk<A, R, Own>& elements, int n, int head, A a, Take take) {
   constexpr int V = MixedChunk<A, R, Own>::V;
   const Data& data = elements.data;
@@ -99,7 +99,7 @@ __device__ MixedSums<A> mixed_sums(const MixedChunk<A, R, Own>& elements, int n,
     sums.a += part;
     take(i, g, count);
   };
-  walk_ahead(vectors, Count<V>{}, [=](int g) { return head + g * V; }, load, use);
+  walk_ahead(vectors, Count<V>{}, [=](int g) { return head + nth<Way>(g, vectors) * V; }, load, use);
   walk_ahead(n - between, Count<1>{}, [=](int g) { return g < head ? g : g + between; }, load, use);
   return sums;
 }
