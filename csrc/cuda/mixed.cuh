@@ -134,8 +134,9 @@ struct MixedWritten {
   template <class R, class A, int N>
   __device__ void put(int i, const MixedGrads<A, N>& g, Count<N> count) const {
     if (out.recon.base) {
-      R* to = reinterpret_cast<R*>(out.recon.base) + begin + i;
-      store_values(to, count, [&](int j) { return g.recon.value[j]; });
+      // In bytes: from an index of elements nvcc makes an access of each, in some of the kernels.
+      char* to = out.recon.base + (begin + i) * static_cast<int64_t>(sizeof(R));
+      store_values(reinterpret_cast<R*>(to), count, [&](int j) { return g.recon.value[j]; });
     }
     put(out.target, i, g.target, count);
     put(out.element_log_sigma, i, g.log_sigma, count);
