@@ -13,8 +13,11 @@ __device__ Options mixed(Options options) {
   return options;
 }
 
-// Without `mask` there is none.
-__device__ GradsArguments mixed(GradsArguments args, const uint8_t* bytes, const uint8_t* mask, long long activation) {
+// Without `mask` there is none. `no_target` is null, which the compiler must not know: it would make other code.
+template <class T>
+__device__ GradsArguments
+mixed(GradsArguments args, const uint8_t* bytes, const uint8_t* mask, T* no_target, long long activation) {
+  args.gradients.target = span_of(no_target, args.batch.data.dims);
   Data& data = args.batch.data;
   data.target = {reinterpret_cast<char*>(const_cast<uint8_t*>(bytes)), ScalarType::Byte, 1, data.dims};
   data.target_step = 2.0 / 255;
@@ -33,10 +36,11 @@ __device__ GradsArguments mixed(GradsArguments args, const uint8_t* bytes, const
 
 }  // namespace
 
-#define MIXED_ARGUMENTS(T) \
-  TENSORS(T), const uint8_t *bytes, const uint8_t *mask, long long activation, double beta, double grad_scale
+#define MIXED_ARGUMENTS(T)                                                                                \
+  TENSORS(T), const uint8_t *bytes, const uint8_t *mask, T *no_target, long long activation, double beta, \
+      double grad_scale
 #define WITH_MASK(T, stats) \
-  mixed(grads_of(GIVEN(T), stats, beta, grad_scale, g_recon, g_mu, g_logvar), bytes, mask, activation)
+  mixed(grads_of(GIVEN(T), stats, beta, grad_scale, g_recon, g_mu, g_logvar), bytes, mask, no_target, activation)
 
 #define MIXED(name, T)                                                                                              \
   extern "C" __global__ void __launch_bounds__(kThreads)                                                            \
