@@ -222,8 +222,16 @@ __device__ void run_grads(const GradsArguments& args) {
       });
 }
 
+// Of the plain kernel, on an SM: three, for what they have in flight; code for newer GPUs would spill then.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kGradsBlocks = 2;
+#else
+constexpr int kGradsBlocks = 3;
+#endif
+
 template <class A, class R, class T, bool Element>
-__global__ void __launch_bounds__(kThreads, kLeastBlocks<A, Element ? 2 : 3>) elbo_grads_kernel(GradsArguments args) {
+__global__ void __launch_bounds__(kThreads, kLeastBlocks<A, Element ? 2 : kGradsBlocks>)
+    elbo_grads_kernel(GradsArguments args) {
   run_grads<A, R, T, Element>(args);
 }
 
