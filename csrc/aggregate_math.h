@@ -38,6 +38,34 @@ ELBO_INLINE LogNormalGrad<V> log_normal_grad(V z, const Component<V>& of) {
   return {of.constant - A(0.5) * d * scaled, scaled, A(0.5) * (scaled * d - A(1))};
 }
 
+// The same in bits, for GPUs: there exp is 2^x after a multiplication.
+constexpr double kLn2 = 0.693147180559945309417, kLog2E = 1.44269504088896340736;
+
+template <class V>
+struct BitsComponent {
+  V mu, curvature, constant;  // the second: −½ log2 e · precision
+};
+
+template <class V>
+ELBO_INLINE BitsComponent<V> component_in_bits(V mu, V logvar) {
+  using A = Scalar<V>;
+  const Component<V> c = component(mu, logvar);
+  return {mu, A(-0.5 * kLog2E) * c.precision, A(kLog2E) * c.constant};
+}
+
+template <class V>
+struct BitsGrad {
+  V log_normal, mu, logvar;
+  // ∂ log N/∂(…) is w times these; ∂/∂z is −∂/∂μ.
+  static constexpr double of_mu = -2 * kLn2, of_logvar = -kLn2;
+};
+
+template <class V>
+ELBO_INLINE BitsGrad<V> log_normal_grad(V z, const BitsComponent<V>& of) {
+  const V d = z - of.mu, scaled = d * of.curvature, bits = d * scaled;
+  return {bits + of.constant, scaled, bits + Scalar<V>(0.5 * kLog2E)};
+}
+
 // log w of the component that a z was drawn from, and of each other one.
 struct MixtureWeights {
   double own, others;

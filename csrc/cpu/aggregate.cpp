@@ -296,7 +296,7 @@ void aggregate(const MixtureOf& mixture, const Matrix& joint, const Matrix& marg
 }
 
 template <class A>
-void aggregate_grads(const MixtureOf& mixture, const SumsGiven& given, const Matrix (&gradients)[3]) {
+void aggregate_grads(const MixtureOf& mixture, const SumsGiven& given, const MixtureGradients& gradients) {
   const Reading<A> in(mixture);
   const Incoming<A> coming(in, given);
   Parts<A> parts(in);
@@ -314,21 +314,19 @@ void aggregate_grads(const MixtureOf& mixture, const SumsGiven& given, const Mat
     return sum;
   };
   const int64_t latents = in.latents, padded = in.components.padded;
-  if (gradients[0]) {
-    write_matrix(gradients[0], [&](int64_t i, int64_t k) { return total(parts.z, parts.columns, i * latents + k); });
+  if (gradients.z) {
+    write_matrix(gradients.z, [&](int64_t i, int64_t k) { return total(parts.z, parts.columns, i * latents + k); });
   }
-  const std::vector<A>* const of_components[] = {&parts.mu, &parts.logvar};
-  for (int which = 0; which < 2; ++which) {
-    if (!gradients[1 + which]) continue;
-    write_matrix(gradients[1 + which], [&](int64_t j, int64_t k) {
-      return total(*of_components[which], parts.rows, k * padded + j);
-    });
-  }
+  const auto write_components = [&](const Matrix& to, const std::vector<A>& of_parts) {
+    if (to) write_matrix(to, [&](int64_t j, int64_t k) { return total(of_parts, parts.rows, k * padded + j); });
+  };
+  write_components(gradients.mu, parts.mu);
+  write_components(gradients.logvar, parts.logvar);
 }
 
 template void aggregate<float>(const MixtureOf&, const Matrix&, const Matrix&);
 template void aggregate<double>(const MixtureOf&, const Matrix&, const Matrix&);
-template void aggregate_grads<float>(const MixtureOf&, const SumsGiven&, const Matrix (&)[3]);
-template void aggregate_grads<double>(const MixtureOf&, const SumsGiven&, const Matrix (&)[3]);
+template void aggregate_grads<float>(const MixtureOf&, const SumsGiven&, const MixtureGradients&);
+template void aggregate_grads<double>(const MixtureOf&, const SumsGiven&, const MixtureGradients&);
 
 }  // namespace elbo

@@ -1,0 +1,84 @@
+// The launch functions of the aggregate posterior, without tensors, as those of elbo.h.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "../mixture.h"
+#include "schedule.h"
+
+namespace elbo {
+
+// Of the z, or of the components, 32 are the lanes of some warps, which meet the others a tile after the other. The
+// warps of a group share the latents; each group has a segment of the tiles, whose sums a second launch adds up. All of
+// it depends on the sizes alone, so sums are the same on every device.
+struct AggregateCut {
+  int64_t lane_blocks;  // blocks side by side, of 32 lanes each
+  int64_t tiles;        // of a segment
+  int64_t segments;
+  int32_t warps, groups;  // of a group, of a block
+
+  constexpr int64_t blocks() const {
+    return lane_blocks * divided_up(segments, groups);
+  }
+
+  constexpr int threads() const {
+    return warps * groups * kWarpSize;
+  }
+};
+
+constexpr int kAggregateWarps = 8;         // of a block, at most
+constexpr int64_t kAggregateBlocks = 384;  // three for each SM of a large GPU
+
+// Elements that a tile of the other side has, of which every thread holds a number each.
+template <class A>
+constexpr int kAggregateTile = sizeof(A) == 4 ? 16 : 8;
+
+// As many warps for the latents as have nearly the same number of them. Few lanes and tiles have blocks of one group, so
+// that there are more of them.
+constexpr AggregateCut aggregate_cut(int64_t lanes, int64_t others, int64_t latents, int64_t tile) {
+  AggregateCut cut = {divided_up(lanes, kWarpSize), 0, 0, kAggregateWarps, 1};
+  while (cut.warps > 1 && divided_up(latents, cut.warps) * cut.warps * 4 > latents * 5) cut.warps /= 2;
+  const int64_t tiles = divided_up(others, tile), most = std::max<int64_t>(1, cut.lane_blocks * tiles / kAggregateBlocks);
+  while (cut.groups * 2 <= most && cut.groups * 2 * cut.warps <= kAggregateWarps) cut.groups *= 2;
+  const int64_t wanted = divided_up(kAggregateBlocks, cut.lane_blocks) * cut.groups;
+  cut.tiles = divided_up(tiles, std::min(tiles, wanted));
+  cut.segments = divided_up(tiles, cut.tiles);
+  return cut;
+}
+
+// A launch over one side's elements, and what it needs of a workspace: numbers of the compute type.
+struct AggregateLaunch {
+  AggregateCut cut;
+  int64_t partials;      // of all segments
+  int64_t fields;        // of all blocks, where a block's do not fit on chip
+  int64_t shared_bytes;  // of a block, where they do
+
+  int64_t workspace() const {
+    return partials + fields;
+  }
+};
+
+struct AggregateGradsLaunches {
+  AggregateLaunch of_points, of_components;
+
+  int64_t workspace() const {
+    return of_points.workspace() + of_components.workspace();
+  }
+};
+
+AggregateLaunch aggregate_launch(const MixtureOf& mixture, bool is_double);
+AggregateGradsLaunches aggregate_grads_launches(const MixtureOf& mixture, bool is_double, const MixtureGradients& wanted);
+
+// joint: [batch, 1]; marginals: [batch, latents]; of the compute type.
+void aggregate(
+    const MixtureOf& mixture, bool is_double, const AggregateLaunch& launch, void* workspace, const Matrix& joint,
+    const Matrix& marginals, cudaStream_t stream);
+
+// given: of the compute type
+void aggregate_grads(
+    const MixtureOf& mixture, const SumsGiven& given, bool is_double, const AggregateGradsLaunches& launches,
+    void* workspace, const MixtureGradients& gradients, cudaStream_t stream);
+
+}  // namespace elbo
