@@ -8,62 +8,31 @@ namespace elbo {
 // N(μ, exp l) of one dimension, as the loops take it: what needs an exp is known before them.
 template <class V>
 struct Component {
-  V mu, precision, constant;
+  V mu, half_precision, constant;
 };
 
 template <class V>
 ELBO_INLINE Component<V> component(V mu, V logvar) {
   constexpr double log_2pi = 1.83787706640934548356;
   using A = Scalar<V>;
-  return {mu, Lanes<V>::exp(-logvar), A(-0.5) * (logvar + A(log_2pi))};
-}
-
-// log N(z; μ, exp l). In this form, and not multiplied out, since z² − 2zμ + μ² cancels.
-template <class V>
-ELBO_INLINE V log_normal(V z, const Component<V>& of) {
-  const V d = z - of.mu;
-  return of.constant - Scalar<V>(0.5) * d * (d * of.precision);
+  return {mu, A(0.5) * Lanes<V>::exp(-logvar), A(-0.5) * (logvar + A(log_2pi))};
 }
 
 template <class V>
 struct LogNormalGrad {
-  V log_normal, mu, logvar;  // ∂/∂z is −∂/∂μ
+  V log_normal, half_mu, logvar;  // ∂/∂μ is twice the second, and ∂/∂z its negative
 };
 
-// w · ∂ log N(z; μ, exp l)/∂(…) is w times these.
+// log N(z; μ, exp l) and its derivatives. In this form, and not multiplied out, since z² − 2zμ + μ² cancels.
 template <class V>
 ELBO_INLINE LogNormalGrad<V> log_normal_grad(V z, const Component<V>& of) {
-  using A = Scalar<V>;
-  const V d = z - of.mu, scaled = d * of.precision;
-  return {of.constant - A(0.5) * d * scaled, scaled, A(0.5) * (scaled * d - A(1))};
-}
-
-// The same in bits, for GPUs: there exp is 2^x after a multiplication.
-constexpr double kLn2 = 0.693147180559945309417, kLog2E = 1.44269504088896340736;
-
-template <class V>
-struct BitsComponent {
-  V mu, curvature, constant;  // the second: −½ log2 e · precision
-};
-
-template <class V>
-ELBO_INLINE BitsComponent<V> component_in_bits(V mu, V logvar) {
-  using A = Scalar<V>;
-  const Component<V> c = component(mu, logvar);
-  return {mu, A(-0.5 * kLog2E) * c.precision, A(kLog2E) * c.constant};
+  const V d = z - of.mu, half_scaled = d * of.half_precision, half_square = d * half_scaled;
+  return {of.constant - half_square, half_scaled, half_square - Scalar<V>(0.5)};
 }
 
 template <class V>
-struct BitsGrad {
-  V log_normal, mu, logvar;
-  // ∂ log N/∂(…) is w times these; ∂/∂z is −∂/∂μ.
-  static constexpr double of_mu = -2 * kLn2, of_logvar = -kLn2;
-};
-
-template <class V>
-ELBO_INLINE BitsGrad<V> log_normal_grad(V z, const BitsComponent<V>& of) {
-  const V d = z - of.mu, scaled = d * of.curvature, bits = d * scaled;
-  return {bits + of.constant, scaled, bits + Scalar<V>(0.5 * kLog2E)};
+ELBO_INLINE V log_normal(V z, const Component<V>& of) {
+  return log_normal_grad(z, of).log_normal;
 }
 
 // log w of the component that a z was drawn from, and of each other one.

@@ -2,8 +2,8 @@
 //
 // The time goes into an exp for each (z, component, dimension). So the components lie side by side, dimension after
 // dimension, and a vector has one dimension of several components: then any number of dimensions fills it, and the sum
-// over dimensions, for the joint density, needs no sum over lanes. A block of components stays in the second-level cache
-// while many z pass over it.
+// over dimensions, for the joint density, needs no sum over lanes. A block of components stays in the second-level
+// cache while many z pass over it.
 //
 // All sums go by numbers that the sizes decide, and never by the threads.
 #include "aggregate.h"
@@ -73,21 +73,21 @@ void write_matrix(const Matrix& m, F value) {
 template <class A>
 struct Components {
   int64_t count, latents, padded;
-  std::vector<A> mu, precision, constant;
+  std::vector<A> mu, half_precision, constant;
 
   Components(const Matrix& means, const Matrix& logvars)
       : count(means.rows),
         latents(means.columns),
         padded(up_to(count, kGroupBytes / sizeof(A))),
         mu(latents * padded, A(0)),
-        precision(latents * padded, A(0)),
+        half_precision(latents * padded, A(0)),
         constant(latents * padded, kMinusInfinity<A>) {
     const std::vector<A> m = read_matrix<A>(means), l = read_matrix<A>(logvars);
     for (int64_t j = 0; j < count; ++j) {
       for (int64_t k = 0; k < latents; ++k) {
         const Component<A> one = component(m[j * latents + k], l[j * latents + k]);
         const int64_t at = k * padded + j;
-        mu[at] = one.mu, precision[at] = one.precision, constant[at] = one.constant;
+        mu[at] = one.mu, half_precision[at] = one.half_precision, constant[at] = one.constant;
       }
     }
   }
@@ -95,7 +95,7 @@ struct Components {
   ELBO_INLINE Component<Vector<A>> at(int64_t k, int64_t j) const {
     constexpr AllLanes<A> all;
     const int64_t i = k * padded + j;
-    return {load(mu.data() + i, all), load(precision.data() + i, all), load(constant.data() + i, all)};
+    return {load(mu.data() + i, all), load(half_precision.data() + i, all), load(constant.data() + i, all)};
   }
 
   // Calls f(first, n) for the blocks in [begin, end).
@@ -192,9 +192,9 @@ void add_block(const Reading<A>& in, int64_t i, int64_t first, int64_t n, LogSum
 // Sums of gradients over a part of the z, or of the components.
 template <class A>
 struct Parts {
-  int64_t rows, columns;         // into how many parts the z and the components are cut
-  std::vector<double> z;         // [columns, batch, latents]
-  std::vector<A> mu, logvar;     // [rows, latents, padded]
+  int64_t rows, columns;      // into how many parts the z and the components are cut
+  std::vector<double> z;      // [columns, batch, latents]
+  std::vector<A> mu, logvar;  // [rows, latents, padded]
 
   explicit Parts(const Reading<A>& in)
       : rows(std::min(kParts, (in.batch + kRows - 1) / kRows)),
@@ -249,7 +249,7 @@ void add_gradients(
       const LogNormalGrad<V> d = log_normal_grad<V>(z, in.components.at(k, first + j));
       V factor = Joint ? load(factors + j, lanes) : V{};
       if constexpr (Marginals) factor += grad * exp_of_negative(d.log_normal + load(weights + j, lanes) - log_sum);
-      const V of_mean = factor * d.mu;
+      const V half = factor * d.half_mu, of_mean = half + half;
       store(to_mu + j, load(to_mu + j, lanes) + of_mean, lanes);
       store(to_logvar + j, load(to_logvar + j, lanes) + factor * d.logvar, lanes);
       return of_mean;

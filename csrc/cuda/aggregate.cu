@@ -46,10 +46,8 @@ int32_t lanes_for(int64_t parts) {
 }
 
 template <class Arguments>
-void run_sums(
-    const char* name, void (*kernel)(Arguments), const Arguments& args, int64_t count, cudaStream_t stream) {
-  const int64_t warps = divided_up(count, kWarpSize / args.lanes);
-  launch(name, kernel, args, blocks_for(warps, blocks_at_once(kernel, kThreads, 0)), kThreads, stream);
+void run_sums(const char* name, void (*kernel)(Arguments), const Arguments& args, int64_t rows, cudaStream_t stream) {
+  launch(name, kernel, args, blocks_for(rows, blocks_at_once(kernel, kThreads, 0)), kThreads, stream);
 }
 
 }  // namespace
@@ -62,7 +60,8 @@ AggregateLaunch aggregate_launch(const MixtureOf& mixture, bool is_double) {
   });
 }
 
-AggregateGradsLaunches aggregate_grads_launches(const MixtureOf& mixture, bool is_double, const MixtureGradients& wanted) {
+AggregateGradsLaunches aggregate_grads_launches(
+    const MixtureOf& mixture, bool is_double, const MixtureGradients& wanted) {
   const int64_t latents = mixture.z.columns, batch = mixture.z.rows, components = mixture.mu.rows;
   return with_compute_type(is_double, [&](auto* type) {
     using A = std::remove_pointer_t<decltype(type)>;
@@ -84,10 +83,10 @@ void aggregate(
     using A = std::remove_pointer_t<decltype(type)>;
     A* const partials = static_cast<A*>(workspace);
     run("aggregate", aggregate_kernel<A>, {mixture, {}, {}, nullptr, nullptr}, l, partials, stream);
-    const int64_t batch = mixture.z.rows, latents = mixture.z.columns, segments = l.cut.segments;
-    const LogSumsArguments sums = {
-        batch, latents, segments, lanes_for(segments), mixture.log_weights.others, partials, joint, marginals};
-    run_sums("aggregate_sums", aggregate_sums_kernel<A>, sums, batch * (latents + 1), stream);
+    const int64_t segments = l.cut.segments;
+    const LogSumsArguments sums = {segments, lanes_for(segments), mixture.log_weights.others, partials, joint,
+                                   marginals};
+    run_sums("aggregate_sums", aggregate_sums_kernel<A>, sums, marginals.rows, stream);
   });
 }
 
@@ -97,7 +96,6 @@ void aggregate_grads(
   if (launches.workspace() == 0) return;
   with_compute_type(is_double, [&](auto* type) {
     using A = std::remove_pointer_t<decltype(type)>;
-    using Of = BitsGrad<A>;
     const AggregateLaunch &of_points = launches.of_points, &of_components = launches.of_components;
     const AggregateArguments args = {mixture, given, {}, nullptr, nullptr};
     A* const points = static_cast<A*>(workspace);
@@ -107,7 +105,7 @@ void aggregate_grads(
     if (gradients.z) {
       const auto kernel = aggregate_grads_kernel<A, OfPoints<A>>;
       run("aggregate_grads of z", kernel, args, of_points, points, stream);
-      sums.each[0] = {points, of_points.cut.segments, -Of::of_mu, gradients.z};
+      sums.each[0] = {points, of_points.cut.segments, -2, gradients.z};
       most = of_points.cut.segments;
     }
     if (gradients.mu || gradients.logvar) {
@@ -115,13 +113,13 @@ void aggregate_grads(
       run("aggregate_grads of mu and logvar", kernel, args, of_components, components, stream);
       const int64_t segments = of_components.cut.segments;
       const A* const of_logvar = components + of_components.partials / 2;
-      if (gradients.mu) sums.each[1] = {components, segments, Of::of_mu, gradients.mu};
-      if (gradients.logvar) sums.each[2] = {of_logvar, segments, Of::of_logvar, gradients.logvar};
+      if (gradients.mu) sums.each[1] = {components, segments, 2, gradients.mu};
+      if (gradients.logvar) sums.each[2] = {of_logvar, segments, 1, gradients.logvar};
       most = std::max(most, segments);
     }
     sums.lanes = lanes_for(most);
-    const int64_t count = std::max(gradients.z ? mixture.z.rows : 0, mixture.mu.rows) * mixture.z.columns;
-    run_sums("aggregate_grad_sums", aggregate_grad_sums_kernel<A>, sums, count, stream);
+    const int64_t rows = std::max(gradients.z.rows, std::max(gradients.mu.rows, gradients.logvar.rows));
+    run_sums("aggregate_grad_sums", aggregate_grad_sums_kernel<A>, sums, rows, stream);
   });
 }
 

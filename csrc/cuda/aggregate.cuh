@@ -6,14 +6,14 @@
 namespace elbo {
 
 struct LogSumsArguments {
-  int64_t batch, latents, segments;
+  int64_t segments;
   int32_t lanes;  // for a sum
   double log_others;
   const void* partials;
   Matrix joint, marginals;
 };
 
-// Σ 2^x of what was added, as 2^most · sum. NaN is no maximum, but it is in the sum.
+// Σ exp of what was added, as exp(most) · sum. NaN is no maximum, but it is in the sum.
 template <class A>
 struct LogSum {
   A most, sum;
@@ -26,18 +26,18 @@ struct LogSum {
   __device__ A rise(A next) {
     next = max(most, next);
     const A shift = next == -kInfinity<A> ? A(0) : next;
-    sum *= power_of_two(most - shift);
+    sum *= exp_of_negative(most - shift);
     most = next;
     return shift;
   }
 
   __device__ void add(const LogSum& other) {
     const A shift = rise(other.most);
-    sum += other.sum * power_of_two(other.most - shift);
+    sum += other.sum * exp_of_negative(other.most - shift);
   }
 
   __device__ double log(double log_weight) const {
-    return kLn2 * (static_cast<double>(most) + ::log2(static_cast<double>(sum))) + log_weight;
+    return static_cast<double>(most) + ::log(static_cast<double>(sum)) + log_weight;
   }
 };
 
@@ -50,21 +50,18 @@ __device__ void run_aggregate(const AggregateArguments& args) {
   enum { kZ, kMost, kSum };
   __shared__ Shared<A> shared;
   const MixtureOf& mixture = args.mixture;
-  const int64_t batch = mixture.z.rows, latents = mixture.z.columns;
+  const int64_t batch = mixture.z.rows;
+  const int latents = static_cast<int>(mixture.z.columns);
   const Components<A> components{args};
   const Place place(args.cut, latents);
   const Own<A> own(mixture, true);
-  const Fields<A> fields(args, place, kLogSumFields);
-  const ScalarType dtype = mixture.z.span.dtype;
-  fields.for_each(place, kWarpSize, [&](int at, int64_t k) {
-    A z = 0;
-    if (place.first_lane + at < batch) {
-      with_floating(dtype, [&](auto* type) {
-        z = value<std::remove_pointer_t<decltype(type)>, A>(mixture.z, place.first_lane + at, k);
-      });
-    }
+  const Fields<A, kLogSumFields> fields(args, place);
+  fields.for_each(place, kWarpSize, [&](int at, int k) {
+    A* const of = fields.at(k, at);
     const auto none = LogSum<A>::none();
-    fields.put(k, at, Point<A>{z, none.most, none.sum});
+    field(of, kZ) = record_of(Points<A>{args, false}, place.first_lane + at, k).z;
+    field(of, kMost) = none.most;
+    field(of, kSum) = none.sum;
   });
   __syncthreads();
   auto joint = LogSum<A>::none();
@@ -75,23 +72,24 @@ __device__ void run_aggregate(const AggregateArguments& args) {
     A all[n];
 #pragma unroll
     for (int x = 0; x < n; ++x) all[x] = first < components.count() ? A(0) : -kInfinity<A>;
-    for_latents(shared, place, components, first, dtype, [&](int64_t k, auto component) {
-      const A z = fields.at(kZ, k, lane());
-      LogSum<A> of_one = {fields.at(kMost, k, lane()), fields.at(kSum, k, lane())};
-      A bits[n], maxima[n];
+    for_latents(shared, place, components, first, [&](int k, auto component) {
+      A* const of = fields.at(k, lane());
+      const A z = field(of, kZ);
+      LogSum<A> of_one = {field(of, kMost), field(of, kSum)};
+      A logs[n], maxima[n];
 #pragma unroll
-      for (int x = 0; x < n; ++x) all[x] += bits[x] = log_normal_grad(z, component(x)).log_normal;
+      for (int x = 0; x < n; ++x) all[x] += logs[x] = log_normal(z, component(x));
       if (meets_own) {
 #pragma unroll
-        for (int x = 0; x < n; ++x) bits[x] += own.of(place, first, x);
+        for (int x = 0; x < n; ++x) logs[x] += own.of(place, first, x);
       }
 #pragma unroll
-      for (int x = 0; x < n; ++x) maxima[x] = bits[x];
-      const A shift = of_one.rise(reduced(maxima, [](A a, A b) { return max(a, b); }));
+      for (int x = 0; x < n; ++x) maxima[x] = logs[x];
+      const A shift = of_one.rise(most_of(maxima));
 #pragma unroll
-      for (int x = 0; x < n; ++x) bits[x] = power_of_two(bits[x] - shift);
-      fields.at(kMost, k, lane()) = of_one.most;
-      fields.at(kSum, k, lane()) = of_one.sum + sum_of(bits);
+      for (int x = 0; x < n; ++x) logs[x] = exp_of_negative(logs[x] - shift);
+      field(of, kMost) = of_one.most;
+      field(of, kSum) = of_one.sum + sum_of(logs);
     });
     A most = -kInfinity<A>;
     over_warps(shared, place, all, [&](int x, A total) {
@@ -99,7 +97,7 @@ __device__ void run_aggregate(const AggregateArguments& args) {
       most = max(most, totals[x][lane()]);
     });
     const A shift = joint.rise(most);
-    for (int x = place.member; x < n; x += place.warps) joint.sum += power_of_two(totals[x][lane()] - shift);
+    for (int x = place.member; x < n; x += place.warps) joint.sum += exp_of_negative(totals[x][lane()] - shift);
     __syncthreads();  // or the next tile's sums would be written over these
   }
   // Of the group's warps.
@@ -115,27 +113,29 @@ __device__ void run_aggregate(const AggregateArguments& args) {
     }
     partials[place.index * (latents + 1) + latents] = joint;
   }
-  fields.for_each(place, place.lanes_of(batch), [&](int at, int64_t k) {
-    partials[(place.first_lane + at) * (latents + 1) + k] = {fields.at(kMost, k, at), fields.at(kSum, k, at)};
+  fields.for_each(place, place.lanes_of(batch), [&](int at, int k) {
+    A* const of = fields.at(k, at);
+    partials[(place.first_lane + at) * (latents + 1) + k] = {field(of, kMost), field(of, kSum)};
   });
 }
 
 template <class A>
 __device__ void run_log_sums(const LogSumsArguments& args) {
-  const int64_t columns = args.latents + 1, count = args.batch * columns;
-  for_sums(count, args.lanes, [&](int64_t at, int own) {
-    auto sum = LogSum<A>::none();
+  const int latents = static_cast<int>(args.marginals.columns);
+  const int64_t batch = args.marginals.rows, count = batch * (latents + 1);
+  const auto sum = [&](int64_t at, int own) {
+    auto all = LogSum<A>::none();
     for (int64_t s = own; s < args.segments; s += args.lanes) {
-      sum.add(static_cast<const LogSum<A>*>(args.partials)[s * count + at]);
+      all.add(static_cast<const LogSum<A>*>(args.partials)[s * count + at]);
     }
     for (int step = args.lanes / 2; step > 0; step /= 2) {
-      sum.add({__shfl_xor_sync(0xffffffffu, sum.most, step), __shfl_xor_sync(0xffffffffu, sum.sum, step)});
+      all.add({__shfl_xor_sync(0xffffffffu, all.most, step), __shfl_xor_sync(0xffffffffu, all.sum, step)});
     }
-    return sum;
-  }, [&](int64_t at, const LogSum<A>& sum) {
-    const int64_t i = at / columns, k = at % columns;
-    const bool is_joint = k == args.latents;
-    put(is_joint ? args.joint : args.marginals, i, is_joint ? 0 : k, static_cast<A>(sum.log(args.log_others)));
+    return all;
+  };
+  for_sums(batch, latents + 1, args.lanes, sum, [&](int64_t i, int k, const LogSum<A>& found) {
+    const A log = static_cast<A>(found.log(args.log_others));
+    k < latents ? put(args.marginals, i, k, log) : put(args.joint, i, 0, log);
   });
 }
 
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks<A, 2>) aggregate_kernel
 }
 
 template <class A>
-__global__ void __launch_bounds__(kThreads) aggregate_sums_kernel(LogSumsArguments args) {
+__global__ void __launch_bounds__(kThreads, kLeastBlocks<A, 4>) aggregate_sums_kernel(LogSumsArguments args) {
   run_log_sums<A>(args);
 }
 

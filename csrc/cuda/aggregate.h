@@ -17,6 +17,7 @@ struct AggregateCut {
   int64_t lane_blocks;  // blocks side by side, of 32 lanes each
   int64_t tiles;        // of a segment
   int64_t segments;
+  int32_t latents;        // of a warp
   int32_t warps, groups;  // of a group, of a block
 
   constexpr int64_t blocks() const {
@@ -29,21 +30,24 @@ struct AggregateCut {
 };
 
 constexpr int kAggregateWarps = 8;         // of a block, at most
-constexpr int64_t kAggregateBlocks = 384;  // three for each SM of a large GPU
+constexpr int64_t kAggregateBlocks = 256;  // two for each SM of a large GPU
 
 // Elements that a tile of the other side has, of which every thread holds a number each.
 template <class A>
 constexpr int kAggregateTile = sizeof(A) == 4 ? 16 : 8;
 
-// As many warps for the latents as have nearly the same number of them. Few lanes and tiles have blocks of one group, so
-// that there are more of them.
+// As many warps for the latents as have nearly the same number of them. Few lanes and tiles have blocks of one group,
+// so that there are more of them.
 constexpr AggregateCut aggregate_cut(int64_t lanes, int64_t others, int64_t latents, int64_t tile) {
-  AggregateCut cut = {divided_up(lanes, kWarpSize), 0, 0, kAggregateWarps, 1};
+  AggregateCut cut = {divided_up(lanes, kWarpSize), 0, 0, 0, kAggregateWarps, 1};
   while (cut.warps > 1 && divided_up(latents, cut.warps) * cut.warps * 4 > latents * 5) cut.warps /= 2;
-  const int64_t tiles = divided_up(others, tile), most = std::max<int64_t>(1, cut.lane_blocks * tiles / kAggregateBlocks);
+  cut.latents = static_cast<int32_t>(divided_up(latents, cut.warps));
+  const int64_t tiles = divided_up(others, tile),
+                most = std::max<int64_t>(1, cut.lane_blocks * tiles / kAggregateBlocks);
   while (cut.groups * 2 <= most && cut.groups * 2 * cut.warps <= kAggregateWarps) cut.groups *= 2;
-  const int64_t wanted = divided_up(kAggregateBlocks, cut.lane_blocks) * cut.groups;
-  cut.tiles = divided_up(tiles, std::min(tiles, wanted));
+  const int64_t all = cut.lane_blocks * tiles / cut.groups;
+  cut.tiles = std::max<int64_t>(
+      1, std::clamp<int64_t>(8, all / (2 * kAggregateBlocks), std::max<int64_t>(1, all / kAggregateBlocks)));
   cut.segments = divided_up(tiles, cut.tiles);
   return cut;
 }
@@ -69,7 +73,8 @@ struct AggregateGradsLaunches {
 };
 
 AggregateLaunch aggregate_launch(const MixtureOf& mixture, bool is_double);
-AggregateGradsLaunches aggregate_grads_launches(const MixtureOf& mixture, bool is_double, const MixtureGradients& wanted);
+AggregateGradsLaunches aggregate_grads_launches(
+    const MixtureOf& mixture, bool is_double, const MixtureGradients& wanted);
 
 // joint: [batch, 1]; marginals: [batch, latents]; of the compute type.
 void aggregate(

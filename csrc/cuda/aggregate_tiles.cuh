@@ -1,9 +1,9 @@
 // What the kernels of the aggregate posterior share.
 //
 // A lane has a z, and runs over the components, a tile of them at a time; or it has a component, for the gradients of
-// those, and runs over the z. The numbers of the other side are the same for all lanes of a warp, which takes one latent
-// after the other: so a sum over the latents is one over the turns of a loop, and, once a tile, over the warps that share
-// them. All is in bits, where exp is 2^x, until the end.
+// those, and runs over the z. The numbers of the other side are the same for all lanes of a warp, which takes one
+// latent after the other: so a sum over the latents is one over the turns of a loop, and, once a tile, over the warps
+// that share them.
 #pragma once
 
 #include <limits>
@@ -26,19 +26,20 @@ extern __shared__ float on_chip[];  // fields
 constexpr int kPitch = kWarpSize + 1;  // between latents, so that neither rows nor columns meet in a bank
 constexpr int kStaged = 4;             // latents that a warp reads at a time, of each element of a tile
 
-// 2^x. In fp32 by one instruction, which has a relative error of 2^-22, and 0 for what is below 2^-126.
-__device__ inline float power_of_two(float x) {
+// In fp32 by one instruction after a product, with a relative error of 2^-22, and 0 for what is below 2^-126.
+__device__ inline float exp_of_negative(float x) {
+  const float bits = x * 1.44269504088896340736f;
 #if defined(__CUDA_ARCH__)
   float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(bits));
   return y;
 #else
-  return ::exp2f(x);
+  return ::exp2f(bits);
 #endif
 }
 
-__device__ inline double power_of_two(double x) {
-  return ::exp2(x);
+__device__ inline double exp_of_negative(double x) {
+  return ::exp(x);
 }
 
 // --------------------------------------------------------------------------------------- what is known of an element
@@ -46,51 +47,78 @@ __device__ inline double power_of_two(double x) {
 template <class A>
 constexpr A kInfinity = std::numeric_limits<A>::infinity();
 
+// row: where it begins, in elements
 template <class T, class A>
-__device__ inline A value(const Matrix& m, int64_t row, int64_t column) {
-  return static_cast<A>(*reinterpret_cast<const T*>(m.span.at(row, column * m.stride)));
+__device__ inline A value(const Matrix& m, int64_t row, int column) {
+  return static_cast<A>(reinterpret_cast<const T*>(m.span.base)[row + column * m.stride]);
 }
 
 // In pairs, so that few wait for one another.
-template <int N, class A, class F>
-__device__ inline A reduced(A (&x)[N], F f) {
+template <int Step, int N, class A, class F>
+__device__ inline A in_pairs(A (&x)[N], F f) {
+  if constexpr (Step > 0) {
 #pragma unroll
-  for (int step = N / 2; step > 0; step /= 2) {
-#pragma unroll
-    for (int k = 0; k < step; ++k) x[k] = f(x[k], x[k + step]);
+    for (int k = 0; k < Step; ++k) x[k] = f(x[k], x[k + Step]);
+    return in_pairs<Step / 2>(x, f);
+  } else {
+    return x[0];
   }
-  return x[0];
 }
 
 template <int N, class A>
 __device__ inline A sum_of(A (&x)[N]) {
-  return reduced(x, [](A a, A b) { return a + b; });
+  return in_pairs<N / 2>(x, [](A a, A b) { return a + b; });
 }
 
-// One latent of a z: its gradient and its log-sum in bits, less the weight that most components have.
+template <int N, class A>
+__device__ inline A most_of(A (&x)[N]) {
+  return in_pairs<N / 2>(x, [](A a, A b) { return max(a, b); });
+}
+
+// A log-sum without the log-weight that most components have.
+template <class A>
+__device__ inline A less_weight(A log_sum, const MixtureOf& mixture) {
+  return log_sum - static_cast<A>(mixture.log_weights.others);
+}
+
+// One latent of a z: its gradient, and its log-sum without that weight.
 template <class A>
 struct Point {
   A z, grad, log_sum;
 };
 
+// The sides: where an element's latents begin, what is read of one, and what the loops are told of it.
 template <class A>
 struct Points {
   using Record = Point<A>;
   const AggregateArguments& args;
+  bool with_marginals;  // else z alone is read
+
+  struct Row {
+    int64_t z, grad, log_sum;
+  };
+  struct Read {
+    A z, grad, log_sum;
+  };
 
   __device__ int64_t count() const {
     return args.mixture.z.rows;
   }
 
-  __device__ A log_sum(const Matrix& of, int64_t i, int64_t k) const {
-    return static_cast<A>(kLog2E * (value<A, double>(of, i, k) - args.mixture.log_weights.others));
+  __device__ Row row(int64_t i) const {
+    const auto from = [&](const Matrix& m) { return i * m.span.batch_stride; };
+    return {from(args.mixture.z), from(args.given.grad_marginals), from(args.given.marginals)};
   }
 
   template <class T>
-  __device__ Record read(int64_t i, int64_t k) const {
-    const A z = value<T, A>(args.mixture.z, i, k);
-    if (!args.given.grad_marginals) return {z, A(0), A(0)};
-    return {z, value<A, A>(args.given.grad_marginals, i, k), log_sum(args.given.marginals, i, k)};
+  __device__ Read read(const Row& at, int k) const {
+    const A z = value<T, A>(args.mixture.z, at.z, k);
+    if (!with_marginals) return {z, A(0), A(0)};
+    return {z, value<A, A>(args.given.grad_marginals, at.grad, k), value<A, A>(args.given.marginals, at.log_sum, k)};
+  }
+
+  __device__ Record record(const Read& read) const {
+    return {read.z, read.grad, less_weight(read.log_sum, args.mixture)};
   }
 
   // Of no weight with any component.
@@ -101,31 +129,67 @@ struct Points {
 
 template <class A>
 struct Components {
-  using Record = BitsComponent<A>;
+  using Record = Component<A>;
   const AggregateArguments& args;
+
+  struct Row {
+    int64_t mu, logvar;
+  };
+  struct Read {
+    A mu, logvar;
+  };
 
   __device__ int64_t count() const {
     return args.mixture.mu.rows;
   }
 
+  __device__ Row row(int64_t j) const {
+    return {j * args.mixture.mu.span.batch_stride, j * args.mixture.logvar.span.batch_stride};
+  }
+
   template <class T>
-  __device__ Record read(int64_t j, int64_t k) const {
-    return component_in_bits(value<T, A>(args.mixture.mu, j, k), value<T, A>(args.mixture.logvar, j, k));
+  __device__ Read read(const Row& at, int k) const {
+    return {value<T, A>(args.mixture.mu, at.mu, k), value<T, A>(args.mixture.logvar, at.logvar, k)};
+  }
+
+  __device__ Record record(const Read& read) const {
+    return component(read.mu, read.logvar);
   }
 
   // Of density 0, for an infinite z too.
   static __device__ Record none() {
-    return {A(0), A(-1), -kInfinity<A>};
+    return {A(0), A(1), -kInfinity<A>};
   }
 };
 
+template <class Side>
+__device__ inline typename Side::Record record_of(const Side& side, int64_t i, int k) {
+  if (i >= side.count()) return Side::none();
+  typename Side::Read read;
+  with_floating(side.args.mixture.z.span.dtype, [&](auto* type) {
+    read = side.template read<std::remove_pointer_t<decltype(type)>>(side.row(i), k);
+  });
+  return side.record(read);
+}
+
+// Of a lane's record and another's, in whichever order.
 template <class A>
-__device__ inline BitsGrad<A> of_pair(const Point<A>& p, const BitsComponent<A>& c) {
+__device__ inline const Point<A>& point_of(const Point<A>& p, const Component<A>&) {
+  return p;
+}
+
+template <class A>
+__device__ inline const Point<A>& point_of(const Component<A>&, const Point<A>& p) {
+  return p;
+}
+
+template <class A>
+__device__ inline LogNormalGrad<A> log_normal_grad(const Point<A>& p, const Component<A>& c) {
   return log_normal_grad(p.z, c);
 }
 
 template <class A>
-__device__ inline BitsGrad<A> of_pair(const BitsComponent<A>& c, const Point<A>& p) {
+__device__ inline LogNormalGrad<A> log_normal_grad(const Component<A>& c, const Point<A>& p) {
   return log_normal_grad(p.z, c);
 }
 
@@ -135,17 +199,17 @@ struct Place {
   int warps, member, group;   // of this warp's group, its number there, and the group's in the block
   int64_t first_lane, index;  // the block's first element, and this lane's
   int64_t segment;
-  int64_t begin, end;  // this warp's latents
+  int begin, end;  // this warp's latents
 
-  __device__ Place(const AggregateCut& cut, int64_t latents)
+  __device__ Place(const AggregateCut& cut, int latents)
       : warps(cut.warps),
         member(warp() % cut.warps),
         group(warp() / cut.warps),
         first_lane(blockIdx.x % cut.lane_blocks * kWarpSize),
         index(first_lane + lane()),
         segment(blockIdx.x / cut.lane_blocks * cut.groups + group),
-        begin(min(divided_up(latents, warps) * member, latents)),
-        end(min(divided_up(latents, warps) * (member + 1), latents)) {}
+        begin(min(cut.latents * member, latents)),
+        end(min(cut.latents * (member + 1), latents)) {}
 
   // How many of the block's lanes have one of `count` elements.
   __device__ int lanes_of(int64_t count) const {
@@ -160,7 +224,7 @@ struct Own {
   int64_t shift;  // from the lane's index to the other's
 
   __device__ Own(const MixtureOf& mixture, bool lanes_are_points)
-      : excess(mixture.own < 0 ? A(0) : A(kLog2E * (mixture.log_weights.own - mixture.log_weights.others))),
+      : excess(mixture.own < 0 ? A(0) : static_cast<A>(mixture.log_weights.own - mixture.log_weights.others)),
         shift(lanes_are_points ? mixture.own : -mixture.own) {}
 
   __device__ bool meets(const Place& place, int64_t first, int64_t n) const {
@@ -174,40 +238,38 @@ struct Own {
   }
 };
 
-// Numbers that the group's lanes have of each latent.
-template <class A>
+// Numbers that the group's lanes have of each latent, side by side.
+template <class A, int Count>
 struct Fields {
   A* base;
-  int64_t latents;
+  int latents;
 
-  __device__ Fields(const AggregateArguments& args, const Place& place, int count)
-      : base(reinterpret_cast<A*>(on_chip)), latents(args.mixture.z.columns) {
-    const int64_t of_group = count * latents * kPitch;
+  __device__ Fields(const AggregateArguments& args, const Place& place)
+      : base(reinterpret_cast<A*>(on_chip)), latents(static_cast<int>(args.mixture.z.columns)) {
+    const int64_t of_group = static_cast<int64_t>(Count) * kPitch * latents;
     if (args.fields) base = static_cast<A*>(args.fields) + blockIdx.x * args.cut.groups * of_group;
     base += place.group * of_group;
   }
 
-  __device__ A& at(int field, int64_t k, int lane) const {
-    return base[(field * latents + k) * kPitch + lane];
-  }
-
-  template <class Record>
-  __device__ void put(int64_t k, int lane, const Record& record) const {
-    const auto& [a, b, c] = record;
-    at(0, k, lane) = a;
-    at(1, k, lane) = b;
-    at(2, k, lane) = c;
+  __device__ A* at(int k, int lane) const {
+    return base + static_cast<int64_t>(k) * (Count * kPitch) + lane;
   }
 
   // Calls f(lane, latent) for this thread's share of those of some lanes. Neighbours have neighbouring latents.
   template <class F>
   __device__ void for_each(const Place& place, int lanes, F f) const {
-    const unsigned each = static_cast<unsigned>(latents), all = each * lanes, threads = place.warps * kWarpSize;
+    const unsigned all = latents * lanes, threads = place.warps * kWarpSize;
     for (unsigned e = place.member * kWarpSize + lane(); e < all; e += threads) {
-      f(static_cast<int>(e / each), static_cast<int64_t>(e % each));
+      f(static_cast<int>(e / latents), static_cast<int>(e % latents));
     }
   }
 };
+
+// One of them, of a lane and a latent.
+template <class A>
+__device__ inline A& field(A* of, int which) {
+  return of[which * kPitch];
+}
 
 template <class A>
 struct Shared {
@@ -219,38 +281,44 @@ struct Shared {
 
 // ------------------------------------------------------------------------------------------------------- tiles
 
-// Reads some latents of a tile's elements, for this warp.
-template <class T, class A, class Side>
-__device__ inline void stage(Shared<A>& shared, const Side& side, int64_t first, int64_t k, int64_t end) {
-  constexpr int each = Shared<A>::n * kStaged / kWarpSize;
-  A(&to)[3][kStaged][Shared<A>::pitch] = shared.staged[warp()];
-#pragma unroll
-  for (int turn = 0; turn < each; ++turn) {
-    const int of = turn * kWarpSize + lane(), x = of / kStaged, ahead = of % kStaged;
-    if (k + ahead >= end) continue;
-    const auto record = first + x < side.count() ? side.template read<T>(first + x, k + ahead) : Side::none();
-    const auto& [a, b, c] = record;
-    to[0][ahead][x] = a;
-    to[1][ahead][x] = b;
-    to[2][ahead][x] = c;
-  }
-}
-
-// Calls f(k, record of x) for this warp's latents of a tile, unless it lies behind the last element.
+// Calls f(k, record of x) for this warp's latents of a tile, unless it lies behind the last element. While some latents
+// have their turns, the next ones are on their way.
 template <class A, class Side, class F>
-__device__ inline void for_latents(
-    Shared<A>& shared, const Place& place, const Side& side, int64_t first, ScalarType dtype, F f) {
-  if (first >= side.count()) return;
-  for (int64_t k = place.begin; k < place.end; k += kStaged) {
-    with_floating(dtype, [&](auto* type) {
-      stage<std::remove_pointer_t<decltype(type)>>(shared, side, first, k, place.end);
+__device__ inline void for_latents(Shared<A>& shared, const Place& place, const Side& side, int64_t first, F f) {
+  if (first >= side.count() || place.begin == place.end) return;
+  constexpr int apart = kWarpSize / kStaged, each = Shared<A>::n / apart;
+  const int own = lane() / kStaged, ahead = lane() % kStaged;
+  typename Side::Row rows[each];
+  typename Side::Read read[each];
+#pragma unroll
+  for (int turn = 0; turn < each; ++turn) rows[turn] = side.row(min(first + own + turn * apart, side.count() - 1));
+  const auto fetch = [&](int k) {
+    with_floating(side.args.mixture.z.span.dtype, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+#pragma unroll
+      for (int turn = 0; turn < each; ++turn) {
+        read[turn] = side.template read<T>(rows[turn], min(k + ahead, place.end - 1));
+      }
     });
+  };
+  A(&staged)[3][kStaged][Shared<A>::pitch] = shared.staged[warp()];
+  fetch(place.begin);
+  for (int k = place.begin; k < place.end; k += kStaged) {
+#pragma unroll
+    for (int turn = 0; turn < each; ++turn) {
+      const int x = own + turn * apart;
+      const auto record = first + x < side.count() ? side.record(read[turn]) : Side::none();
+      const auto& [a, b, c] = record;
+      staged[0][ahead][x] = a;
+      staged[1][ahead][x] = b;
+      staged[2][ahead][x] = c;
+    }
     __syncwarp();
-    const int count = static_cast<int>(min(place.end - k, static_cast<int64_t>(kStaged)));
+    if (k + kStaged < place.end) fetch(k + kStaged);
+    const int count = min(place.end - k, kStaged);
 #pragma unroll 1
-    for (int ahead = 0; ahead < count; ++ahead) {
-      const auto& from = shared.staged[warp()];
-      f(k + ahead, [&](int x) { return typename Side::Record{from[0][ahead][x], from[1][ahead][x], from[2][ahead][x]}; });
+    for (int of = 0; of < count; ++of) {
+      f(k + of, [&](int x) { return typename Side::Record{staged[0][of][x], staged[1][of][x], staged[2][of][x]}; });
     }
     __syncwarp();  // or the next ones would be written over these
   }
@@ -272,20 +340,21 @@ __device__ inline void over_warps(Shared<A>& shared, const Place& place, const A
 
 // --------------------------------------------------------------------------------------------- sums over the segments
 
-// Calls put(at, sum(at, own)) for `count` sums, each of some neighbouring lanes, of which `own` is this one's number. All
-// lanes of a warp are in `sum` at once.
+// Calls put(row, column, sum(at, own)) for a matrix of sums, element `at` of which is of some neighbouring lanes; `own`
+// is this one's number. A warp has a row, and all of its lanes are in `sum` at once.
 template <class Sum, class Put>
-__device__ inline void for_sums(int64_t count, int lanes, Sum sum, Put put) {
-  const int64_t each = kWarpSize / lanes;
-  for (int64_t w = warp_of_blocks(0); w * each < count; w += warps_of_blocks(gridDim.x)) {
-    const int64_t at = w * each + lane() / lanes;
-    const auto found = sum(min(at, count - 1), lane() % lanes);
-    if (at < count && lane() % lanes == 0) put(at, found);
+__device__ inline void for_sums(int64_t rows, int columns, int lanes, Sum sum, Put put) {
+  for (int64_t row = warp_of_blocks(0); row < rows; row += warps_of_blocks(gridDim.x)) {
+    for (int first = 0; first < columns; first += kWarpSize / lanes) {
+      const int column = first + lane() / lanes;
+      const auto found = sum(row * columns + min(column, columns - 1), lane() % lanes);
+      if (column < columns && lane() % lanes == 0) put(row, column, found);
+    }
   }
 }
 
 template <class A>
-__device__ inline void put(const Matrix& m, int64_t row, int64_t column, A value) {
+__device__ inline void put(const Matrix& m, int64_t row, int column, A value) {
   with_floating(m.span.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     *reinterpret_cast<T*>(m.span.at(row, column * m.stride)) = static_cast<T>(value);
