@@ -80,7 +80,7 @@ struct Components {
         latents(means.columns),
         padded(up_to(count, kGroupBytes / sizeof(A))),
         mu(latents * padded, A(0)),
-        half_precision(latents * padded, A(0)),
+        half_precision(latents * padded, A(1)),
         constant(latents * padded, kMinusInfinity<A>) {
     const std::vector<A> m = read_matrix<A>(means), l = read_matrix<A>(logvars);
     for (int64_t j = 0; j < count; ++j) {
