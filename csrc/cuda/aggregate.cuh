@@ -15,7 +15,7 @@ struct LogSumsArguments {
 
 // Σ exp of what was added, as exp(most) · sum. NaN is no maximum, but it is in the sum.
 template <class A>
-struct LogSum {
+struct alignas(2 * sizeof(A)) LogSum {
   A most, sum;
 
   static __device__ LogSum none() {

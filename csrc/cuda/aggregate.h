@@ -36,18 +36,16 @@ constexpr int64_t kAggregateBlocks = 256;  // two for each SM of a large GPU
 template <class A>
 constexpr int kAggregateTile = sizeof(A) == 4 ? 16 : 8;
 
-// As many warps for the latents as have nearly the same number of them. Few lanes and tiles have blocks of one group,
-// so that there are more of them.
+// As many warps share the latents as have nearly the same number of them. A block has several groups only where there
+// are blocks enough. A segment has eight tiles where that makes between one and two times as many.
 constexpr AggregateCut aggregate_cut(int64_t lanes, int64_t others, int64_t latents, int64_t tile) {
   AggregateCut cut = {divided_up(lanes, kWarpSize), 0, 0, 0, kAggregateWarps, 1};
   while (cut.warps > 1 && divided_up(latents, cut.warps) * cut.warps * 4 > latents * 5) cut.warps /= 2;
   cut.latents = static_cast<int32_t>(divided_up(latents, cut.warps));
-  const int64_t tiles = divided_up(others, tile),
-                most = std::max<int64_t>(1, cut.lane_blocks * tiles / kAggregateBlocks);
-  while (cut.groups * 2 <= most && cut.groups * 2 * cut.warps <= kAggregateWarps) cut.groups *= 2;
-  const int64_t all = cut.lane_blocks * tiles / cut.groups;
-  cut.tiles = std::max<int64_t>(
-      1, std::clamp<int64_t>(8, all / (2 * kAggregateBlocks), std::max<int64_t>(1, all / kAggregateBlocks)));
+  const int64_t tiles = divided_up(others, tile), all = cut.lane_blocks * tiles;
+  while (2 * cut.groups * cut.warps <= kAggregateWarps && 2 * cut.groups * kAggregateBlocks <= all) cut.groups *= 2;
+  const int64_t most = all / (cut.groups * kAggregateBlocks);
+  cut.tiles = std::max<int64_t>(1, std::clamp<int64_t>(8, most / 2, most));
   cut.segments = divided_up(tiles, cut.tiles);
   return cut;
 }
