@@ -66,8 +66,8 @@ def test_compiles_without_spills(kernel: str, dtype: str, target: str) -> None:
     row = bench.row(kernel, dtype, target)
     assert row.spill_bytes == 0
     assert 0 < row.registers <= 128
-    # Of a block's sum: the step plans with it. Or of the sums of all levels; or of tiles, beside which two blocks on an SM
-    # have room for what they keep of 128 latents each.
+    # Of a block's sum: the step plans with it. Or of the sums of all levels; or of tiles, beside which two blocks on an
+    # SM have room for what they keep of 128 latents each.
     room = {"elbo_level_sums": 4096, "aggregate": 25600, "aggregate_grads": 25600}
     assert row.shared_bytes <= room.get(kernel.partition("[")[0], 1024)
 

@@ -42,7 +42,9 @@ SMALL = (
     Mutant("cuda/schedule.h", "", "constexpr int64_t kLeast = $N;", "constexpr int64_t kLeast = 256;"),
     Mutant("cuda/schedule.h", "", "constexpr int64_t kMost = $N;", "constexpr int64_t kMost = 512;"),
     Mutant("cuda/schedule.h", "", "constexpr int64_t kMany = $N;", "constexpr int64_t kMany = 16;"),
-    Mutant("cuda/aggregate.h", "", "constexpr int64_t kAggregateBlocks = $N;", "constexpr int64_t kAggregateBlocks = 2;"),
+    Mutant(
+        "cuda/aggregate.h", "", "constexpr int64_t kAggregateBlocks = $N;", "constexpr int64_t kAggregateBlocks = 2;"
+    ),
 )
 
 MUTANTS = {
@@ -308,12 +310,14 @@ MUTANTS = {
         AGGREGATE, "add", "$O.sum * exp_of_negative($A - $B)", "$O.sum", ("ascending", "aggregate"),
     ),
     "no_density_is_not_infinitely_far": Mutant(
-        AGGREGATE, "rise", "$M == $INFINITY ? $ZERO : $X", "$X", ("ascending", "aggregate, own"),
+        AGGREGATE, "rise", "$M == $INFINITY ? $ZERO : $X", "$X", ("ascending", "aggregate, fp16"),
     ),
     "the_own_component_weighs_like_the_others": Mutant(
         TILES, "of", "$A == $B ? $E : $Z", "$Z", ("ascending", "aggregate, own"),
     ),
-    "the_own_weight_for_the_joint_alone": Mutant(TILES, "meets", "$E != $Z && $X", "false", ("ascending", "aggregate, own")),
+    "the_own_weight_for_the_joint_alone": Mutant(
+        TILES, "meets", "$E != $Z && $X", "false", ("ascending", "aggregate, own"),
+    ),
     "sign_of_g_z": Mutant(
         "cuda/aggregate.cu", "aggregate_grads", "sums.each[0] = {$P, $S, -2, $G};", "sums.each[0] = {$P, $S, 2, $G};",
         ("ascending", "aggregate"),
@@ -324,7 +328,9 @@ MUTANTS = {
     "the_last_element_again": Mutant(
         TILES, "for_latents", "$X < $N ? $R : $NONE", "$R", ("ascending", "aggregate"),
     ),
-    "the_first_latents_again": Mutant(TILES, "for_latents", "fetch(k + kStaged);", "", ("ascending", "aggregate, fp16")),
+    "the_first_latents_again": Mutant(
+        TILES, "for_latents", "fetch(k + kStaged);", "", ("ascending", "aggregate, many latents"),
+    ),
     "no_latents_after_the_staged": Mutant(
         TILES, "for_latents", "min(place.end - k, kStaged)", "min(place.end - k - 1, kStaged)",
         ("ascending", "aggregate"),
@@ -365,8 +371,8 @@ MUTANTS = {
     "half_of_the_lanes_of_a_log_sum": Mutant(
         AGGREGATE, "run_log_sums", "$STEP > 0", "$STEP > 1", ("ascending", "aggregate, many segments"),
     ),
-    "one_place_for_the_fields_of_all_blocks": Mutant(
-        TILES, "Fields", "blockIdx.x * $G * $N", "0", ("ascending", "aggregate, many latents"),
+    "one_place_for_the_fields_of_all_groups": Mutant(
+        TILES, "Fields", "place.group * $N", "0", ("ascending", "aggregate"),
     ),
 }  # fmt: skip
 
