@@ -36,13 +36,15 @@ constexpr int64_t kAggregateBlocks = 256;  // two for each SM of a large GPU
 template <class A>
 constexpr int kAggregateTile = sizeof(A) == 4 ? 16 : 8;
 
-// As many warps share the latents as have nearly the same number of them. A block has several groups only where there
-// are blocks enough. A segment has eight tiles where that makes between one and two times as many.
+// Where there are blocks enough, as many warps share the latents as have nearly the same number of them, and a block
+// has several groups. A segment has eight tiles where that makes between one and two times as many blocks.
 constexpr AggregateCut aggregate_cut(int64_t lanes, int64_t others, int64_t latents, int64_t tile) {
   AggregateCut cut = {divided_up(lanes, kWarpSize), 0, 0, 0, kAggregateWarps, 1};
-  while (cut.warps > 1 && divided_up(latents, cut.warps) * cut.warps * 4 > latents * 5) cut.warps /= 2;
-  cut.latents = static_cast<int32_t>(divided_up(latents, cut.warps));
   const int64_t tiles = divided_up(others, tile), all = cut.lane_blocks * tiles;
+  if (all >= kAggregateBlocks) {
+    while (cut.warps > 1 && divided_up(latents, cut.warps) * cut.warps * 4 > latents * 5) cut.warps /= 2;
+  }
+  cut.latents = static_cast<int32_t>(divided_up(latents, cut.warps));
   while (2 * cut.groups * cut.warps <= kAggregateWarps && 2 * cut.groups * kAggregateBlocks <= all) cut.groups *= 2;
   const int64_t most = all / (cut.groups * kAggregateBlocks);
   cut.tiles = std::max<int64_t>(1, std::clamp<int64_t>(8, most / 2, most));
