@@ -43,7 +43,10 @@ SMALL = (
     Mutant("cuda/schedule.h", "", "constexpr int64_t kMost = $N;", "constexpr int64_t kMost = 512;"),
     Mutant("cuda/schedule.h", "", "constexpr int64_t kMany = $N;", "constexpr int64_t kMany = 16;"),
     Mutant(
-        "cuda/aggregate.h", "", "constexpr int64_t kAggregateBlocks = $N;", "constexpr int64_t kAggregateBlocks = 2;"
+        "cuda/aggregate_cut.h",
+        "",
+        "constexpr int64_t kAggregateBlocks = $N;",
+        "constexpr int64_t kAggregateBlocks = 2;",
     ),
 )
 
