@@ -11,7 +11,6 @@ import threading
 import torch
 
 from fused_elbo import build as builder
-from fused_elbo import reference
 from fused_elbo.backends.base import dispatched
 from fused_elbo.backends.library import Library
 from fused_elbo.call import Options, Tensors
