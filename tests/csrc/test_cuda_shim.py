@@ -183,6 +183,9 @@ MUTANTS = {
     "the_sign_of_0_is_1": Mutant(
         MATH, "slope", "$E > A(0) ? $ONE : $X", "$E < A(0) ? $X : $ONE", ("ascending", "laplace, partly without error"),
     ),
+    "every_likelihood_is_gaussian": Mutant(
+        MIXED, "with_likelihood", "$DATA.exponent == 2", "true", ("ascending", "laplace, none"),
+    ),
     "nan_passes_the_mask": Mutant(
         MATH, "weighted", "$M == $ZERO ? V{} : $M * $F", "$M * $F", ("ascending", "NaN behind the mask"),
     ),
@@ -201,6 +204,13 @@ MUTANTS = {
     ),
     "bytes_begin_at_0": Mutant(
         MATH, "scaled_byte", "$B * $S + $L", "$B * $S", ("ascending", "bytes-pixel, batchmean"),
+    ),
+    "vectors_off_their_place_with_an_activation": Mutant(
+        MIXED, "mixed_sums", "$HEAD + nth<$WAY>($G, $N) * $V", "nth<$WAY>($G, $N) * $V",
+        ("ascending", "sigmoid-pixel, batchmean"),
+    ),
+    "no_weight_of_the_gradient": Mutant(
+        MIXED, "mixed_sums", "weighted($M, $G)", "$G", ("ascending", "weight, mean"), place=(1, 4),
     ),
     "the_same_group_again": Mutant(
         MIXED, "walk_ahead", "$NEXT = load($$$X)", "$NEXT = $NEXT", ("ascending", "step, tanh, two dtypes"),
