@@ -8,6 +8,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from . import rate, sigma
+from .aggregate import KLTerms, kl_decomposition, log_aggregate_posterior
 from .backends import backend
 from .backends.cpp import empty_cache
 from .errors import BackendUnavailable
@@ -26,6 +27,7 @@ __all__ = [
     "Capacity",
     "DecoupledELBO",
     "FreeNats",
+    "KLTerms",
     "LearnedSigmaELBO",
     "backend",
     "decoder_nll",
@@ -34,6 +36,8 @@ __all__ = [
     "empty_cache",
     "gaussian_kl",
     "gaussian_nll",
+    "kl_decomposition",
+    "log_aggregate_posterior",
     "rate",
     "sigma",
 ]

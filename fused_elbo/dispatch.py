@@ -11,11 +11,11 @@ from torch import Tensor
 
 from . import backends, reference, tracing
 from .call import LATENTS, NONE, Gradients, GradOutputs, Options, Tensors, compute_dtype, first, mask_of
-from .operators import elbo, levels, registry
+from .operators import aggregate, elbo, levels, registry
 from .operators.elbo import Implementation
 
 operators = elbo.Operators()
-_of_levels = levels.Operators()
+_of_levels, _of_aggregate = levels.Operators(), aggregate.Operators()
 
 
 def implementation(backend: str | None, tensors: Tensors) -> Implementation:
@@ -47,6 +47,14 @@ def levels_implementation(backend: str | None, mu: Tensor) -> levels.Implementat
     if by is operators:
         return _of_levels
     return OneByOne(reference) if by is reference else getattr(backends, str(backend)).levels_operators()
+
+
+def aggregate_implementation(backend: str | None, z: Tensor) -> aggregate.Implementation:
+    """The same for the operators of the aggregate posterior."""
+    by = implementation(backend, Tensors(mu=z))
+    if by is operators:
+        return _of_aggregate
+    return reference.aggregate if by is reference else getattr(backends, str(backend)).aggregate_operators()
 
 
 class OneByOne:
@@ -131,3 +139,5 @@ for _name, _kernel in elbo.kernels_of(reference).items():
     _serve(_name, _kernel)
 _serve("levels", OneByOne(reference).levels)
 _serve("levels_grads", OneByOne(reference).levels_grads)
+_serve("aggregate", reference.aggregate.aggregate)
+_serve("aggregate_grads", reference.aggregate.aggregate_grads)

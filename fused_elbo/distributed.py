@@ -18,7 +18,7 @@ the mean of the clamped KL.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -72,6 +72,56 @@ def mean(values: Tensor, process_group: ProcessGroup) -> Tensor:
     return sums[0] / sums[1]
 
 
+class Shards(NamedTuple):
+    """The components of a mixture on all ranks, in their order."""
+
+    mu: Tensor
+    logvar: Tensor
+    first: int  # of this rank
+
+
+@_disable_dynamo
+def gather(mu: Tensor, logvar: Tensor, process_group: ProcessGroup) -> Shards:
+    """(M, K) of all ranks from the shards (b, K). These may differ in size, so ranks first tell each other theirs, which
+    a GPU's host waits for."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError("process_group: not inside torch.func's transforms, which cannot cross processes")
+    rank = dist.get_rank(process_group)
+    told = mu.new_empty(dist.get_world_size(process_group), dtype=torch.int64)
+    dist.all_gather(list(told.split(1)), told.new_full((1,), mu.shape[0]), group=process_group)
+    sizes = told.tolist()
+    of_all = cast(Any, _Gather).apply(mu, logvar, sizes, process_group)
+    return Shards(of_all[0], of_all[1], sum(sizes[:rank]))
+
+
+def _refuse_second_derivatives() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError("process_group: no second derivatives, so no backward with create_graph=True")
+
+
+class _Gather(torch.autograd.Function):
+    """Forward all ranks' rows; backward the sum of what all ranks found for this rank's."""
+
+    @staticmethod
+    def forward(ctx: Any, mu: Tensor, logvar: Tensor, sizes: list[int], group: ProcessGroup) -> tuple[Tensor, ...]:
+        rank = dist.get_rank(group)
+        ctx.group, ctx.own = group, slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+        sent = mu.new_zeros(2, max(sizes), mu.shape[1])
+        sent[:, : mu.shape[0]] = torch.stack([mu, logvar])
+        parts = [torch.empty_like(sent) for _ in sizes]
+        dist.all_gather(parts, sent, group=group)
+        rows = torch.cat([part[:, :size] for part, size in zip(parts, sizes, strict=True)], 1)
+        return rows[0].clone(), rows[1].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivatives()
+        sums = torch.stack(grad_outputs)
+        dist.all_reduce(sums, group=ctx.group)
+        of_mu, of_logvar = sums[:, ctx.own].unbind(0)
+        return of_mu, of_logvar, None, None
+
+
 class _GlobalElbo(autograd.ElboFunction):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
@@ -92,8 +142,7 @@ class _GlobalElbo(autograd.ElboFunction):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("process_group: no second derivatives, so no backward with create_graph=True")
+        _refuse_second_derivatives()
         if ctx.empty:  # zeros, not None: whoever averages gradients counts on one of each rank
             pairs = zip(ctx.saved_tensors[:_TENSORS], ctx.needs_input_grad, strict=False)
             return autograd.for_inputs(

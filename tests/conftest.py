@@ -22,7 +22,7 @@ from workshop import Workshop
 
 import fused_elbo
 from fused_elbo import BackendUnavailable, backends
-from fused_elbo.operators import elbo, levels
+from fused_elbo.operators import aggregate, elbo, levels
 
 
 def pytest_collection(session: pytest.Session) -> None:
@@ -36,6 +36,7 @@ def pytest_collection(session: pytest.Session) -> None:
         )
         elbo.register(backends.triton.operators(), "CPU")
         levels.register(backends.triton.levels_operators(), "CPU")
+        aggregate.register(backends.triton.aggregate_operators(), "CPU")
         backends.dispatched["cpu"] = "triton"
 
 

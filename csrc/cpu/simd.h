@@ -174,6 +174,12 @@ ELBO_INLINE ExpAnd<FloatV> exp_and_expm1mx(FloatV a, FloatV b) {
   return {Exp(a).exp(), Exp(b).expm1mx(b)};
 }
 
+// exp of numbers that are at most a rounding above 0, and mostly far below: what is below −kPlain counts as −kPlain, so
+// that there is no branch. NaN passes.
+ELBO_INLINE FloatV exp_of_negative(FloatV x) {
+  return Exp(x < -kPlain ? FloatV{} - kPlain : x).exp();
+}
+
 // fp64 is for gradient checks, where libm's accuracy counts and its speed does not.
 template <>
 struct Lanes<DoubleV> {
@@ -185,6 +191,10 @@ struct Lanes<DoubleV> {
     return x;
   }
 };
+
+ELBO_INLINE DoubleV exp_of_negative(DoubleV x) {
+  return Lanes<DoubleV>::exp(x);
+}
 
 template <class A>
 struct VectorOf;

@@ -11,11 +11,12 @@ import threading
 import torch
 
 from fused_elbo import build as builder
+from fused_elbo import reference
 from fused_elbo.backends.base import dispatched
 from fused_elbo.backends.library import Library
 from fused_elbo.call import Options, Tensors
 from fused_elbo.errors import BackendUnavailable, sentence
-from fused_elbo.operators import elbo, levels, registry
+from fused_elbo.operators import aggregate, elbo, levels, registry
 
 # Whose tensors the operators take. The tests have a library for CPU tensors: they say so here and in `library.loaded`.
 device = "cuda"
@@ -86,6 +87,10 @@ def levels_operators() -> levels.Operators:
     return _of_levels
 
 
+def aggregate_operators() -> aggregate.Implementation:
+    return reference.aggregate
+
+
 def load() -> None:
     """Put the operators behind fused_elbo's own for CUDA tensors, for the life of the process."""
     require()
@@ -93,4 +98,5 @@ def load() -> None:
         if dispatched["cuda"] != "cuda":
             for operator in OPERATORS:
                 registry.implement(operator.name, registry.find(operator.name, NAMESPACE), "CUDA")
+            aggregate.register(aggregate_operators(), "CUDA")
             dispatched["cuda"] = "cuda"

@@ -8,8 +8,9 @@ from typing import Any, cast
 
 import torch
 
+from .. import reference
 from ..errors import BackendUnavailable, once, sentence, unavailable
-from ..operators import elbo, levels
+from ..operators import aggregate, elbo, levels
 from .base import Status
 
 MINIMUM_CAPABILITY = (8, 0)  # of an NVIDIA GPU: what the kernels are compiled and tested for
@@ -23,6 +24,10 @@ def operators() -> elbo.Implementation:
 
 def levels_operators() -> levels.Implementation:
     return cast(levels.Implementation, _imported("levels"))
+
+
+def aggregate_operators() -> aggregate.Implementation:
+    return reference.aggregate
 
 
 def _imported(module: str) -> Any:
@@ -48,6 +53,7 @@ def load() -> None:
         _start()
     elbo.register(kernels, "CUDA")  # the key of HIP builds too
     levels.register(levels_operators(), "CUDA")
+    aggregate.register(aggregate_operators(), "CUDA")
 
 
 def _start() -> None:

@@ -4,6 +4,7 @@ Only what the host knows is checked (shapes, dtypes, devices, Python numbers); v
 looking at them would wait for the device.
 """
 
+from .aggregate import aggregate, dataset_size, samples_of
 from .options import (
     ascending,
     beta,
@@ -37,11 +38,13 @@ from .tensors import (
 )
 
 __all__ = [
+    "aggregate",
     "ascending",
     "beta",
     "channels",
     "configuration",
     "data",
+    "dataset_size",
     "dtype",
     "element_weight",
     "extra_error",
@@ -62,6 +65,7 @@ __all__ = [
     "process_group",
     "reduction",
     "same_batch",
+    "samples_of",
     "shape",
     "tensor",
 ]

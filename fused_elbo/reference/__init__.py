@@ -1,6 +1,7 @@
 """The operators in plain PyTorch: the truth in tests, the formulas of second derivatives, the backend of last resort.
 
-Three stages, each in a file of the stem that it has in every language; the formulas are in math.py:
+Three stages of the loss, each in a file of the stem that it has in every language; the formulas are in math.py, and
+aggregate.py has the operators of the aggregate posterior:
 
     elbo_stats       A_i = Σ_d |e_id|^q   and   KL_i                   the only numbers through which the data enter
     elbo_finalize    A, KL → loss, distortion, rate, σ                 O(B)
@@ -18,11 +19,12 @@ import torch
 from torch import Tensor
 
 from ..call import Gradients, GradOutputs, Options, Outputs, Tensors, first, masked
+from . import aggregate
 from .elbo_finalize import batch_terms, finalize
 from .elbo_grads import gradients
 from .elbo_stats import stats
 
-__all__ = ["finalize", "forward", "gradients", "grads", "stats", "step"]
+__all__ = ["aggregate", "finalize", "forward", "gradients", "grads", "stats", "step"]
 
 
 def forward(tensors: Tensors, options: Options) -> Outputs:

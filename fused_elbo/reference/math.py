@@ -86,6 +86,34 @@ def limited_slope(rate: Tensor, limit: Tensor, options: Options) -> Tensor:
     return (rate >= limit).to(rate.dtype) if is_floor(options.limit_mode) else (rate - limit).sign()
 
 
+# --------------------------------------------------------------------------------------------- the aggregate posterior
+
+
+def log_normal(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    """log N(z; μ, exp l), elementwise. In this form, and not multiplied out, since z² − 2zμ + μ² cancels."""
+    return -0.5 * ((z - mu).square() * (-logvar).exp() + logvar + LOG_2PI)
+
+
+class LogNormalGrad(NamedTuple):
+    z: Tensor
+    mu: Tensor
+    logvar: Tensor
+
+
+def log_normal_grad(z: Tensor, mu: Tensor, logvar: Tensor) -> LogNormalGrad:
+    difference = z - mu
+    scaled = difference * (-logvar).exp()
+    return LogNormalGrad(-scaled, scaled, 0.5 * (scaled * difference - 1))
+
+
+def mixture_log_weights(components: int, has_own: bool, dataset_size: int | None) -> tuple[float, float]:
+    """log w of the component that z was drawn from, and of each other one: 1/N and (N − 1)/(N (M − 1)). So the other
+    M − 1 stand for the other N − 1 of the data set, and the weights sum to 1. Without either, all are 1/M."""
+    size = components if dataset_size is None or not has_own else dataset_size
+    others = (size - 1) / (size * max(components - 1, 1))
+    return -math.log(size), math.log(others) if components > 1 else -math.log(size)
+
+
 # ---------------------------------------------------------------------------------------------------------- the errors
 
 

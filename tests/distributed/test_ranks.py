@@ -24,7 +24,15 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from fused_elbo import DecoupledELBO, LearnedSigmaELBO, decoupled_elbo, gaussian_kl, gaussian_nll
+from fused_elbo import (
+    DecoupledELBO,
+    LearnedSigmaELBO,
+    decoupled_elbo,
+    gaussian_kl,
+    gaussian_nll,
+    kl_decomposition,
+    log_aggregate_posterior,
+)
 from fused_elbo.sigma import Optimal
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
@@ -68,6 +76,41 @@ def halves_of_the_loss(rank: Rank) -> None:
         shards = [rank.shard(mu), rank.shard(mu[:, :2])], [rank.shard(logvar), rank.shard(logvar[:, :2])]
         whole = gaussian_kl([mu, mu[:, :2]], [logvar, logvar[:, :2]], reduction=reduction)
         rank.close("kl of levels", rank.average(gaussian_kl(*shards, **options)), whole)
+
+
+def the_kl_in_parts(rank: Rank) -> None:
+    """The mixture is that of all ranks, each of which has its own components in it."""
+    mu, logvar, noise = (torch.randn(BATCH, 2, 3, dtype=torch.float64, requires_grad=i < 2) for i in range(3))
+    z = mu + (0.5 * logvar).exp() * noise
+    for reduction in SCALAR:
+        options = {"dataset_size": 50, "reduction": reduction}
+        whole = kl_decomposition(z, mu, logvar, **options)
+        of_shard = (rank.shard(t) for t in (z, mu, logvar))
+        part = kl_decomposition(*of_shard, **options, process_group=dist.group.WORLD)
+        for field, a, b in zip(whole._fields, part, whole, strict=True):
+            rank.close(f"{reduction}: {field}", rank.average(a), b)
+        losses = (terms.total_correlation + 2 * terms.mutual_information for terms in (part, whole))
+        for got, expected in zip(
+            *(torch.autograd.grad(t, (mu, logvar), retain_graph=True) for t in losses), strict=True
+        ):
+            rank.close(f"{reduction}: gradient", rank.average(got), expected)
+    for own in (True, False):
+        whole, part = (
+            log_aggregate_posterior(*tensors, own=own, **options)
+            for tensors, options in (
+                ((z, mu, logvar), {}),
+                ([rank.shard(t) for t in (z, mu, logvar)], {"process_group": dist.group.WORLD}),
+            )
+        )
+        for a, b in zip(part, whole, strict=True):
+            rank.close(f"own={own}", a, rank.shard(b))
+    try:
+        log_aggregate_posterior(
+            *(rank.shard(t) for t in (z, mu, logvar)), dataset_size=5, process_group=dist.group.WORLD
+        )
+        rank.failures.append("a data set that is smaller than the batch of all ranks was not refused")
+    except ValueError as error:
+        assert "the 7 components of all ranks, got 5" in str(error)  # noqa: PT017
 
 
 def images_of_two_sizes(rank: Rank) -> None:
@@ -192,7 +235,17 @@ def under_fsdp(rank: Rank) -> None:
             rank.close(f"FSDP2, {name}: gradient of {p}", got.grad.full_tensor(), expected.grad)  # type: ignore[union-attr]
 
 
-CHECKS = (every_mode, halves_of_the_loss, images_of_two_sizes, collectives, sub_group, under_ddp, at_once, under_fsdp)
+CHECKS = (
+    every_mode,
+    halves_of_the_loss,
+    the_kl_in_parts,
+    images_of_two_sizes,
+    collectives,
+    sub_group,
+    under_ddp,
+    at_once,
+    under_fsdp,
+)
 
 
 def work(number: int, ranks: int, folder: str) -> None:

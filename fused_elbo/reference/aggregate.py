@@ -1,0 +1,97 @@
+"""log q̂ of a mixture of posteriors, and its gradients, in plain PyTorch (../operators/aggregate.py).
+
+    L_i  = logsumexp_j(log w_ij + Σ_k a_ijk)      p_ij  = exp(log w_ij + Σ_k a_ijk − L_i)
+    M_ik = logsumexp_j(log w_ij + a_ijk)          r_ijk = exp(log w_ij + a_ijk − M_ik)
+    a_ijk = log N(z_ik; μ_jk, exp l_jk)           W_ijk = g_i p_ij + h_ik r_ijk,  g = ∂/∂L, h = ∂/∂M
+
+    ∂z_ik = Σ_j W_ijk ∂a/∂z      ∂μ_jk = Σ_i W_ijk ∂a/∂μ      ∂l_jk = Σ_i W_ijk ∂a/∂l
+
+The rows of z are taken in chunks, so that what is B·M·K large is never there as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..call import compute_dtype
+from ..operators.aggregate import Sums, asked
+from .math import log_normal, log_normal_grad, mixture_log_weights
+
+_AT_ONCE = 1 << 21  # elements of B·M·K
+
+
+def aggregate(z: Tensor, mu: Tensor, logvar: Tensor, own: int, dataset_size: int | None) -> Sums:
+    z, mu, logvar = _computed(z, mu, logvar)
+    joints, marginals = [], []
+    for first, rows in _chunks(z, mu):
+        weights = _weights(first, rows, mu, own, dataset_size)
+        a = log_normal(rows[:, None], mu, logvar)
+        joints.append(torch.logsumexp(a.sum(2) + weights, 1))
+        marginals.append(torch.logsumexp(a + weights[:, :, None], 1))
+    return torch.cat(joints), torch.cat(marginals)
+
+
+def aggregate_grads(
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    own: int,
+    dataset_size: int | None,
+    joint: Tensor,
+    marginals: Tensor,
+    grad_joint: Tensor | None,
+    grad_marginals: Tensor | None,
+    mask: int,
+) -> tuple[Tensor, ...]:
+    given, (z, mu, logvar) = (z, mu, logvar), _computed(z, mu, logvar)
+    of_z, of_mu, of_logvar = [], torch.zeros_like(mu), torch.zeros_like(logvar)
+    for first, rows in _chunks(z, mu):
+        at = slice(first, first + rows.shape[0])
+        weights = _weights(first, rows, mu, own, dataset_size)
+        a = log_normal(rows[:, None], mu, logvar)
+        factors = torch.zeros_like(a)
+        if grad_joint is not None:
+            p = (a.sum(2) + weights - joint[at, None]).exp()
+            factors = factors + (grad_joint[at, None] * p)[:, :, None]
+        if grad_marginals is not None:
+            r = (a + weights[:, :, None] - marginals[at, None]).exp()
+            factors = factors + grad_marginals[at, None] * r
+        slopes = log_normal_grad(rows[:, None], mu, logvar)
+        of_z.append((factors * slopes.z).sum(1))
+        of_mu = of_mu + (factors * slopes.mu).sum(0)
+        of_logvar = of_logvar + (factors * slopes.logvar).sum(0)
+    found = (torch.cat(of_z), of_mu, of_logvar)
+    return asked(mask, given[0], lambda i: _like(given[i], found[i]))
+
+
+def _computed(*tensors: Tensor) -> list[Tensor]:
+    dtype = compute_dtype(*tensors)
+    return [t.to(dtype) for t in tensors]
+
+
+def _like(given: Tensor, gradient: Tensor) -> Tensor:
+    """As the operator promises it."""
+    gradient, wanted = gradient.to(given.dtype), torch.empty_like(given)
+    return gradient if gradient.stride() == wanted.stride() else wanted.copy_(gradient)
+
+
+def _chunks(z: Tensor, mu: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The first row of each, and its rows."""
+    rows = z.shape[0]
+    if not torch.compiler.is_compiling():
+        rows = max(1, min(rows, _AT_ONCE // max(1, mu.numel())))
+    for first in range(0, max(1, z.shape[0]), max(1, rows)):
+        yield first, z[first : first + rows]
+
+
+def _weights(first: int, rows: Tensor, mu: Tensor, own: int, dataset_size: int | None) -> Tensor:
+    """log w_ij of some rows, [rows, M]."""
+    components = mu.shape[0]
+    of_own, of_others = mixture_log_weights(components, own >= 0, dataset_size)
+    i = torch.arange(rows.shape[0], device=mu.device)[:, None] + (first + own)
+    j = torch.arange(components, device=mu.device)
+    weights = mu.new_full((rows.shape[0], components), of_others)
+    return weights.masked_fill(i == j, of_own) if own >= 0 else weights
