@@ -28,7 +28,7 @@ CHECK = {
         "calibrated_decoders", "example_data", "examples", "frechet", "latent_autoencoder", "learned_vs_fixed_sigma",
         "likelihoods", "linear", "mmd", "objective_slices", "quadrature", "rd_curve", "rd_curve_runs",
         "sparse_representation", "sweep",
-        "factors",
+        "disentanglement", "factors", "kl_decomposition", "kl_parts",
     ),
     "the benchmark and the GPU check": (
         "bench", "gpu_check", "gpu_pages", "gpu_pool", "gpu_sections", "gpu_tools", "results",

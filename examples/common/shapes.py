@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from .data import Images
+from .data import Images, halve
 
 SIZE, SUPERSAMPLED = 32, 4
 FACTORS = {"shape": 3, "scale": 4, "angle": 8, "x": 8, "y": 8}  # and the number of values of each
@@ -47,9 +47,12 @@ def shapes() -> Tensor:
 
 
 def population() -> Images:
-    """For a trainer. There is nothing outside of it to generalise to, so it is trained on and measured as a whole; a
-    twelfth of it stands in for the validation split."""
-    images = shapes()
+    """For a trainer, halved to 16×16, where all pictures still differ and models train in half the time.
+
+    There is nothing outside of it to generalise to, so it is trained on and measured as a whole; a twelfth of it stands
+    in for the validation split.
+    """
+    images = halve(shapes())
     return Images(train=images, val=images[::12], test=images)
 
 

@@ -36,6 +36,7 @@ def test_every_picture_of_the_population_differs_from_all_others() -> None:
     assert pictures.dtype == torch.uint8
     assert len(pictures.flatten(1).unique(dim=0)) == shapes.COUNT == 6144
     assert math.log(shapes.COUNT) == pytest.approx(8.7232, abs=1e-4)
+    assert len(shapes.population().train.flatten(1).unique(dim=0)) == 6144  # halved
     assert pictures[:, :, [0, -1]].max() == pictures[:, :, :, [0, -1]].max() == 0  # nothing is cut off
     x = pictures.flatten(1).float() / 255
     some = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:400]
