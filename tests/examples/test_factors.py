@@ -106,7 +106,7 @@ def test_disentangled_and_complete_are_two_things() -> None:
     """Two latents that hold the same factor are disentangled and not complete; one latent of two factors the other
     way round."""
     each, factors = one_latent_each(), shapes.factors().numpy()
-    learn, check = np.random.default_rng(0).permutation(len(each))[:1200].reshape(2, 600)
+    learn, check = np.random.default_rng(0).permutation(len(each))[:1000].reshape(2, 500)
 
     def dci(codes: np.ndarray) -> dict[str, float]:
         return factor_metrics.dci(codes[learn], factors[learn], codes[check], factors[check])
