@@ -11,8 +11,10 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from workloads import DATASET_SIZE
 
-from fused_elbo import decoupled_elbo, decoupled_elbo_backward, gaussian_kl
+from fused_elbo import decoupled_elbo, decoupled_elbo_backward, gaussian_kl, log_aggregate_posterior
 
 SOFTCLIP = -6.0  # where the calibrated-decoder code bends log σ
 LOG_2PI = math.log(2 * math.pi)
@@ -104,6 +106,46 @@ def eager_levels(*tensors: Tensor) -> Tensor:
     return total
 
 
+def eager_aggregate(*tensors: Tensor) -> Tensor:
+    """Total correlation as code for β-TCVAE has it: the log-densities of all pairs, broadcast, with the stratified
+    weights, of which a component's own is 1/N."""
+    return _total_correlation(*wide(*tensors))
+
+
+def _total_correlation(z: Tensor, mu: Tensor, logvar: Tensor, first: int = 0) -> Tensor:
+    """Of rows of z that begin at `first`, with all of mu and logvar."""
+    log_density = -0.5 * ((z[:, None] - mu) ** 2 / logvar.exp() + logvar + LOG_2PI)
+    batch, components = z.shape[0], mu.shape[0]
+    others = math.log((DATASET_SIZE - 1) / (DATASET_SIZE * (components - 1)))
+    weights = torch.full((batch, components), others, dtype=z.dtype, device=z.device)
+    weights.diagonal(first).fill_(-math.log(DATASET_SIZE))
+    joint = torch.logsumexp(log_density.sum(2) + weights, 1)
+    return (joint - torch.logsumexp(log_density + weights[:, :, None], 1).sum(1)).sum()
+
+
+def keops_aggregate(*tensors: Tensor) -> Tensor:
+    """The same by pykeops, which streams too: one reduction for the joint density, and one for all dimensions, which
+    are then a dimension of batches."""
+    z, mu, logvar = wide(*tensors)
+    columns = (t.t()[:, :, None].contiguous() for t in (z, mu, logvar))
+    return _keops_log_sums(z, mu, logvar).sum() - _keops_log_sums(*columns).sum()
+
+
+def _keops_log_sums(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    from pykeops.torch import LazyTensor  # pyright: ignore[reportMissingImports]
+
+    components = mu.shape[-2]
+    own = -math.log(DATASET_SIZE)
+    others = math.log((DATASET_SIZE - 1) / (DATASET_SIZE * (components - 1)))
+    i = torch.arange(z.shape[-2], dtype=z.dtype, device=z.device)[:, None, None]
+    j = torch.arange(components, dtype=z.dtype, device=z.device)[None, :, None]
+    log_weight = own + (others - own) * (LazyTensor(i) - LazyTensor(j)).square().sign()
+    scaled = (LazyTensor(z[..., :, None, :]) - LazyTensor(mu[..., None, :, :])).square()
+    scaled = scaled * LazyTensor(torch.exp(-logvar)[..., None, :, :])
+    log_density = -0.5 * (scaled + LazyTensor((logvar + LOG_2PI)[..., None, :, :]))
+    return (log_density.sum(-1) + log_weight).logsumexp(dim=z.dim() - 1)
+
+
 def levels_of(tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
     return [tensors[i : i + 4] for i in range(0, len(tensors), 4)]
 
@@ -128,6 +170,9 @@ def fused(sigma: str, *tensors: Tensor) -> Tensor:
     if sigma == "levels":
         mu, logvar, *prior = zip(*levels_of(tensors), strict=True)
         return gaussian_kl(mu, logvar, prior=list(zip(*prior, strict=True)), reduction="sum")
+    if sigma == "aggregate":
+        joint, marginals = log_aggregate_posterior(*tensors, dataset_size=DATASET_SIZE)
+        return joint.sum() - marginals.sum()
     return decoupled_elbo(*tensors[:4], **options(sigma, tensors), reduction="sum").loss  # type: ignore[arg-type]
 
 
@@ -145,6 +190,12 @@ def exact(sigma: str, softclip: bool, *tensors: Tensor) -> Tensor:
         gaussians = [(m, l, m_p, l_p) for m, l, m_p, l_p in levels_of(tensors)]
         return torch.stack(
             [0.5 * ((m - m_p) ** 2 / l_p.exp() + (l - l_p).exp() - 1 - (l - l_p)).sum() for m, l, m_p, l_p in gaussians]
+        ).sum()
+    if sigma == "aggregate":  # in parts, whose tensors are made again for their gradients
+        z, mu, logvar = tensors
+        parts = enumerate(z.split(64))
+        return torch.stack(
+            [checkpoint(_total_correlation, rows, mu, logvar, 64 * i, use_reentrant=False) for i, rows in parts]
         ).sum()
     recon, target, mu, logvar = tensors[:4]
     rate = 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum()

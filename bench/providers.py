@@ -4,6 +4,7 @@ before it is timed."""
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,12 +14,13 @@ import limit
 import losses
 import torch
 from torch import Tensor
-from workloads import LEVELS, SIGMAS, Case, leaves
+from workloads import LEVELS, NO_DATA, SIGMAS, Case, leaves
 
 import fused_elbo
 from fused_elbo import backends
 
-DATA = tuple(sigma for sigma in SIGMAS if sigma != "levels")
+DATA = tuple(sigma for sigma in SIGMAS if sigma not in NO_DATA)
+MOST_BROADCAST = 1 << 28  # elements, 1 GiB in fp32, of which eager code makes several tensors
 LOSS_TOLERANCE = 1e-4  # of the loss, whose sums are fp32 at least
 TOLERANCES = {  # of the largest element of a gradient: its sum's rounding, then that of its own dtype
     torch.float64: 1e-9,
@@ -44,6 +46,7 @@ class Provider:
     compiled: bool = False
     backend: str | None = None  # of fused_elbo
     calls_backward: bool = False  # the gradients are in .grad afterwards
+    needs: str | None = None  # a package that is no requirement of the benchmark
     softclip: bool = False  # bends log σ near −6
     scale: Callable[[Case], float] = lambda case: 1.0
     left_out: Callable[[Case], float] = lambda case: 0.0  # nats
@@ -51,6 +54,11 @@ class Provider:
     def serves(self, case: Case) -> bool:
         if self.kind == "limit":
             return case.limit and case.device == "cpu" and limit.available()
+        if self.needs and importlib.util.find_spec(self.needs) is None:
+            return False
+        in_plain_torch = self.kind in ("baseline", "reference") and not self.needs
+        if case.sigma == "aggregate" and in_plain_torch and case.elements > MOST_BROADCAST:
+            return False
         return case.sigma in self.sigmas and (self.backend is None or self.backend in available(case.device))
 
 
@@ -111,6 +119,8 @@ ALL = [
         "latent_diffusion", losses.latent_diffusion, ("learned",), scale=lambda c: 2 / c.batch, left_out=half_log_2pi
     ),
     *eager("eager_levels", losses.eager_levels, ("levels",)),
+    *eager("eager_aggregate", losses.eager_aggregate, ("aggregate",)),
+    Provider("keops", ("aggregate",), "baseline", losses.keops_aggregate, needs="pykeops"),
     *eager("one_liner_laplace", losses.one_liner_laplace, ("laplace",), left_out=optimal_laplace),
     *eager(
         "latent_diffusion_l1",
@@ -140,6 +150,8 @@ TITLES = {
     "masked_one_liner": "masked `n/2·log MSE` + KL",
     "decoders_one_liner": "`N/2·log(F.mse_loss(y.sigmoid(), x.float() / 255))` + KL",
     "eager_levels": f"KL of {sum(LEVELS.values())} levels, eager",
+    "keops": "total correlation by KeOps",
+    "eager_aggregate": "total correlation by broadcasting",
     "reference": "fused_elbo's reference",
     "limit": "limit",
 }

@@ -32,7 +32,9 @@ from record import HIDDEN, Columns, Record, count, median, number, quartiles, ra
 BENCH = Path(__file__).resolve().parent
 KEPT, PAGE, README = BENCH / "results", BENCH / "RESULTS.md", BENCH.parent / "README.md"
 TEMPLATE = BENCH / "RESULTS.template.md"
-HOST_RUN, TRAINERS_RUN = "host.json", "trainers.json"
+HOST_RUN = "host.json"
+# Runs of nothing but what has these σ stand beside the others.
+OF_SOME = {"trainers.json": workloads.OF_TRAINERS, "aggregate.json": ("aggregate",)}
 START, END = "<!-- bench: written by make bench-docs -->\n", "<!-- /bench -->\n"
 
 
@@ -141,8 +143,8 @@ def each_case(run: Record, sigmas: Iterable[str]) -> str:
     )
 
 
-def of_trainers(run: Record) -> str:
-    found = each_case(run, workloads.OF_TRAINERS)
+def of_some(run: Record, sigmas: Iterable[str]) -> str:
+    found = each_case(run, sigmas)
     return f"{measured_on(run)}, commit {run['versions']['commit']}.\n\n{found}" if found else ""
 
 
@@ -194,7 +196,7 @@ def results_page(
     narrower: Iterable[Record] = (),
     on_gpus: Iterable[Record] = (),
     host: Record | None = None,
-    trainers: Record | None = None,
+    of_its_own: dict[str, Record] | None = None,
 ) -> str:
     compiled = next((c for c in (Case(run, s.name) for s in workloads.SHAPES) if "stock_compiled" in c.records), None)
     halved = [name for name, about in run["cases"].items() if about["dtype"] != "fp32"]
@@ -205,7 +207,7 @@ def results_page(
         "halves": table(HALVES, cases(run, halved)),
         "other_sigmas": each_case(run, workloads.OTHER_SIGMAS),
         "hierarchy": each_case(run, ["levels"]),
-        "trainers": of_trainers(trainers or run),
+        **{Path(name).stem: of_some((of_its_own or {}).get(name, run), sigmas) for name, sigmas in OF_SOME.items()},
         "narrower": "\n\n".join(f"{narrower_on(other)}\n\n{narrower_table(run, other)}" for other in narrower),
         "memory_table": table(MEMORY, peaks, left=2),
         "overhead": table(PROVIDERS + COUNTS, Case(run, workloads.TINY.name).records.values()),
@@ -265,21 +267,20 @@ def rendered() -> dict[Path, str]:
     images = [image.name for image in sorted(KEPT.glob("*.png"))]
     run = record.read_json(KEPT / "results.json")
     of_gpus = gpu_pages.kept(KEPT)
-    others = {KEPT / "results.json", KEPT / HOST_RUN, KEPT / TRAINERS_RUN, *of_gpus}
+    others = {KEPT / "results.json", KEPT / HOST_RUN, *(KEPT / name for name in OF_SOME), *of_gpus}
     narrower = [path for path in sorted(KEPT.glob("*.json")) if path not in others]
-    host, trainers = (
-        record.read_json(path) if path.exists() else None for path in (KEPT / HOST_RUN, KEPT / TRAINERS_RUN)
-    )
+    host = record.read_json(KEPT / HOST_RUN) if (KEPT / HOST_RUN).exists() else None
+    of_its_own = {name: record.read_json(KEPT / name) for name in OF_SOME if (KEPT / name).exists()}
     on_others = (map(record.read_json, paths) for paths in (narrower, of_gpus))
     return {
-        PAGE: results_page(run, images, *on_others, host, trainers),
+        PAGE: results_page(run, images, *on_others, host, of_its_own),
         README: between(README.read_text(encoding="utf-8"), readme_table(run)),
     }
 
 
 def keep(*folders: Path) -> None:
     """Runs of bench/run.py, the widest first, and of bench/proof/gpu_check.py and bench/host.py, which a folder is told
-    by; and a run of bench/run.py of nothing but what trainers have, which stands beside the others."""
+    by; and runs of bench/run.py of nothing but what OF_SOME has."""
     KEPT.mkdir(exist_ok=True)
     for path in (path for folder in folders for path in gpu_pages.kept(folder)):
         record.write_json(record.read_json(path), KEPT / path.name)
@@ -287,18 +288,19 @@ def keep(*folders: Path) -> None:
     for folder in of_hosts:
         record.write_json(record.read_json(folder / HOST_RUN), KEPT / HOST_RUN)
     on_cpus = [folder for folder in folders if not gpu_pages.kept(folder) and folder not in of_hosts]
-    of_trainers = [folder for folder in on_cpus if is_of_trainers(folder)]
-    for folder in of_trainers:
-        record.write_json(record.read_json(folder / "results.json"), KEPT / TRAINERS_RUN)
-    if whole := [folder for folder in on_cpus if folder not in of_trainers]:
+    names = {folder: name for folder in on_cpus if (name := of_some_only(folder))}
+    for folder, name in names.items():
+        record.write_json(record.read_json(folder / "results.json"), KEPT / name)
+    if whole := [folder for folder in on_cpus if folder not in names]:
         keep_on_cpus(*whole)
 
 
-def is_of_trainers(folder: Path) -> bool:
+def of_some_only(folder: Path) -> str | None:
+    """Under which name of OF_SOME a run is kept."""
     if not (folder / "results.json").exists():
-        return False
-    cases = record.read_json(folder / "results.json")["cases"].values()
-    return all(about["sigma"] in workloads.OF_TRAINERS for about in cases)
+        return None
+    found = {about["sigma"] for about in record.read_json(folder / "results.json")["cases"].values()}
+    return next((name for name, sigmas in OF_SOME.items() if found.issubset(sigmas)), None)
 
 
 def keep_on_cpus(folder: Path, *narrower: Path) -> None:

@@ -15,9 +15,12 @@ HERE = Path(__file__).parent
 RUN = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
-from fused_elbo import backend, decoupled_elbo, decoupled_elbo_backward
-calls, values = torch.load(sys.argv[2], weights_only=False), []
+from fused_elbo import backend, decoupled_elbo, decoupled_elbo_backward, log_aggregate_posterior
+(calls, mixtures), values = torch.load(sys.argv[2], weights_only=False), []
 with backend("cpp"):
+    for mixture in mixtures:
+        sums = log_aggregate_posterior(*mixture, dataset_size=1000)
+        values += [*(s.detach() for s in sums), *torch.autograd.grad(sums, mixture, [s.detach().cos() for s in sums])]
     for call in calls:
         outputs = call(decoupled_elbo)
         values += [o.detach() for o in outputs if o is not None] + call.gradients(outputs)
@@ -38,7 +41,8 @@ def of_each_instruction_set(folder: Path, program: str = sys.executable) -> dict
     torch.randn, so the inputs are made once.)"""
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     calls = [Call(mode, data=(3, 11, 13), latent=(70,), dtype=dtype) for mode in MODES for dtype in dtypes]
-    torch.save(calls, folder / "calls.pt")
+    mixtures = [[torch.randn(150, 9, dtype=dtype, requires_grad=True) for _ in range(3)] for dtype in dtypes]
+    torch.save((calls, mixtures), folder / "calls.pt")
     results = {}
     for capability in capabilities():
         paths = (str(HERE), str(folder / "calls.pt"), str(folder / f"{capability}.pt"))

@@ -6,11 +6,14 @@ Writes compiled_cuda.md and .csv: files of their own, for nvcc is not everywhere
 are those of compiled.py, and so is the reading of machine code, with these differences:
 
 - kernel: elbo_stats and so on, with recon and target of one dtype; [pixel]: σ varies inside a sample; [given],
-  [image]: σ is given, is each sample's own.
+  [image]: σ is given, is each sample's own; [z], [mu]: gradients of z, of mu and logvar; [mixed]: the one kernel for
+  Laplace, weights, a target of bytes, and activations, which it is told at run time. Extra errors, limits and logvar's
+  range are in all of them.
 - global_accesses, wide_accesses: a kernel reads elements one by one too, where vectors do not fit, and latents of any
   dtype, chosen at run time. So the code has narrow accesses that large aligned tensors never come to; how wide those
   are that they do come to is counted in tests/csrc/test_cuda_ptx.py, where the code runs.
 - bytes_in_flight_per_sm: between two branches, so of the data; each access of a latent is behind a branch of its own.
+  Blank where each access of the data is, too: [mixed].
 - instructions_per_element is blank: no pass through the code covers a fixed number of elements.
 
 nvcc's own folder may lack the tools that read machine code; Triton's wheel has them.
@@ -38,6 +41,7 @@ from fused_elbo import csrc
 TARGETS = ("sm_80", "sm_90", "sm_100")
 DTYPES = {"fp32": "float", "bf16": "BFloat16", "fp16": "Half"}
 FLAGS = ("-std=c++17", "-O3", "-fmad=false")  # as in the build
+EACH = "elbo_step_each"
 # kernel -> file, template and argument, threads of a block; {T}: the dtype
 KERNELS = {
     "elbo_stats": ("elbo_stats", "elbo_stats_kernel<float, {T}, {T}, false>(StatsArguments)", 256),
@@ -45,14 +49,34 @@ KERNELS = {
     "elbo_finalize": ("elbo_finalize", "elbo_finalize_kernel<float>(FinalizeArguments)", 1024),
     "elbo_grads": ("elbo_grads", "elbo_grads_kernel<float, {T}, {T}, false>(GradsArguments)", 256),
     "elbo_grads[pixel]": ("elbo_grads", "elbo_grads_kernel<float, {T}, {T}, true>(GradsArguments)", 256),
-    "elbo_step_each[given]": ("elbo_step_each", "elbo_step_each_kernel<{T}, {T}, false>(StepEachArguments)", 512),
-    "elbo_step_each[image]": ("elbo_step_each", "elbo_step_each_kernel<{T}, {T}, true>(StepEachArguments)", 512),
+    "elbo_step_each[given]": (EACH, "elbo_step_each_kernel<{T}, {T}, false>(StepEachArguments)", 512),
+    "elbo_step_each[image]": (EACH, "elbo_step_each_kernel<{T}, {T}, true>(StepEachArguments)", 512),
     "elbo_step": ("elbo_step", "elbo_step_kernel<{T}, {T}>(StepArguments)", 512),
+    "elbo_stats[mixed]": ("elbo_stats", "elbo_stats_kernel<float, {T}, Mixed, true>(StatsArguments)", 256),
+    "elbo_grads[mixed]": ("elbo_grads", "elbo_grads_kernel<float, {T}, Mixed, true>(GradsArguments)", 256),
+    "elbo_step_each[mixed-given]": (EACH, "elbo_step_each_kernel<{T}, Mixed, false>(StepEachArguments)", 512),
+    "elbo_step_each[mixed-image]": (EACH, "elbo_step_each_kernel<{T}, Mixed, true>(StepEachArguments)", 512),
+    "elbo_step[mixed]": ("elbo_step", "elbo_step_kernel<{T}, Mixed>(StepArguments)", 512),
     "elbo_levels": ("elbo_levels", "elbo_levels_kernel<float>(LevelsArguments)", 256),
     "elbo_level_sums": ("elbo_levels", "elbo_level_sums_kernel<float>(LevelSumsArguments)", 256),
     "elbo_levels_grads": ("elbo_levels", "elbo_levels_grads_kernel<float>(LevelsArguments)", 256),
+    "aggregate": ("aggregate", "aggregate_kernel<float>(AggregateArguments)", 256),
+    "aggregate_sums": ("aggregate", "aggregate_sums_kernel<float>(LogSumsArguments)", 256),
+    "aggregate_grads[z]": (
+        "aggregate_grads",
+        "aggregate_grads_kernel<float, OfPoints<float>>(AggregateArguments)",
+        256,
+    ),
+    "aggregate_grads[mu]": (
+        "aggregate_grads",
+        "aggregate_grads_kernel<float, OfComponents<float>>(AggregateArguments)",
+        256,
+    ),
+    "aggregate_grad_sums": ("aggregate_grads", "aggregate_grad_sums_kernel<float>(GradSumsArguments)", 256),
 }
-OF_ANY_DTYPE = ("elbo_finalize", "elbo_levels", "elbo_level_sums", "elbo_levels_grads")  # chosen at run time, or none
+OF_LEVELS = ("elbo_levels", "elbo_level_sums", "elbo_levels_grads")
+OF_AGGREGATE = ("aggregate", "aggregate_sums", "aggregate_grads[z]", "aggregate_grads[mu]", "aggregate_grad_sums")
+OF_ANY_DTYPE = ("elbo_finalize", *OF_LEVELS, *OF_AGGREGATE)  # chosen at run time, or none
 
 
 def nvcc() -> str | None:
@@ -92,12 +116,16 @@ def as_triton_prints(sass: str) -> str:
 def row(kernel: str, dtype: str, target: str) -> Row:
     code, shared = compiled(kernel, dtype, target)
     in_flight = None
-    if kernel not in OF_ANY_DTYPE and code.in_flight is not None:
+    if kernel not in OF_ANY_DTYPE and not is_mixed(kernel) and code.in_flight is not None:
         in_flight = code.in_flight * threads_per_sm(code.registers, KERNELS[kernel][2] // 32)
     wide = [w for w in code.widths if w >= WIDE]
     return Row(
         kernel, dtype, target, code.registers, code.spill_bytes, shared, len(code.widths), len(wide), None, in_flight
     )  # fmt: skip
+
+
+def is_mixed(kernel: str) -> bool:
+    return "[mixed" in kernel
 
 
 def dtypes_of(kernel: str) -> list[str]:

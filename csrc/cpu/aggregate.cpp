@@ -73,21 +73,21 @@ void write_matrix(const Matrix& m, F value) {
 template <class A>
 struct Components {
   int64_t count, latents, padded;
-  std::vector<A> mu, precision, constant;
+  std::vector<A> mu, half_precision, constant;
 
   Components(const Matrix& means, const Matrix& logvars)
       : count(means.rows),
         latents(means.columns),
         padded(up_to(count, kGroupBytes / sizeof(A))),
         mu(latents * padded, A(0)),
-        precision(latents * padded, A(1)),
+        half_precision(latents * padded, A(1)),
         constant(latents * padded, kMinusInfinity<A>) {
     const std::vector<A> m = read_matrix<A>(means), l = read_matrix<A>(logvars);
     for (int64_t j = 0; j < count; ++j) {
       for (int64_t k = 0; k < latents; ++k) {
         const Component<A> one = component(m[j * latents + k], l[j * latents + k]);
         const int64_t at = k * padded + j;
-        mu[at] = one.mu, precision[at] = one.precision, constant[at] = one.constant;
+        mu[at] = one.mu, half_precision[at] = one.half_precision, constant[at] = one.constant;
       }
     }
   }
@@ -95,7 +95,7 @@ struct Components {
   ELBO_INLINE Component<Vector<A>> at(int64_t k, int64_t j) const {
     constexpr AllLanes<A> all;
     const int64_t i = k * padded + j;
-    return {load(mu.data() + i, all), load(precision.data() + i, all), load(constant.data() + i, all)};
+    return {load(mu.data() + i, all), load(half_precision.data() + i, all), load(constant.data() + i, all)};
   }
 
   // Calls f(first, n) for the blocks in [begin, end).
@@ -141,27 +141,28 @@ struct LogSum {
   A most = kMinusInfinity<A>;
   double sum = 0;
 
-  ELBO_INLINE void add(const A* values, int64_t n, A most_of_these) {
-    const A next = most_of_these > most ? most_of_these : most;
-    const A shift = next == kMinusInfinity<A> ? A(0) : next;
-    if (next != most) sum *= std::exp(static_cast<double>(most - next));
-    most = next;
+  // n values, of which these lanes hold the greatest.
+  ELBO_INLINE void add(const A* values, int64_t n, Vector<A> greatest) {
+    const A shift = raise(greatest);
     sum += sum_lanes<A>(n, [&](int64_t j, auto lanes) { return exp_of_negative(load(values + j, lanes) - shift); });
   }
 
+  // Makes `most` as great as any of these lanes, and returns what is subtracted from what is added then. Apart from the
+  // loops, like `log`, for it compares single numbers.
+  __attribute__((noinline)) A raise(Vector<A> lanes) {
+    A next = most;
+    for (int64_t k = 0; k < kLanes<A>; ++k) next = lanes[k] > next ? lanes[k] : next;
+    if (next != most && sum != 0) sum *= std::exp(static_cast<double>(most - next));
+    most = next;
+    return next == kMinusInfinity<A> ? A(0) : next;
+  }
+
   // NaN is no number's maximum, but it is in the sum.
-  double log(double log_weight) const {
+  __attribute__((noinline)) double log(double log_weight) const {
     if (most == kMinusInfinity<A> && !std::isnan(sum)) return most;
     return log_weight + most + std::log(sum);
   }
 };
-
-template <class A>
-ELBO_INLINE A greatest(Vector<A> v) {
-  A most = v[0];
-  for (int64_t k = 1; k < kLanes<A>; ++k) most = v[k] > most ? v[k] : most;
-  return most;
-}
 
 // What one z adds to its log-sums in one block.
 template <class A>
@@ -179,14 +180,14 @@ void add_block(const Reading<A>& in, int64_t i, int64_t first, int64_t n, LogSum
       store(of_one + j, weighted, lanes);
       most = weighted > most ? weighted : most;
     });
-    marginals[k].add(of_one, n, greatest<A>(most));
+    marginals[k].add(of_one, n, most);
   }
   V most = V{} + kMinusInfinity<A>;
   for_lanes<A>(n, [&](int64_t j, auto lanes) {
     const V v = load(of_all + j, lanes);
     most = v > most ? v : most;
   });
-  joint.add(of_all, n, greatest<A>(most));
+  joint.add(of_all, n, most);
 }
 
 // Sums of gradients over a part of the z, or of the components.
@@ -249,7 +250,7 @@ void add_gradients(
       const LogNormalGrad<V> d = log_normal_grad<V>(z, in.components.at(k, first + j));
       V factor = Joint ? load(factors + j, lanes) : V{};
       if constexpr (Marginals) factor += grad * exp_of_negative(d.log_normal + load(weights + j, lanes) - log_sum);
-      const V of_mean = factor * d.mu;
+      const V half = factor * d.half_mu, of_mean = half + half;
       store(to_mu + j, load(to_mu + j, lanes) + of_mean, lanes);
       store(to_logvar + j, load(to_logvar + j, lanes) + factor * d.logvar, lanes);
       return of_mean;
@@ -296,7 +297,7 @@ void aggregate(const MixtureOf& mixture, const Matrix& joint, const Matrix& marg
 }
 
 template <class A>
-void aggregate_grads(const MixtureOf& mixture, const SumsGiven& given, const Matrix (&gradients)[3]) {
+void aggregate_grads(const MixtureOf& mixture, const SumsGiven& given, const MixtureGradients& gradients) {
   const Reading<A> in(mixture);
   const Incoming<A> coming(in, given);
   Parts<A> parts(in);
@@ -314,21 +315,19 @@ void aggregate_grads(const MixtureOf& mixture, const SumsGiven& given, const Mat
     return sum;
   };
   const int64_t latents = in.latents, padded = in.components.padded;
-  if (gradients[0]) {
-    write_matrix(gradients[0], [&](int64_t i, int64_t k) { return total(parts.z, parts.columns, i * latents + k); });
+  if (gradients.z) {
+    write_matrix(gradients.z, [&](int64_t i, int64_t k) { return total(parts.z, parts.columns, i * latents + k); });
   }
-  const std::vector<A>* const of_components[] = {&parts.mu, &parts.logvar};
-  for (int which = 0; which < 2; ++which) {
-    if (!gradients[1 + which]) continue;
-    write_matrix(gradients[1 + which], [&](int64_t j, int64_t k) {
-      return total(*of_components[which], parts.rows, k * padded + j);
-    });
-  }
+  const auto write_components = [&](const Matrix& to, const std::vector<A>& of_parts) {
+    if (to) write_matrix(to, [&](int64_t j, int64_t k) { return total(of_parts, parts.rows, k * padded + j); });
+  };
+  write_components(gradients.mu, parts.mu);
+  write_components(gradients.logvar, parts.logvar);
 }
 
 template void aggregate<float>(const MixtureOf&, const Matrix&, const Matrix&);
 template void aggregate<double>(const MixtureOf&, const Matrix&, const Matrix&);
-template void aggregate_grads<float>(const MixtureOf&, const SumsGiven&, const Matrix (&)[3]);
-template void aggregate_grads<double>(const MixtureOf&, const SumsGiven&, const Matrix (&)[3]);
+template void aggregate_grads<float>(const MixtureOf&, const SumsGiven&, const MixtureGradients&);
+template void aggregate_grads<double>(const MixtureOf&, const SumsGiven&, const MixtureGradients&);
 
 }  // namespace elbo

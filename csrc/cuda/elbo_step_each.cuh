@@ -105,7 +105,7 @@ __device__ void given_chunk(const StepEachArguments& args, const Chunk& p) {
   const Gradients& gradients = args.grads.gradients;
   const float a = static_cast<float>(own_factors(args.grads, p.sample, 0).recon_scale);
   if constexpr (kIsMixed<T>) {
-    write_sums(mixed_gradient<float, R, false>(data, gradients, a, p), args.partials, p);
+    write_sums(mixed_gradient<float, R, false, Order::kForward>(data, gradients, a, p), args.partials, p);
   } else {
     const DataChunk<float, R, T, false> elements(data, p.sample, p.first);
     const Written<R, T> out(gradients, p);

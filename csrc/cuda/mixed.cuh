@@ -20,7 +20,7 @@ struct MixedGrads {
 // group are asked for before one is used.
 template <int N, class At, class Load, class Use>
 __device__ inline void walk_ahead(int groups, Count<N> count, At at, Load load, Use use) {
-  decltype(load(0, count)) next;
+  decltype(load(0, count)) next = {};
   int g = lane();
   if (g < groups) next = load(at(g), count);
 #pragma unroll 1
@@ -47,7 +47,7 @@ __device__ inline void with_likelihood(const Data& data, F f) {
 
 // One warp over n elements: the sums, and for each group of elements `take(i, gradients, count)`, a being the sample's
 // factor.
-template <class A, class R, bool Own, class Take>
+template <Order Way = Order::kForward, class A, class R, bool Own, class Take>
 __device__ MixedSums<A> mixed_sums(const MixedChunk<A, R, Own>& elements, int n, int head, A a, Take take) {
   constexpr int V = MixedChunk<A, R, Own>::V;
   const Data& data = elements.data;
@@ -99,7 +99,7 @@ __device__ MixedSums<A> mixed_sums(const MixedChunk<A, R, Own>& elements, int n,
     sums.a += part;
     take(i, g, count);
   };
-  walk_ahead(vectors, Count<V>{}, [=](int g) { return head + g * V; }, load, use);
+  walk_ahead(vectors, Count<V>{}, [=](int g) { return head + nth<Way>(g, vectors) * V; }, load, use);
   walk_ahead(n - between, Count<1>{}, [=](int g) { return g < head ? g : g + between; }, load, use);
   return sums;
 }
@@ -134,8 +134,9 @@ struct MixedWritten {
   template <class R, class A, int N>
   __device__ void put(int i, const MixedGrads<A, N>& g, Count<N> count) const {
     if (out.recon.base) {
-      R* to = reinterpret_cast<R*>(out.recon.base) + begin + i;
-      store_values(to, count, [&](int j) { return g.recon.value[j]; });
+      // In bytes: from an index of elements nvcc makes an access of each, in some of the kernels.
+      char* to = out.recon.base + (begin + i) * static_cast<int64_t>(sizeof(R));
+      store_values(reinterpret_cast<R*>(to), count, [&](int j) { return g.recon.value[j]; });
     }
     put(out.target, i, g.target, count);
     put(out.element_log_sigma, i, g.log_sigma, count);

@@ -9,10 +9,11 @@
 namespace elbo {
 
 // N neighbours of a dtype known only at run time, no wider than A: as they lie in memory until they are used, so that
-// the loads of all tensors are under way at once.
+// the loads of all tensors are under way at once. Zero until they are read, as is all here that only some branches set:
+// what one of them leaves unset would keep its registers through all of the kernel, the prologue and the latents too.
 template <class A, int N>
 struct Raw {
-  uint32_t words[N * sizeof(A) / 4];
+  uint32_t words[N * sizeof(A) / 4] = {};
 
   template <class T>
   __device__ void keep(const Few<T, N>& few) {
@@ -32,7 +33,7 @@ struct Raw {
   }
 
   __device__ Values<A, N> take(ScalarType dtype) const {
-    Values<A, N> out;
+    Values<A, N> out = {};
     with_type(dtype, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
       if constexpr (sizeof(T) <= sizeof(A)) {
@@ -81,7 +82,7 @@ struct Repeated {
     int64_t offsets[N];
 #pragma unroll
     for (int j = 0; j < N; ++j) offsets[j] = offset_of<uint32_t>(broadcast, first + i + j);
-    Values<A, N> out;
+    Values<A, N> out = {};
     with_type(broadcast.values.dtype, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
 #pragma unroll

@@ -26,7 +26,8 @@ def aggregate(z: Tensor, mu: Tensor, logvar: Tensor, own: object, size: object, 
         raise ValueError(f"mu: expected (M, K), a vector for each component, got shape {shape(mu)}; use mu[:, None]")
     if not may_be_empty and tracing.known(z.shape[0] == 0):
         raise ValueError(f"z: an empty batch, shape {shape(z)}")
-    if own and tracing.known(z.shape[0] > mu.shape[0]):
+    # Compiled code must serve batches of all sizes: it compares none.
+    if own and not torch.compiler.is_compiling() and z.shape[0] > mu.shape[0]:
         raise ValueError(
             f"own: each z has a component of its own, but there are {z.shape[0]} of z and {mu.shape[0]} of mu; pass "
             "own=False if they have nothing to do with each other"
@@ -42,7 +43,7 @@ def dataset_size(size: object, components: int, whose: str = "") -> None:
         return
     if isinstance(size, bool) or not isinstance(size, Integral):
         raise TypeError(f"dataset_size: expected None or a whole number, got {size!r}")
-    if tracing.known(size < components):
+    if not torch.compiler.is_compiling() and size < components:
         some = f"{components} components{' ' * bool(whose)}{whose}"
         raise ValueError(f"dataset_size: expected at least as many as the {some}, got {size!r}")
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..call import compute_dtype
 from ..operators.aggregate import Sums, asked
-from .math import log_normal, log_normal_grad, mixture_log_weights
+from .math import log_normal, log_normal_grad, mixture_weights
 
 _AT_ONCE = 1 << 21  # elements of B·M·K
 
@@ -80,18 +80,19 @@ def _like(given: Tensor, gradient: Tensor) -> Tensor:
 
 def _chunks(z: Tensor, mu: Tensor) -> Iterator[tuple[int, Tensor]]:
     """The first row of each, and its rows."""
-    rows = z.shape[0]
-    if not torch.compiler.is_compiling():
-        rows = max(1, min(rows, _AT_ONCE // max(1, mu.numel())))
-    for first in range(0, max(1, z.shape[0]), max(1, rows)):
+    if torch.compiler.is_compiling() or isinstance(z.shape[0], torch.SymInt):  # of a size that is open
+        yield 0, z
+        return
+    rows = max(1, _AT_ONCE // max(1, mu.numel()))
+    for first in range(0, max(1, z.shape[0]), rows):
         yield first, z[first : first + rows]
 
 
 def _weights(first: int, rows: Tensor, mu: Tensor, own: int, dataset_size: int | None) -> Tensor:
     """log w_ij of some rows, [rows, M]."""
     components = mu.shape[0]
-    of_own, of_others = mixture_log_weights(components, own >= 0, dataset_size)
+    of_own, of_others = mixture_weights(components, own >= 0, dataset_size)
     i = torch.arange(rows.shape[0], device=mu.device)[:, None] + (first + own)
     j = torch.arange(components, device=mu.device)
     weights = mu.new_full((rows.shape[0], components), of_others)
-    return weights.masked_fill(i == j, of_own) if own >= 0 else weights
+    return (weights.masked_fill(i == j, of_own) if own >= 0 else weights).log()

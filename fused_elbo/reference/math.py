@@ -106,12 +106,18 @@ def log_normal_grad(z: Tensor, mu: Tensor, logvar: Tensor) -> LogNormalGrad:
     return LogNormalGrad(-scaled, scaled, 0.5 * (scaled * difference - 1))
 
 
-def mixture_log_weights(components: int, has_own: bool, dataset_size: int | None) -> tuple[float, float]:
-    """log w of the component that z was drawn from, and of each other one: 1/N and (N − 1)/(N (M − 1)). So the other
-    M − 1 stand for the other N − 1 of the data set, and the weights sum to 1. Without either, all are 1/M."""
+def mixture_weights(components: int, has_own: bool, dataset_size: int | None) -> tuple[float, float]:
+    """w of the component that z was drawn from, and of each other one: 1/N and (N − 1)/(N (M − 1)). So the other M − 1
+    stand for the other N − 1 of the data set, and the weights sum to 1. Without either, all are 1/M."""
     size = components if dataset_size is None or not has_own else dataset_size
-    others = (size - 1) / (size * max(components - 1, 1))
-    return -math.log(size), math.log(others) if components > 1 else -math.log(size)
+    if components == 1:  # never of a size that is open
+        return 1 / size, 1 / size
+    return 1 / size, (size - 1) / (size * (components - 1))
+
+
+def mixture_log_weights(components: int, has_own: bool, dataset_size: int | None) -> tuple[float, float]:
+    of_own, of_others = mixture_weights(components, has_own, dataset_size)
+    return math.log(of_own), math.log(of_others)
 
 
 # ---------------------------------------------------------------------------------------------------------- the errors

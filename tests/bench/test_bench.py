@@ -30,7 +30,7 @@ from timing import Ratio, Timing  # noqa: E402
 from workloads import Case  # noqa: E402
 
 BY_NAME = {provider.name: provider for provider in providers.ALL}
-SMALL = [Case((4, 3, 8, 8), (5,), sigma=sigma) for sigma in workloads.SIGMAS if sigma != "levels"]
+SMALL = [Case((4, 3, 8, 8), (5,), sigma=sigma) for sigma in providers.DATA]
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +68,21 @@ def test_every_provider_of_levels_agrees_with_fp64(few_levels: Case) -> None:
     assert {"eager_levels", "reference", "limit"} <= {p.name for p in serving}
     for provider in serving:
         providers.check(step(provider.name, few_levels), few_levels)
+
+
+@pytest.mark.parametrize("batch", [3, 70])
+def test_every_provider_of_the_aggregate_agrees_with_fp64(batch: int) -> None:
+    """Also where the fp64 code goes in parts."""
+    case = Case((batch, 5), (), sigma="aggregate", limit=False)
+    serving = [p for p in providers.chosen(None, case) if not p.compiled]
+    assert {"eager_aggregate", "reference"} < {p.name for p in serving}
+    for provider in serving:
+        providers.check(step(provider.name, case), case)
+
+
+def test_what_is_too_large_to_broadcast_is_not() -> None:
+    (case,) = workloads.chosen(["2048x128-aggregate"])
+    assert {p.kind for p in providers.chosen(None, case)} == {"ours"}
 
 
 def test_compiled_baselines_are_the_eager_ones() -> None:

@@ -281,6 +281,17 @@ def test_transforms() -> None:
             log_aggregate_posterior(dual, mu, logvar)
 
 
+def test_opcheck() -> None:
+    z, mu, logvar = (t.detach() for t in inputs(4, 6, 3, torch.float32))
+    call = (z, mu, logvar, 1, 30)
+    sums = torch.ops.fused_elbo.aggregate(*call)
+    torch.library.opcheck(torch.ops.fused_elbo.aggregate.default, call)
+    for mask in (7, 2):
+        torch.library.opcheck(torch.ops.fused_elbo.aggregate_grads.default, (*call, *sums, *sums, mask))
+    leaves = (t.requires_grad_() for t in (z, mu, logvar))
+    torch.library.opcheck(torch.ops.fused_elbo.log_aggregate.default, (*leaves, 1, 30, None))
+
+
 def test_autocast_changes_nothing() -> None:
     leaves = inputs(5, 5, 4, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

@@ -12,7 +12,7 @@ from cases import MODES, Call
 from torch import Tensor
 from workshop import finish, python
 
-from fused_elbo import decoupled_elbo
+from fused_elbo import decoupled_elbo, log_aggregate_posterior
 
 SMAPS = Path("/proc/self/smaps")
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -122,3 +122,39 @@ def test_what_is_kept_for_later_is_given_up_first(cpp: None) -> None:
     )
     out, _ = finish(python(script))
     assert out == "True\n"
+
+
+@needs_limit
+def test_the_aggregate_makes_no_tensor_of_all_pairs(cpp: None) -> None:
+    """1024 × 1024 × 128 numbers would be 512 MiB."""
+    script = (
+        LIMITED
+        + """
+    from fused_elbo import log_aggregate_posterior
+    def step(z, mu, logvar):
+        joint, marginals = log_aggregate_posterior(z, mu, logvar)
+        (joint.sum() - marginals.sum()).backward()
+    step(*(leaf((64, 128)) for _ in range(3)))
+    leaves = [leaf((1024, 128)) for _ in range(3)]
+    allow(64)
+    step(*leaves)
+    print(all(t.grad.isfinite().all() for t in leaves))
+    """
+    )
+    out, _ = finish(python(script))
+    assert out == "True\n"
+
+
+@pytest.mark.usefixtures("backend")
+def test_the_aggregate_saves_its_sums_alone() -> None:
+    z, mu, logvar = (torch.randn(20, 7, requires_grad=True) for _ in range(3))
+    saved: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        log_aggregate_posterior(z, mu, logvar)
+    own = saved.keys() - {t.untyped_storage().data_ptr() for t in (z, mu, logvar)}
+    assert sum(saved[k] for k in own) == 4 * (20 + 20 * 7)

@@ -6,6 +6,7 @@ A new transform or tracer is a line in a table. All of it depends on PyTorch's r
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,10 +16,11 @@ import torch
 import torch._dynamo.config
 from literal import literal_elbo
 from torch import Tensor, nn
+from torch.distributions import Normal
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fused_elbo
-from fused_elbo import decoupled_elbo, gaussian_kl, gaussian_nll
+from fused_elbo import decoupled_elbo, gaussian_kl, gaussian_nll, kl_decomposition
 from fused_elbo.sigma import Optimal
 
 pytestmark = pytest.mark.torch_versions
@@ -50,10 +52,23 @@ def literal_levels(a: Tensor) -> Tensor:
     return first + literal_elbo(a, a + 1, 2 * a, a.sin(), prior=(a.cos(), 0.1 * a))[2]
 
 
+def total_correlation(a: Tensor) -> Tensor:
+    return kl_decomposition(a.sin(), a, 0.5 * a, dataset_size=50).total_correlation
+
+
+def literal_total_correlation(a: Tensor) -> Tensor:
+    others = math.log(49 / 50 / (a.shape[0] - 1))
+    weights = torch.where(torch.eye(a.shape[0], dtype=torch.bool), -math.log(50), others)
+    log_density = Normal(a, (0.25 * a).exp(), validate_args=False).log_prob(a.sin()[:, None])
+    joint = torch.logsumexp(log_density.sum(2) + weights, 1)
+    return (joint - torch.logsumexp(log_density + weights[:, :, None], 1).sum(1)).mean()
+
+
 # What is called, and the same by torch.distributions.
 FUNCTIONS: dict[str, tuple[Function, Function]] = {
     "tensor": (lambda a: gaussian_kl(a, 0.5 * a), lambda a: literal_elbo(a, a + 1, a, 0.5 * a)[2]),
     "list": (both_levels, literal_levels),
+    "mixture": (total_correlation, literal_total_correlation),
     "elbo": (lambda a: decoupled_elbo(*data(a), beta=2.0).loss, lambda a: literal_elbo(*data(a), beta=2.0)[0]),
 }
 TRANSFORMS: dict[str, Callable[[Function], Function]] = {
@@ -128,6 +143,8 @@ def is_often(tracer: str, transform: str, function: str) -> bool:
     """By torch.compile what differs most, for every tracer the simplest; all else before a release. A tensor's rate has
     the operator of the loss, and the public function of a list's."""
     if tracer != "compile, eager" and transform not in ("none", "vmap", "grad"):
+        return False
+    if function == "mixture" and transform not in ("none", "vmap of grad"):
         return False
     return function != "tensor" or transform == "none"
 
