@@ -1,7 +1,7 @@
 """Does a VAE give each factor of the pictures a latent of its own? Four metrics, against beta and against the rate.
 
     python examples/disentanglement.py --quick     # three models
-    python examples/disentanglement.py             # twelve, twice
+    python examples/disentanglement.py             # twelve, of three seeds
 
 The pictures are the 6144 of common/shapes.py, halved to 16x16: a shape, its scale, angle, and place. Three
 families over beta: squared error + beta * rate (a constant sigma), the batch's optimal sigma with beta on the rate, and
@@ -38,7 +38,7 @@ METRICS = {
     "mig": "MIG", "disentanglement": "DCI: disentanglement", "completeness": "DCI: completeness",
     "informativeness": "DCI: informativeness", "sap": "SAP", "factor_vae": "FactorVAE score",
 }  # fmt: skip
-FULL = {"latent_dim": 10, "epochs": SHAPES_EPOCHS, "repeats": 2}
+FULL = {"latent_dim": 10, "epochs": SHAPES_EPOCHS, "repeats": 3}
 QUICK = {"latent_dim": 10, "epochs": QUICK_SHAPES_EPOCHS, "repeats": 1}
 QUICK_BETAS = {"coupled": (0.3,), "decoupled": (8,), "tc": (16,)}
 SIZES = list(shapes.FACTORS.values())
@@ -130,9 +130,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--epochs", type=cli.positive_int, metavar="N", help="(default: 30; with --quick 10)")
     group.add_argument(
         "--repeats", type=cli.positive_int, metavar="N",
-        help="of everything, with the seeds --seed, --seed + 1, … (default: 2; with --quick 1)",
+        help="of everything, with the seeds --seed, --seed + 1, … (default: 3; with --quick 1)",
     )  # fmt: skip
-    cli.add_sweep_arguments(parser, out=Path("runs/disentanglement"), minutes="about six minutes")
+    cli.add_sweep_arguments(parser, out=Path("runs/disentanglement"), minutes="about nine minutes")
     args = parser.parse_args(argv)
     cli.settle(args, full=FULL, quick=QUICK)
     return args
