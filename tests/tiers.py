@@ -25,9 +25,9 @@ COMMANDS = {"test": "make test", "check": "make check", "release": "make check-r
 # Files whose tests all wait for `make check`, and why. `make test` does not even import them.
 CHECK = {
     "the examples: what they claim, how they resume, what they refuse": (
-        "aggregated_posterior", "phase_diagram",
-        "calibrated_decoders", "example_data", "examples", "frechet", "latent_autoencoder", "learned_vs_fixed_sigma",
-        "likelihoods", "linear", "mmd", "objective_slices", "quadrature", "rd_curve", "rd_curve_runs",
+        "aggregated_posterior", "calibrated_decoders", "disentanglement", "example_data", "examples", "factors",
+        "frechet", "kl_decomposition", "kl_parts", "latent_autoencoder", "learned_vs_fixed_sigma", "likelihoods",
+        "linear", "mmd", "objective_slices", "phase_diagram", "quadrature", "rd_curve", "rd_curve_runs",
         "sparse_representation", "sweep",
     ),
     "the benchmark and the GPU check": (
