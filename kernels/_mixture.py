@@ -1,0 +1,184 @@
+"""A mixture of N(μ_j, exp l_j), as the kernels of the aggregate posterior see it: strides, weights, densities."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._math import log_normal, log_normal_terms, number, whole
+from .structs import Number
+
+THREADS = 128  # of a program: each holds a latent of some points, or components, and meets the others one by one
+
+
+class Points(NamedTuple):
+    """Or their gradients, where one that is not wanted is None."""
+
+    z: Tensor | None
+    mu: Tensor | None
+    logvar: Tensor | None
+
+
+class Weights(NamedTuple):
+    """log w_ij."""
+
+    others: Number
+    own: Number  # of component i + shift, less that of the others
+    shift: int | None  # None: all weigh alike
+
+
+class Strides(NamedTuple):
+    """None stands for 1."""
+
+    row: int | None
+    column: int | None
+
+
+class Sizes(NamedTuple):
+    points: int
+    components: int
+    latents: int
+    ACC: tl.constexpr
+    WIDE: tl.constexpr  # whether offsets need 64 bits
+
+
+class Layout(NamedTuple):
+    """What a plan keeps. Integers are as `structs.whole` makes them."""
+
+    z: Strides
+    mu: Strides
+    logvar: Strides
+    sizes: Sizes
+
+
+class Call(NamedTuple):
+    tensors: Points
+    weights: Weights
+    layout: Layout
+
+
+class JointCut(NamedTuple):
+    """A tile of [points, components], for which a program walks all latents."""
+
+    blocks: int  # of components
+    ROWS: tl.constexpr
+    COMPONENTS: tl.constexpr
+    LATENTS: tl.constexpr  # at a time
+
+
+class Walk(NamedTuple):
+    """A thread owns one latent of OWNED points and walks components, or the other way round. A program has AT_ONCE
+    threads for each of its latents."""
+
+    blocks: int  # of latents
+    splits: int  # programs that share the walk
+    steps: int  # of a program
+    OWNED: tl.constexpr
+    LATENTS: tl.constexpr
+    AT_ONCE: tl.constexpr
+
+
+@triton.jit
+def along(n, stride, WIDE: tl.constexpr):
+    """Returns offsets."""
+    if WIDE:
+        n = n.to(tl.int64)
+    if stride is None:
+        return n
+    else:
+        return n * whole(stride)
+
+
+@triton.jit
+def at(rows, columns, strides, WIDE: tl.constexpr):
+    """Returns the offsets of a matrix' elements."""
+    return along(rows, strides.row, WIDE) + along(columns, strides.column, WIDE)
+
+
+@triton.jit
+def points_at(rows, columns, inside, call):
+    """Reads z; 0 outside."""
+    sizes = call.layout.sizes
+    return tl.load(call.tensors.z + at(rows, columns, call.layout.z, sizes.WIDE), inside, 0.0).to(sizes.ACC)
+
+
+@triton.jit
+def components_at(rows, columns, inside, call):
+    """Reads μ, and l for s and c of `log_normal_terms`; 0 outside."""
+    sizes = call.layout.sizes
+    mu = tl.load(call.tensors.mu + at(rows, columns, call.layout.mu, sizes.WIDE), inside, 0.0).to(sizes.ACC)
+    logvar = tl.load(call.tensors.logvar + at(rows, columns, call.layout.logvar, sizes.WIDE), inside, 0.0)
+    scale, constant = log_normal_terms(logvar.to(sizes.ACC))
+    return mu, scale, constant
+
+
+@triton.jit
+def with_weights(constant, components, call):
+    """Adds log w to log-densities, that of the others to all; −∞ for components that are not there."""
+    others = number(call.weights.others, constant.dtype)
+    return tl.where(components < whole(call.layout.sizes.components), constant + others, float("-inf"))
+
+
+@triton.jit
+def with_own_weight(density, rows, components, call):
+    """Adds what the weight of a point's own component is more than the others'."""
+    if call.weights.shift is None:
+        return density
+    else:
+        own = number(call.weights.own, density.dtype)
+        return density + tl.where(components == rows + whole(call.weights.shift), own, 0.0)
+
+
+@triton.jit
+def densities(difference, scaled, constant, rows, components, call):
+    """Returns log w_ij N(z_ik; …). constant: `with_weights`"""
+    return with_own_weight(log_normal(difference, scaled, constant), rows, components, call)
+
+
+@triton.jit
+def joint_densities(rows, components, last, call, LATENTS: tl.constexpr):
+    """Returns log w_ij Π_k N(z_ik; …) of a tile, whose points end before the `last`."""
+    sizes = call.layout.sizes
+    found = tl.zeros((rows.shape[0], components.shape[0]), sizes.ACC)
+    for first in range(0, whole(sizes.latents), LATENTS):
+        columns = first + tl.arange(0, LATENTS)
+        is_latent = columns < whole(sizes.latents)
+        z = points_at(rows[:, None], columns[None, :], (rows < last)[:, None] & is_latent[None, :], call)
+        inside = is_latent[:, None] & (components < whole(sizes.components))[None, :]
+        mu, scale, constant = components_at(components[None, :], columns[:, None], inside, call)
+        difference = z[:, :, None] - mu[None, :, :]
+        found += tl.sum(difference * scale[None, :, :] * difference, 1)
+        found += tl.sum(tl.where(inside, constant, 0.0), 0)[None, :]
+    found = with_weights(found, components[None, :], call)
+    return with_own_weight(found, rows[:, None], components[None, :], call)
+
+
+@triton.jit
+def owned_and_split(pid, walk):
+    """Returns which points, or components, the threads of the pid-th program own, their latents, and their split."""
+    split, block = pid % whole(walk.splits), pid // whole(walk.splits)
+    owned = block // whole(walk.blocks) * walk.OWNED + tl.arange(0, walk.OWNED)
+    lanes = tl.arange(0, walk.LATENTS * walk.AT_ONCE)
+    return owned, block % whole(walk.blocks) * walk.LATENTS + lanes % walk.LATENTS, split
+
+
+@triton.jit
+def met(step, walk):
+    """Returns what the threads meet in a step."""
+    return step * walk.AT_ONCE + tl.arange(0, walk.LATENTS * walk.AT_ONCE) // walk.LATENTS
+
+
+@triton.jit
+def steps_of(split, walk):
+    """Returns the first step of a split, and the one past its last."""
+    return split * whole(walk.steps), (split + 1) * whole(walk.steps)
+
+
+def launch_options() -> dict[str, Any]:
+    """As many threads whatever a warp has."""
+    if triton.knobs.runtime.interpret:
+        return {}
+    return {"num_warps": THREADS // triton.runtime.driver.active.get_current_target().warp_size}
