@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._math import log_normal, log_normal_terms, number, whole
+from ._math import log_normal_terms, number, whole
 from .structs import Number
 
 THREADS = 128  # of a program: each holds a latent of some points, or components, and meets the others one by one
@@ -45,19 +45,19 @@ class Sizes(NamedTuple):
     WIDE: tl.constexpr  # whether offsets need 64 bits
 
 
-class Layout(NamedTuple):
-    """What a plan keeps. Integers are as `structs.whole` makes them."""
-
+class TensorStrides(NamedTuple):
     z: Strides
     mu: Strides
     logvar: Strides
-    sizes: Sizes
 
 
 class Call(NamedTuple):
+    """`strides` and `sizes` are what a plan keeps. Integers are as `structs.whole` makes them."""
+
     tensors: Points
     weights: Weights
-    layout: Layout
+    strides: TensorStrides
+    sizes: Sizes
 
 
 class JointCut(NamedTuple):
@@ -101,17 +101,15 @@ def at(rows, columns, strides, WIDE: tl.constexpr):
 @triton.jit
 def points_at(rows, columns, inside, call):
     """Reads z; 0 outside."""
-    sizes = call.layout.sizes
-    return tl.load(call.tensors.z + at(rows, columns, call.layout.z, sizes.WIDE), inside, 0.0).to(sizes.ACC)
+    return tl.load(call.tensors.z + at(rows, columns, call.strides.z, call.sizes.WIDE), inside, 0.0).to(call.sizes.ACC)
 
 
 @triton.jit
 def components_at(rows, columns, inside, call):
     """Reads μ, and l for s and c of `log_normal_terms`; 0 outside."""
-    sizes = call.layout.sizes
-    mu = tl.load(call.tensors.mu + at(rows, columns, call.layout.mu, sizes.WIDE), inside, 0.0).to(sizes.ACC)
-    logvar = tl.load(call.tensors.logvar + at(rows, columns, call.layout.logvar, sizes.WIDE), inside, 0.0)
-    scale, constant = log_normal_terms(logvar.to(sizes.ACC))
+    mu = tl.load(call.tensors.mu + at(rows, columns, call.strides.mu, call.sizes.WIDE), inside, 0.0).to(call.sizes.ACC)
+    logvar = tl.load(call.tensors.logvar + at(rows, columns, call.strides.logvar, call.sizes.WIDE), inside, 0.0)
+    scale, constant = log_normal_terms(logvar.to(call.sizes.ACC))
     return mu, scale, constant
 
 
@@ -119,50 +117,64 @@ def components_at(rows, columns, inside, call):
 def with_weights(constant, components, call):
     """Adds log w to log-densities, that of the others to all; −∞ for components that are not there."""
     others = number(call.weights.others, constant.dtype)
-    return tl.where(components < whole(call.layout.sizes.components), constant + others, float("-inf"))
+    return tl.where(components < whole(call.sizes.components), constant + others, float("-inf"))
 
 
 @triton.jit
 def with_own_weight(density, rows, components, call):
     """Adds what the weight of a point's own component is more than the others'."""
-    if call.weights.shift is None:
-        return density
-    else:
-        own = number(call.weights.own, density.dtype)
-        return density + tl.where(components == rows + whole(call.weights.shift), own, 0.0)
-
-
-@triton.jit
-def densities(difference, scaled, constant, rows, components, call):
-    """Returns log w_ij N(z_ik; …). constant: `with_weights`"""
-    return with_own_weight(log_normal(difference, scaled, constant), rows, components, call)
+    own = number(call.weights.own, density.dtype)
+    return density + tl.where(components == rows + whole(call.weights.shift), own, 0.0)
 
 
 @triton.jit
 def joint_densities(rows, components, last, call, LATENTS: tl.constexpr):
     """Returns log w_ij Π_k N(z_ik; …) of a tile, whose points end before the `last`."""
-    sizes = call.layout.sizes
-    found = tl.zeros((rows.shape[0], components.shape[0]), sizes.ACC)
-    for first in range(0, whole(sizes.latents), LATENTS):
+    found = tl.zeros((rows.shape[0], components.shape[0]), call.sizes.ACC)
+    for first in range(0, whole(call.sizes.latents), LATENTS):
         columns = first + tl.arange(0, LATENTS)
-        is_latent = columns < whole(sizes.latents)
-        z = points_at(rows[:, None], columns[None, :], (rows < last)[:, None] & is_latent[None, :], call)
-        inside = is_latent[:, None] & (components < whole(sizes.components))[None, :]
+        is_latent = columns < whole(call.sizes.latents)
+        # A point that is not there is the last one: with no mask of its own, the load takes half the instructions.
+        z = points_at(tl.minimum(rows, last - 1)[:, None], columns[None, :], is_latent[None, :], call)
+        inside = is_latent[:, None] & (components < whole(call.sizes.components))[None, :]
         mu, scale, constant = components_at(components[None, :], columns[:, None], inside, call)
         difference = z[:, :, None] - mu[None, :, :]
         found += tl.sum(difference * scale[None, :, :] * difference, 1)
         found += tl.sum(tl.where(inside, constant, 0.0), 0)[None, :]
     found = with_weights(found, components[None, :], call)
-    return with_own_weight(found, rows[:, None], components[None, :], call)
+    if call.weights.shift is None:
+        return found
+    else:
+        return with_own_weight(found, rows[:, None], components[None, :], call)
 
 
 @triton.jit
 def owned_and_split(pid, walk):
-    """Returns which points, or components, the threads of the pid-th program own, their latents, and their split."""
+    """Returns the first point, or component, that the pid-th program owns, its threads' latents, and its split."""
     split, block = pid % whole(walk.splits), pid // whole(walk.splits)
-    owned = block // whole(walk.blocks) * walk.OWNED + tl.arange(0, walk.OWNED)
     lanes = tl.arange(0, walk.LATENTS * walk.AT_ONCE)
-    return owned, block % whole(walk.blocks) * walk.LATENTS + lanes % walk.LATENTS, split
+    columns = block % whole(walk.blocks) * walk.LATENTS + lanes % walk.LATENTS
+    return block // whole(walk.blocks) * walk.OWNED, columns, split
+
+
+@triton.jit
+def owned_latents(pid, walk):
+    """Returns the latents that the pid-th program owns, once each."""
+    return pid // whole(walk.splits) % whole(walk.blocks) * walk.LATENTS + tl.arange(0, walk.LATENTS)
+
+
+@triton.jit
+def over_threads(found, walk):
+    """Returns what threads hold, with an axis for those of the same latent."""
+    return tl.reshape(found, (walk.OWNED, walk.AT_ONCE, walk.LATENTS))
+
+
+@triton.jit
+def own_is_near(row, component, ROWS: tl.constexpr, COMPONENTS: tl.constexpr, call):
+    """Whether any point of those from `row` on may meet its own component. Few do, and the others are spared a fifth of
+    the instructions."""
+    first = row + whole(call.weights.shift)
+    return (first < component + COMPONENTS) & (component < first + ROWS)
 
 
 @triton.jit

@@ -14,9 +14,10 @@ from fused_elbo.reference.math import mixture_log_weights
 
 from . import _layout
 from ._layout import cdiv, power_of_2
-from ._mixture import THREADS, Call, JointCut, Layout, Points, Sizes, Strides, Walk, Weights, launch_options
+from ._mixture import THREADS, Call, JointCut, Points, Sizes, Strides, TensorStrides, Walk, Weights, launch_options
 from ._plan import AnyLaunch, Key, cached, device_guard, empty, key_of, on_meta
 from .aggregate_grads import (
+    TOGETHER,
     Chunk,
     GradsCut,
     Incoming,
@@ -32,6 +33,7 @@ from .structs import constant, number, whole
 
 FILL = 1024  # programs that keep any GPU busy: past that, none shares its walk with others
 STEPS = 8  # of a walk that are worth a program
+JOINT = (8, THREADS, 4)  # points, components and latents of a tile: twice as many of any take 144 registers
 OWNED, OWNED_GRADS = 16, 8  # points or components of a thread, in fp32
 SHARES = 1 << 24  # of points and components at once: 64 MiB
 UNEQUAL = 8  # a bit of a plan's mask beside the gradients': the components do not weigh alike
@@ -47,22 +49,22 @@ class Plan:
         self.points, (self.components, self.latents) = z.shape[0], mu.shape
         self.unequal, self.is_double = bool(key.mask & UNEQUAL), self.dtype == torch.float64
 
-    def layout(self, *ends: int) -> Layout:
-        """`ends`: of other tensors that are read or written."""
+    def layout_with(self, *ends: int) -> tuple[TensorStrides, Sizes]:
+        """What a call has of its own plan. `ends`: of other tensors that are read or written."""
         wide = max(*map(end_of, self.given), *ends) >= 2**31 or _layout.FORCE_WIDE
         acc = tl.float64 if self.is_double else tl.float32
         counts = map(whole, (self.points, self.components, self.latents))
-        return Layout(*map(strides_of, self.given), Sizes(*counts, constant(acc), constant(wide)))
+        return TensorStrides(*map(strides_of, self.given)), Sizes(*counts, constant(acc), constant(wide))
 
-    def call(self, mixture: Mixture, layout: Layout) -> Call:
+    def call(self, mixture: Mixture) -> Call:
         own, others = mixture_log_weights(self.components, mixture.own >= 0, mixture.dataset_size)
         shift, more = whole(mixture.own) if self.unequal else None, number(own - others, self.dtype)
-        return Call(Points(*mixture[:3]), Weights(number(others, self.dtype), more, shift), layout)
+        return Call(Points(*mixture[:3]), Weights(number(others, self.dtype), more, shift), *self.layout)
 
     def joint(self) -> JointCut:
-        rows, components = min(8, power_of_2(self.points)), min(2 * THREADS, power_of_2(self.components))
-        tile = map(constant, (rows, components, min(8, power_of_2(self.latents))))
-        return JointCut(whole(cdiv(self.components, components)), *tile)
+        counts = (self.points, self.components, self.latents)
+        tile = [min(most, power_of_2(n)) for most, n in zip(JOINT, counts, strict=True)]
+        return JointCut(whole(cdiv(self.components, tile[1])), *map(constant, tile))
 
     def joint_programs(self, points: int, cut: JointCut) -> int:
         return cdiv(points, cut.ROWS.value) * cdiv(self.components, cut.COMPONENTS.value)
@@ -103,20 +105,19 @@ class Forward(Plan):
         walk, programs = self.walk(self.points, self.components, OWNED)
         joint, size = self.joint(), self.points * self.latents
         splits, blocks = parts_of(walk.splits), parts_of(joint.blocks)
-        self.calls = self.layout(splits * size, blocks * self.points)
+        self.layout = self.layout_with(splits * size, blocks * self.points)
         self.cut = SumsCut(whole(programs), walk, joint)
         self.launch = launch(aggregate_sums_kernel, programs + self.joint_programs(self.points, joint))
-        self.outputs = [
-            empty(shape, self.dtype, self.device) for shape in ((self.points,), (self.points, self.latents))
-        ]
-        # What one program finds is the output, and the others are added up.
+        shapes, counts = ((self.points,), (self.points, self.latents)), (blocks, splits)
+        self.outputs = [empty(shape, self.dtype, self.device) for shape in shapes]
+        # Where one program finds all, it writes the output.
         self.parts = [
             empty((n, *shape), self.dtype, self.device) if n > 1 else None
-            for n, shape in ((blocks, (self.points,)), (splits, (self.points, self.latents)))
+            for n, shape in zip(counts, shapes, strict=True)
         ]
-        of_marginals, of_joint = (cdiv(n, BLOCK) if p else 0 for n, p in zip((size, self.points), self.parts[::-1]))
+        of_joint, of_marginals = cdiv(self.points, BLOCK) if blocks > 1 else 0, cdiv(size, BLOCK) if splits > 1 else 0
         self.totals_cut = SumsTotalsCut(
-            *map(whole, (of_marginals, size, splits, self.points, blocks)), constant(BLOCK), self.calls.sizes.WIDE
+            *map(whole, (of_marginals, size, splits, self.points, blocks)), constant(BLOCK), self.layout[1].WIDE
         )
         self.totals = launch(aggregate_totals_kernel, of_marginals + of_joint) if any(self.parts) else None
 
@@ -124,7 +125,7 @@ class Forward(Plan):
         outputs = Sums(*[new() for new in self.outputs])
         parts = Sums(*[out if new is None else new() for new, out in zip(self.parts, outputs, strict=True)])
         with device_guard(self.device):
-            self.launch(self.call(mixture, self.calls), parts, self.cut)
+            self.launch(self.call(mixture), parts, self.cut)
             if self.totals is not None:
                 self.totals(parts, outputs, self.totals_cut)
         return tuple(outputs)
@@ -149,7 +150,7 @@ class Gradients(Plan):
         of_more = [
             sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in self.more if t is not None
         ]
-        self.calls = self.layout(*sizes, *of_more, at_once * self.components)
+        self.layout = self.layout_with(*sizes, *of_more)
 
         results = [torch.empty_like(t) for t in self.given]
         dense = Strides(whole(self.latents), None)
@@ -159,13 +160,17 @@ class Gradients(Plan):
             strides_of(marginals), strides_of(marginals if grad_marginals is None else grad_marginals), *written,
             whole(sizes[0]), whole(sizes[1]), whole(programs), of_points, of_components,
         )  # fmt: skip
-        self.chunks = [Chunk(whole(first), whole(last), whole(i)) for i, (first, last) in enumerate(chunks)]
+        self.joint_cut, together = self.joint(), TOGETHER.value
+        room = parts_of(self.joint_cut.blocks) * self.joint_cut.COMPONENTS.value
+        self.chunks = [
+            Chunk(whole(first), whole(last), whole(i), whole(room)) for i, (first, last) in enumerate(chunks)
+        ]
         all_programs = programs + (component_programs if self.wanted[-1] > 0 else 0)
         self.launches = [launch(aggregate_grads_kernel, all_programs) for _ in chunks]
 
-        self.shares, self.joint_cut = None, self.joint()
+        self.shares = None
         if grad_joint is not None:
-            self.shares = empty((at_once, self.components), self.dtype, self.device)
+            self.shares = empty((cdiv(at_once, together) * together, room), self.dtype, self.device)
             self.joint_strides = [*strides_of(joint[:, None])][:1] + [*strides_of(grad_joint[:, None])][:1]
             self.shares_launch = launch(aggregate_shares_kernel, self.joint_programs(at_once, self.joint_cut))
 
@@ -177,7 +182,7 @@ class Gradients(Plan):
         each = [
             Parts(strides_of(results[i]), whole(sizes[i]), whole(counts[i]), whole(sum(blocks[:i]))) for i in range(3)
         ]
-        self.totals_cut = TotalsCut(*each, whole(self.latents), constant(BLOCK), self.calls.sizes.WIDE)
+        self.totals_cut = TotalsCut(*each, whole(self.latents), constant(BLOCK), self.layout[1].WIDE)
         self.totals = launch(aggregate_grads_totals_kernel, sum(blocks)) if any(self.parts) else None
 
     def __call__(
@@ -194,7 +199,7 @@ class Gradients(Plan):
         first = Points._make(results.get(i) if part is None else part for i, part in enumerate(parts))
         shares = None if self.shares is None else self.shares()
         incoming = Incoming(shares, None if grad_marginals is None else marginals, grad_marginals)
-        call = self.call(mixture, self.calls)
+        call = self.call(mixture)
         with device_guard(self.device):
             for chunk, launch in zip(self.chunks, self.launches, strict=True):
                 if shares is not None:

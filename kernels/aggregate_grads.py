@@ -13,21 +13,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._math import log_normal_slopes, whole
+from ._math import exp_of, log_normal, log_normal_slopes, whole
 from ._mixture import (
     Strides,
     Walk,
     along,
     at,
     components_at,
-    densities,
     joint_densities,
     met,
+    over_threads,
+    own_is_near,
     owned_and_split,
+    owned_latents,
     points_at,
     steps_of,
+    with_own_weight,
     with_weights,
 )
+
+TOGETHER = tl.constexpr(8)  # what threads own divides it
 
 
 class Chunk(NamedTuple):
@@ -36,6 +41,7 @@ class Chunk(NamedTuple):
     first: int
     last: int  # one past it
     index: int
+    components: int  # for whose shares there is room
 
 
 class Joint(NamedTuple):
@@ -50,7 +56,7 @@ class Joint(NamedTuple):
 class Incoming(NamedTuple):
     """None where there is no such gradient."""
 
-    shares: Tensor | None  # [points of the chunk, components]
+    shares: Tensor | None  # of a chunk, [points / TOGETHER, components, TOGETHER]
     marginals: Tensor | None
     grad: Tensor | None
 
@@ -95,124 +101,127 @@ def aggregate_shares_kernel(
     # tunables
     cut,
 ):  # fmt: skip
-    sizes = call.layout.sizes
     block = tl.program_id(0) % whole(cut.blocks)
-    rows = whole(chunk.first) + tl.program_id(0) // whole(cut.blocks) * cut.ROWS + tl.arange(0, cut.ROWS)
+    own = tl.program_id(0) // whole(cut.blocks) * cut.ROWS + tl.arange(0, cut.ROWS)
+    rows = whole(chunk.first) + own
     components = block * cut.COMPONENTS + tl.arange(0, cut.COMPONENTS)
     inside = rows < whole(chunk.last)
-    sums = tl.load(joint.sums + along(rows, joint.sums_stride, sizes.WIDE), inside, 0.0).to(sizes.ACC)
-    grad = tl.load(joint.grad + along(rows, joint.grad_stride, sizes.WIDE), inside, 0.0).to(sizes.ACC)
+    sums = tl.load(joint.sums + along(rows, joint.sums_stride, call.sizes.WIDE), inside, 0.0).to(call.sizes.ACC)
+    grad = tl.load(joint.grad + along(rows, joint.grad_stride, call.sizes.WIDE), inside, 0.0).to(call.sizes.ACC)
     density = joint_densities(rows, components, whole(chunk.last), call, cut.LATENTS)
-    share = grad[:, None] * tl.exp(density - sums[:, None])
-    tl.store(
-        shares + shares_at(rows[:, None], components[None, :], chunk, sizes),
-        share,
-        inside[:, None] & (components < whole(sizes.components))[None, :],
-    )
+    share = tl.where(inside[:, None], grad[:, None] * exp_of(density - sums[:, None]), 0.0)
+    tl.store(shares + share_rows(own, chunk)[:, None] + components[None, :] * TOGETHER, share)
 
 
 @triton.jit
-def shares_at(rows, components, chunk, sizes):
-    return at(rows - whole(chunk.first), components, Strides(sizes.components, None), sizes.WIDE)
+def share_rows(rows, chunk):
+    """Returns where shares of points of a chunk begin. Those of TOGETHER points with a component lie side by side: so
+    whatever a thread owns, its shares have one address and constants that are added to it."""
+    return rows.to(tl.int64) // TOGETHER * (TOGETHER * whole(chunk.components)) + rows % TOGETHER
 
 
 @triton.jit
 def sums_at(rows, columns, inside, incoming, call, cut):
-    """Reads the marginals of points, and the gradient that comes in. A point that is not there has an
-    infinite density, and so no component has a share in it."""
-    sizes = call.layout.sizes
+    """Reads the marginals of points, and the gradient that comes in. A point that is not there has an infinite density,
+    and so no component has a share in it."""
     if incoming.grad is None:
-        sums = tl.zeros(inside.shape, sizes.ACC)
+        sums = tl.zeros(inside.shape, call.sizes.ACC)
         return sums, sums
     else:
-        sums = tl.load(incoming.marginals + at(rows, columns, cut.marginals, sizes.WIDE), inside, float("inf"))
-        grad = tl.load(incoming.grad + at(rows, columns, cut.grad, sizes.WIDE), inside, 0.0)
-        return sums.to(sizes.ACC), grad.to(sizes.ACC)
+        sums = tl.load(incoming.marginals + at(rows, columns, cut.marginals, call.sizes.WIDE), inside, float("inf"))
+        grad = tl.load(incoming.grad + at(rows, columns, cut.grad, call.sizes.WIDE), inside, 0.0)
+        return sums.to(call.sizes.ACC), grad.to(call.sizes.ACC)
 
 
 @triton.jit
-def factors(density, rows, components, sums, grad, incoming, chunk, sizes):
-    """Returns W where points and components meet."""
+def factors(density, sums, grad, incoming, places, inside):
+    """Returns W where points and components meet. places: of their shares"""
     if incoming.shares is None:
-        return grad * tl.exp(density - sums)
+        return grad * exp_of(density - sums)
     else:
-        inside = (rows < whole(chunk.last)) & (components < whole(sizes.components))
-        share = tl.load(incoming.shares + shares_at(rows, components, chunk, sizes), inside, 0.0)
+        share = tl.load(incoming.shares + places, inside, 0.0)
         if incoming.grad is None:
             return tl.broadcast_to(share, density.shape)
         else:
-            responsibility = tl.exp(density - sums)
-            return tl.fma(tl.broadcast_to(grad, density.shape), responsibility, share)
+            return tl.fma(tl.broadcast_to(grad, density.shape), exp_of(density - sums), share)
 
 
 @triton.jit
 def write_owned(out, found, pid, first, last, strides, walk, sizes):
-    """Adds up what the threads of the same points, or components, have found, and writes it."""
-    rows, _, _ = owned_and_split(pid, walk)
-    columns = pid // whole(walk.splits) % whole(walk.blocks) * walk.LATENTS + tl.arange(0, walk.LATENTS)
-    found = tl.sum(tl.reshape(found, (walk.OWNED, walk.AT_ONCE, walk.LATENTS)), 1)
-    inside = (first + rows < last)[:, None] & (columns < whole(sizes.latents))[None, :]
-    places = at(first + rows[:, None], columns[None, :], strides, sizes.WIDE)
-    tl.store(out + places, found.to(out.dtype.element_ty), inside)
+    """Adds up what the threads of the same latent have found, and writes it for what the program owns, `first` on."""
+    rows, columns = first + tl.arange(0, walk.OWNED), owned_latents(pid, walk)
+    inside = (rows < last)[:, None] & (columns < whole(sizes.latents))[None, :]
+    found = tl.sum(over_threads(found, walk), 1).to(out.dtype.element_ty)
+    tl.store(out + at(rows[:, None], columns[None, :], strides, sizes.WIDE), found, inside)
 
 
 @triton.jit
 def point_gradients(pid, out, incoming, call, chunk, cut):
     """Writes ∂z of the points that the program owns, or a part of it."""
-    sizes = call.layout.sizes
-    rows, columns, split = owned_and_split(pid, cut.points)
-    rows += whole(chunk.first)
-    inside = (rows < whole(chunk.last))[:, None] & (columns < whole(sizes.latents))[None, :]
-    z = points_at(rows[:, None], columns[None, :], inside, call)
-    sums, grad = sums_at(rows[:, None], columns[None, :], inside, incoming, call, cut)
-    found = tl.zeros(z.shape, sizes.ACC)
+    own, columns, split = owned_and_split(pid, cut.points)
+    row, each = whole(chunk.first) + own, tl.arange(0, cut.points.OWNED)
+    rows = row + each
+    is_latent = columns < whole(call.sizes.latents)
+    is_point = (rows < whole(chunk.last))[:, None] & is_latent[None, :]
+    z = points_at(rows[:, None], columns[None, :], is_point, call)
+    sums, grad = sums_at(rows[:, None], columns[None, :], is_point, incoming, call, cut)
+    found = tl.zeros(z.shape, call.sizes.ACC)
     first, last = steps_of(split, cut.points)
     for step in range(first, last):
         components = met(step, cut.points)
-        inside = (components < whole(sizes.components)) & (columns < whole(sizes.latents))
-        mu, scale, constant = components_at(components, columns, inside, call)
+        is_component = components < whole(call.sizes.components)
+        mu, scale, constant = components_at(components, columns, is_component & is_latent, call)
         constant = with_weights(constant, components, call)[None, :]
         difference = z - mu[None, :]
         scaled = difference * scale[None, :]
-        density = densities(difference, scaled, constant, rows[:, None], components[None, :], call)
-        factor = factors(density, rows[:, None], components[None, :], sums, grad, incoming, chunk, sizes)
+        density = log_normal(difference, scaled, constant)
+        if call.weights.shift is not None:  # known when it is compiled
+            if own_is_near(row, step * cut.points.AT_ONCE, cut.points.OWNED, cut.points.AT_ONCE, call):
+                density = with_own_weight(density, rows[:, None], components[None, :], call)
+        # Threads that were laid along neighbours, to load them at once, would have to exchange what they loaded.
+        places = tl.max_contiguous((share_rows(own, chunk) + components * TOGETHER)[None, :] + each[:, None], [1, 1])
         slope, _ = log_normal_slopes(difference, scaled)
-        found = tl.fma(factor, slope, found)
+        found = tl.fma(factors(density, sums, grad, incoming, places, is_component[None, :]), slope, found)
     part = along(split, cut.points_part, True)
-    write_owned(out + part, 2.0 * found, pid, whole(chunk.first), whole(chunk.last), cut.z, cut.points, sizes)
+    write_owned(out + part, 2.0 * found, pid, row, whole(chunk.last), cut.z, cut.points, call.sizes)
 
 
 @triton.jit
 def component_gradients(pid, gradients, incoming, call, chunk, cut):
     """Writes ∂μ and ∂l of the components that the program owns, or parts of them."""
-    sizes = call.layout.sizes
-    components, columns, split = owned_and_split(pid, cut.components)
-    is_latent = columns < whole(sizes.latents)
-    inside = (components < whole(sizes.components))[:, None] & is_latent[None, :]
+    component, columns, split = owned_and_split(pid, cut.components)
+    each = tl.arange(0, cut.components.OWNED)
+    components = component + each
+    is_latent = columns < whole(call.sizes.latents)
+    inside = (components < whole(call.sizes.components))[:, None] & is_latent[None, :]
     mu, scale, constant = components_at(components[:, None], columns[None, :], inside, call)
     constant = with_weights(constant, components[:, None], call)
-    of_mu, of_logvar = tl.zeros(mu.shape, sizes.ACC), tl.zeros(mu.shape, sizes.ACC)
+    of_mu, of_logvar = tl.zeros(mu.shape, call.sizes.ACC), tl.zeros(mu.shape, call.sizes.ACC)
     first, last = steps_of(split, cut.components)
     for step in range(first, last):
-        rows = whole(chunk.first) + met(step, cut.components)
-        is_point = (rows < whole(chunk.last)) & is_latent
-        z = points_at(rows, columns, is_point, call)
-        sums, grad = sums_at(rows, columns, is_point, incoming, call, cut)
+        own = met(step, cut.components)
+        rows = whole(chunk.first) + own
+        is_point = rows < whole(chunk.last)
+        z = points_at(rows, columns, is_point & is_latent, call)
+        sums, grad = sums_at(rows, columns, is_point & is_latent, incoming, call, cut)
         difference = z[None, :] - mu
         scaled = difference * scale
-        density = densities(difference, scaled, constant, rows[None, :], components[:, None], call)
-        factor = factors(
-            density, rows[None, :], components[:, None], sums[None, :], grad[None, :], incoming, chunk, sizes
-        )
+        density = log_normal(difference, scaled, constant)
+        if call.weights.shift is not None:
+            row = whole(chunk.first) + step * cut.components.AT_ONCE
+            if own_is_near(row, component, cut.components.AT_ONCE, cut.components.OWNED, call):
+                density = with_own_weight(density, rows[None, :], components[:, None], call)
+        places = (share_rows(own, chunk) + component * TOGETHER)[None, :] + (each * TOGETHER)[:, None]
+        factor = factors(density, sums[None, :], grad[None, :], incoming, places, is_point[None, :])
         slope, slope_of_logvar = log_normal_slopes(difference, scaled)
         of_mu = tl.fma(factor, slope, of_mu)
         of_logvar = tl.fma(factor, slope_of_logvar, of_logvar)
     part = along(whole(chunk.index) * whole(cut.components.splits) + split, cut.components_part, True)
-    last = whole(sizes.components)
+    last = whole(call.sizes.components)
     if gradients.mu is not None:
-        write_owned(gradients.mu + part, -2.0 * of_mu, pid, 0, last, cut.mu, cut.components, sizes)
+        write_owned(gradients.mu + part, -2.0 * of_mu, pid, component, last, cut.mu, cut.components, call.sizes)
     if gradients.logvar is not None:
-        write_owned(gradients.logvar + part, -of_logvar, pid, 0, last, cut.logvar, cut.components, sizes)
+        write_owned(gradients.logvar + part, -of_logvar, pid, component, last, cut.logvar, cut.components, call.sizes)
 
 
 @triton.jit

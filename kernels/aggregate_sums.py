@@ -12,17 +12,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._math import add_exp, merged_exp, no_exp, sum_exp, whole
+from ._math import add_exp, log_normal, merged_exp, no_exp, sum_exp, whole
 from ._mixture import (
     JointCut,
     Walk,
     components_at,
-    densities,
     joint_densities,
     met,
+    over_threads,
+    own_is_near,
     owned_and_split,
+    owned_latents,
     points_at,
     steps_of,
+    with_own_weight,
     with_weights,
 )
 
@@ -55,44 +58,44 @@ class SumsTotalsCut(NamedTuple):
 @triton.jit
 def marginal_sums(pid, out, call, walk):
     """Writes what the components of a split sum up to, for each latent of a block of points."""
-    sizes = call.layout.sizes
-    rows, columns, split = owned_and_split(pid, walk)
-    is_latent, is_point = columns < whole(sizes.latents), rows < whole(sizes.points)
+    row, columns, split = owned_and_split(pid, walk)
+    rows = row + tl.arange(0, walk.OWNED)
+    is_latent, is_point = columns < whole(call.sizes.latents), rows < whole(call.sizes.points)
     z = points_at(rows[:, None], columns[None, :], is_point[:, None] & is_latent[None, :], call)
-    largest, sum = no_exp((walk.OWNED, walk.LATENTS * walk.AT_ONCE), sizes.ACC)
+    largest, sum = no_exp((walk.OWNED, walk.LATENTS * walk.AT_ONCE), call.sizes.ACC)
     first, last = steps_of(split, walk)
     for step in range(first, last):
         components = met(step, walk)
-        inside = (components < whole(sizes.components)) & is_latent
+        inside = (components < whole(call.sizes.components)) & is_latent
         mu, scale, constant = components_at(components, columns, inside, call)
         constant = with_weights(constant, components, call)[None, :]
         difference = z - mu[None, :]
-        scaled = difference * scale[None, :]
-        density = densities(difference, scaled, constant, rows[:, None], components[None, :], call)
+        density = log_normal(difference, difference * scale[None, :], constant)
+        if call.weights.shift is not None:
+            if own_is_near(row, step * walk.AT_ONCE, walk.OWNED, walk.AT_ONCE, call):
+                density = with_own_weight(density, rows[:, None], components[None, :], call)
         largest, sum = add_exp(largest, sum, density)
-    largest = tl.reshape(largest, (walk.OWNED, walk.AT_ONCE, walk.LATENTS))
-    largest, sum = merged_exp(largest, tl.reshape(sum, (walk.OWNED, walk.AT_ONCE, walk.LATENTS)), 1)
-    columns = pid // whole(walk.splits) % whole(walk.blocks) * walk.LATENTS + tl.arange(0, walk.LATENTS)
-    if sizes.WIDE:
+    largest, sum = merged_exp(over_threads(largest, walk), over_threads(sum, walk), 1)
+    columns = owned_latents(pid, walk)
+    if call.sizes.WIDE:
         rows, split = rows.to(tl.int64), tl.full((), split, tl.int64)
-    places = (split * whole(sizes.points) + rows)[:, None] * whole(sizes.latents) + columns[None, :]
-    inside = is_point[:, None] & (columns < whole(sizes.latents))[None, :]
+    places = (split * whole(call.sizes.points) + rows)[:, None] * whole(call.sizes.latents) + columns[None, :]
+    inside = is_point[:, None] & (columns < whole(call.sizes.latents))[None, :]
     tl.store(out + places, largest + tl.log(sum), inside)
 
 
 @triton.jit
 def joint_sums(pid, out, call, cut):
     """Writes what a block of components sums up to, for each of a block of points."""
-    sizes = call.layout.sizes
     block = pid % whole(cut.blocks)
     rows = pid // whole(cut.blocks) * cut.ROWS + tl.arange(0, cut.ROWS)
     components = block * cut.COMPONENTS + tl.arange(0, cut.COMPONENTS)
-    found = joint_densities(rows, components, whole(sizes.points), call, cut.LATENTS)
+    found = joint_densities(rows, components, whole(call.sizes.points), call, cut.LATENTS)
     largest, sum = sum_exp(found, 1)
     tl.store(
-        out + block * whole(sizes.points) + rows,
+        out + block * whole(call.sizes.points) + rows,
         largest + tl.log(sum),
-        rows < whole(sizes.points),
+        rows < whole(call.sizes.points),
     )
 
 
