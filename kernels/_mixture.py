@@ -121,20 +121,28 @@ def with_weights(constant, components, call):
 
 
 @triton.jit
-def with_own_weight(density, rows, components, call):
-    """Adds what the weight of a point's own component is more than the others'."""
-    own = number(call.weights.own, density.dtype)
-    return density + tl.where(components == rows + whole(call.weights.shift), own, 0.0)
+def with_own_weight(density, row, component, ROWS: tl.constexpr, COMPONENTS: tl.constexpr, rows, components, call):
+    """Adds what the weight of a point's own component is more than the others'. `row` and `component` are the first of
+    those that meet. Few meet their own, and the others are spared a fifth of the instructions."""
+    if call.weights.shift is None:
+        return density
+    else:
+        first = row + whole(call.weights.shift)
+        if (first < component + COMPONENTS) & (component < first + ROWS):
+            own = number(call.weights.own, density.dtype)
+            density += tl.where(components == rows + whole(call.weights.shift), own, 0.0)
+        return density
 
 
 @triton.jit
-def joint_densities(rows, components, last, call, LATENTS: tl.constexpr):
+def joint_densities(row, component, last, call, cut):
     """Returns log w_ij Π_k N(z_ik; …) of a tile, whose points end before the `last`."""
-    found = tl.zeros((rows.shape[0], components.shape[0]), call.sizes.ACC)
-    for first in range(0, whole(call.sizes.latents), LATENTS):
-        columns = first + tl.arange(0, LATENTS)
+    rows, components = row + tl.arange(0, cut.ROWS), component + tl.arange(0, cut.COMPONENTS)
+    found = tl.zeros((cut.ROWS, cut.COMPONENTS), call.sizes.ACC)
+    for first in range(0, whole(call.sizes.latents), cut.LATENTS):
+        columns = first + tl.arange(0, cut.LATENTS)
         is_latent = columns < whole(call.sizes.latents)
-        # A point that is not there is the last one: with no mask of its own, the load takes half the instructions.
+        # A point that is not there is the last one: with no mask of its own, a load takes half the instructions.
         z = points_at(tl.minimum(rows, last - 1)[:, None], columns[None, :], is_latent[None, :], call)
         inside = is_latent[:, None] & (components < whole(call.sizes.components))[None, :]
         mu, scale, constant = components_at(components[None, :], columns[:, None], inside, call)
@@ -142,10 +150,7 @@ def joint_densities(rows, components, last, call, LATENTS: tl.constexpr):
         found += tl.sum(difference * scale[None, :, :] * difference, 1)
         found += tl.sum(tl.where(inside, constant, 0.0), 0)[None, :]
     found = with_weights(found, components[None, :], call)
-    if call.weights.shift is None:
-        return found
-    else:
-        return with_own_weight(found, rows[:, None], components[None, :], call)
+    return with_own_weight(found, row, component, cut.ROWS, cut.COMPONENTS, rows[:, None], components[None, :], call)
 
 
 @triton.jit
@@ -167,14 +172,6 @@ def owned_latents(pid, walk):
 def over_threads(found, walk):
     """Returns what threads hold, with an axis for those of the same latent."""
     return tl.reshape(found, (walk.OWNED, walk.AT_ONCE, walk.LATENTS))
-
-
-@triton.jit
-def own_is_near(row, component, ROWS: tl.constexpr, COMPONENTS: tl.constexpr, call):
-    """Whether any point of those from `row` on may meet its own component. Few do, and the others are spared a fifth of
-    the instructions."""
-    first = row + whole(call.weights.shift)
-    return (first < component + COMPONENTS) & (component < first + ROWS)
 
 
 @triton.jit

@@ -23,7 +23,6 @@ from ._mixture import (
     joint_densities,
     met,
     over_threads,
-    own_is_near,
     owned_and_split,
     owned_latents,
     points_at,
@@ -102,13 +101,13 @@ def aggregate_shares_kernel(
     cut,
 ):  # fmt: skip
     block = tl.program_id(0) % whole(cut.blocks)
-    own = tl.program_id(0) // whole(cut.blocks) * cut.ROWS + tl.arange(0, cut.ROWS)
-    rows = whole(chunk.first) + own
-    components = block * cut.COMPONENTS + tl.arange(0, cut.COMPONENTS)
+    row = tl.program_id(0) // whole(cut.blocks) * cut.ROWS
+    own = row + tl.arange(0, cut.ROWS)
+    rows, components = whole(chunk.first) + own, block * cut.COMPONENTS + tl.arange(0, cut.COMPONENTS)
     inside = rows < whole(chunk.last)
     sums = tl.load(joint.sums + along(rows, joint.sums_stride, call.sizes.WIDE), inside, 0.0).to(call.sizes.ACC)
     grad = tl.load(joint.grad + along(rows, joint.grad_stride, call.sizes.WIDE), inside, 0.0).to(call.sizes.ACC)
-    density = joint_densities(rows, components, whole(chunk.last), call, cut.LATENTS)
+    density = joint_densities(whole(chunk.first) + row, block * cut.COMPONENTS, whole(chunk.last), call, cut)
     share = tl.where(inside[:, None], grad[:, None] * exp_of(density - sums[:, None]), 0.0)
     tl.store(shares + share_rows(own, chunk)[:, None] + components[None, :] * TOGETHER, share)
 
@@ -175,9 +174,10 @@ def point_gradients(pid, out, incoming, call, chunk, cut):
         difference = z - mu[None, :]
         scaled = difference * scale[None, :]
         density = log_normal(difference, scaled, constant)
-        if call.weights.shift is not None:  # known when it is compiled
-            if own_is_near(row, step * cut.points.AT_ONCE, cut.points.OWNED, cut.points.AT_ONCE, call):
-                density = with_own_weight(density, rows[:, None], components[None, :], call)
+        density = with_own_weight(
+            density, row, step * cut.points.AT_ONCE, cut.points.OWNED, cut.points.AT_ONCE,
+            rows[:, None], components[None, :], call,
+        )  # fmt: skip
         # Threads that were laid along neighbours, to load them at once, would have to exchange what they loaded.
         places = tl.max_contiguous((share_rows(own, chunk) + components * TOGETHER)[None, :] + each[:, None], [1, 1])
         slope, _ = log_normal_slopes(difference, scaled)
@@ -207,10 +207,10 @@ def component_gradients(pid, gradients, incoming, call, chunk, cut):
         difference = z[None, :] - mu
         scaled = difference * scale
         density = log_normal(difference, scaled, constant)
-        if call.weights.shift is not None:
-            row = whole(chunk.first) + step * cut.components.AT_ONCE
-            if own_is_near(row, component, cut.components.AT_ONCE, cut.components.OWNED, call):
-                density = with_own_weight(density, rows[None, :], components[:, None], call)
+        density = with_own_weight(
+            density, whole(chunk.first) + step * cut.components.AT_ONCE, component, cut.components.AT_ONCE,
+            cut.components.OWNED, rows[None, :], components[:, None], call,
+        )  # fmt: skip
         places = (share_rows(own, chunk) + component * TOGETHER)[None, :] + (each * TOGETHER)[:, None]
         factor = factors(density, sums[None, :], grad[None, :], incoming, places, is_point[None, :])
         slope, slope_of_logvar = log_normal_slopes(difference, scaled)
@@ -247,7 +247,7 @@ def total_of(pid, parts, out, of, cut):
     inside = places < whole(of.size)
     found = tl.zeros((cut.BLOCK,), parts.dtype.element_ty)
     for part in range(0, whole(of.parts)):
-        found += tl.load(parts + along(part, of.size, True) + places, inside, 0.0)
+        found += tl.load(parts + tl.full((), part, tl.int64) * whole(of.size) + places, inside, 0.0)
     rows, columns = places // whole(cut.latents), places % whole(cut.latents)
     tl.store(out + at(rows, columns, of.strides, cut.WIDE), found.to(out.dtype.element_ty), inside)
 

@@ -20,7 +20,6 @@ from ._mixture import (
     joint_densities,
     met,
     over_threads,
-    own_is_near,
     owned_and_split,
     owned_latents,
     points_at,
@@ -71,9 +70,9 @@ def marginal_sums(pid, out, call, walk):
         constant = with_weights(constant, components, call)[None, :]
         difference = z - mu[None, :]
         density = log_normal(difference, difference * scale[None, :], constant)
-        if call.weights.shift is not None:
-            if own_is_near(row, step * walk.AT_ONCE, walk.OWNED, walk.AT_ONCE, call):
-                density = with_own_weight(density, rows[:, None], components[None, :], call)
+        density = with_own_weight(
+            density, row, step * walk.AT_ONCE, walk.OWNED, walk.AT_ONCE, rows[:, None], components[None, :], call
+        )
         largest, sum = add_exp(largest, sum, density)
     largest, sum = merged_exp(over_threads(largest, walk), over_threads(sum, walk), 1)
     columns = owned_latents(pid, walk)
@@ -88,9 +87,9 @@ def marginal_sums(pid, out, call, walk):
 def joint_sums(pid, out, call, cut):
     """Writes what a block of components sums up to, for each of a block of points."""
     block = pid % whole(cut.blocks)
-    rows = pid // whole(cut.blocks) * cut.ROWS + tl.arange(0, cut.ROWS)
-    components = block * cut.COMPONENTS + tl.arange(0, cut.COMPONENTS)
-    found = joint_densities(rows, components, whole(call.sizes.points), call, cut.LATENTS)
+    row = pid // whole(cut.blocks) * cut.ROWS
+    found = joint_densities(row, block * cut.COMPONENTS, whole(call.sizes.points), call, cut)
+    rows = row + tl.arange(0, cut.ROWS)
     largest, sum = sum_exp(found, 1)
     tl.store(
         out + block * whole(call.sizes.points) + rows,
