@@ -15,7 +15,7 @@ from fused_elbo.reference.math import mixture_log_weights
 from . import _layout
 from ._layout import cdiv, power_of_2
 from ._mixture import THREADS, Call, JointCut, Points, Sizes, Strides, TensorStrides, Walk, Weights, launch_options
-from ._plan import AnyLaunch, Key, cached, device_guard, empty, key_of, on_meta
+from ._plan import AnyLaunch, Key, at_most, cached, device_guard, empty, key_of, on_meta
 from .aggregate_grads import (
     TOGETHER,
     Chunk,
@@ -66,6 +66,11 @@ class Plan:
         tile = [min(most, power_of_2(n)) for most, n in zip(JOINT, counts, strict=True)]
         return JointCut(whole(cdiv(self.components, tile[1])), *map(constant, tile))
 
+    def launch(self, kernel: object, programs: int) -> AnyLaunch:
+        """`at_most` is asked for so that ptxas does not spill."""
+        registers = {} if self.is_double else at_most(128)
+        return AnyLaunch(kernel, programs, **launch_options(), **registers, enable_fp_fusion=False)
+
     def joint_programs(self, points: int, cut: JointCut) -> int:
         return cdiv(points, cut.ROWS.value) * cdiv(self.components, cut.COMPONENTS.value)
 
@@ -89,10 +94,6 @@ def strides_of(t: Tensor) -> Strides:
     return Strides(*(None if s == 1 else whole(s) for s in t.stride()))
 
 
-def launch(kernel: object, programs: int) -> AnyLaunch:
-    return AnyLaunch(kernel, programs, **launch_options(), enable_fp_fusion=False)
-
-
 def parts_of(n: int) -> int:
     """What `structs.whole` was given."""
     return (n - 3) // 2
@@ -107,7 +108,7 @@ class Forward(Plan):
         splits, blocks = parts_of(walk.splits), parts_of(joint.blocks)
         self.layout = self.layout_with(splits * size, blocks * self.points)
         self.cut = SumsCut(whole(programs), walk, joint)
-        self.launch = launch(aggregate_sums_kernel, programs + self.joint_programs(self.points, joint))
+        self.sums = self.launch(aggregate_sums_kernel, programs + self.joint_programs(self.points, joint))
         shapes, counts = ((self.points,), (self.points, self.latents)), (blocks, splits)
         self.outputs = [empty(shape, self.dtype, self.device) for shape in shapes]
         # Where one program finds all, it writes the output.
@@ -119,13 +120,13 @@ class Forward(Plan):
         self.totals_cut = SumsTotalsCut(
             *map(whole, (of_marginals, size, splits, self.points, blocks)), constant(BLOCK), self.layout[1].WIDE
         )
-        self.totals = launch(aggregate_totals_kernel, of_marginals + of_joint) if any(self.parts) else None
+        self.totals = self.launch(aggregate_totals_kernel, of_marginals + of_joint) if any(self.parts) else None
 
     def __call__(self, mixture: Mixture) -> Outputs:
         outputs = Sums(*[new() for new in self.outputs])
         parts = Sums(*[out if new is None else new() for new, out in zip(self.parts, outputs, strict=True)])
         with device_guard(self.device):
-            self.launch(self.call(mixture), parts, self.cut)
+            self.sums(self.call(mixture), parts, self.cut)
             if self.totals is not None:
                 self.totals(parts, outputs, self.totals_cut)
         return tuple(outputs)
@@ -166,13 +167,13 @@ class Gradients(Plan):
             Chunk(whole(first), whole(last), whole(i), whole(room)) for i, (first, last) in enumerate(chunks)
         ]
         all_programs = programs + (component_programs if self.wanted[-1] > 0 else 0)
-        self.launches = [launch(aggregate_grads_kernel, all_programs) for _ in chunks]
+        self.launches = [self.launch(aggregate_grads_kernel, all_programs) for _ in chunks]
 
         self.shares = None
         if grad_joint is not None:
             self.shares = empty((cdiv(at_once, together) * together, room), self.dtype, self.device)
             self.joint_strides = [*strides_of(joint[:, None])][:1] + [*strides_of(grad_joint[:, None])][:1]
-            self.shares_launch = launch(aggregate_shares_kernel, self.joint_programs(at_once, self.joint_cut))
+            self.shares_launch = self.launch(aggregate_shares_kernel, self.joint_programs(at_once, self.joint_cut))
 
         self.parts = [
             empty((counts[i], sizes[i]), self.dtype, self.device) if i in self.wanted and counts[i] > 1 else None
@@ -183,7 +184,7 @@ class Gradients(Plan):
             Parts(strides_of(results[i]), whole(sizes[i]), whole(counts[i]), whole(sum(blocks[:i]))) for i in range(3)
         ]
         self.totals_cut = TotalsCut(*each, whole(self.latents), constant(BLOCK), self.layout[1].WIDE)
-        self.totals = launch(aggregate_grads_totals_kernel, sum(blocks)) if any(self.parts) else None
+        self.totals = self.launch(aggregate_grads_totals_kernel, sum(blocks)) if any(self.parts) else None
 
     def __call__(
         self,

@@ -55,13 +55,14 @@ class AggregateCase:
         sizes: tuple[int, int, int],
         dtype: torch.dtype = torch.float64,
         dataset_size: int | None = 70,
+        own: int = 0,
         **settings: Any,
     ) -> None:
         points, components, latents = sizes
         mu, logvar = torch.randn(components, latents), torch.randn(components, latents) - 1
         logvar[0], mu[-1, 0] = math.inf, 30.0  # of density 0, before any other; and far from all
-        z = mu[:points] + 0.3 * torch.randn(points, latents)
-        self.mixture = (*[guarded(t.to(dtype)) for t in (z, mu, logvar)], 0, dataset_size)
+        z = mu[own : own + points] + 0.3 * torch.randn(points, latents)
+        self.mixture = (*[guarded(t.to(dtype)) for t in (z, mu, logvar)], own, dataset_size)
         self.settings = settings
         wide = (*[t.double() for t in self.mixture[:3]], *self.mixture[3:])
         self.sums = reference.aggregate(*wide)
@@ -93,7 +94,7 @@ def aggregate_cases() -> dict[str, AggregateCase]:
     torch.manual_seed(0)
     return {
         "whole": AggregateCase((19, 21, 5)),
-        "in parts": AggregateCase((19, 21, 5), **SMALL),
+        "in parts": AggregateCase((19, 21, 5), own=2, **SMALL),
         "alike": AggregateCase((5, 9, 3), dataset_size=None),
         "many latents": AggregateCase((9, 11, 67), STEPS=1),
         "fp32, in parts": AggregateCase((19, 21, 5), torch.float32, **SMALL),

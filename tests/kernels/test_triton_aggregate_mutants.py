@@ -48,7 +48,7 @@ MUTANTS = {
         MIXTURE, "with_own_weight", "$C < $F + ROWS", "$C + 1 < $F + ROWS", "in parts",
     ),
     "own_components_are_looked_for_too_early": Mutant(
-        MIXTURE, "with_own_weight", "$F < $C + COMPONENTS", "$F + 1 < $C + COMPONENTS", "in parts",
+        MIXTURE, "with_own_weight", "$F < $C + COMPONENTS", "$F + 1 < $C + COMPONENTS", "fp32, in parts",
     ),
     "the_others_weight_is_left_out": Mutant(MIXTURE, "with_weights", "$C + others", "$C + 0.0 * others", "alike"),
     # tails
