@@ -129,7 +129,7 @@ class Forward(Plan):
             self.sums(self.call(mixture), parts, self.cut)
             if self.totals is not None:
                 self.totals(parts, outputs, self.totals_cut)
-        return tuple(outputs)
+        return outputs.joint, outputs.marginals
 
 
 @cached

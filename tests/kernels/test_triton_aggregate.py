@@ -17,6 +17,7 @@ import torch
 from kernel_check import GuardedAllocations, compare, guarded
 
 from fused_elbo import backends
+from fused_elbo.operators.aggregate import Mixture
 from fused_elbo.reference import aggregate as reference
 
 pytest.importorskip("triton", reason="Triton is not installed (it is for Linux)")
@@ -62,13 +63,14 @@ class AggregateCase:
         mu, logvar = torch.randn(components, latents), torch.randn(components, latents) - 1
         logvar[0], mu[-1, 0] = math.inf, 30.0  # of density 0, before any other; and far from all
         z = mu[own : own + points] + 0.3 * torch.randn(points, latents)
-        self.mixture = (*[guarded(t.to(dtype)) for t in (z, mu, logvar)], own, dataset_size)
-        self.settings = settings
-        wide = (*[t.double() for t in self.mixture[:3]], *self.mixture[3:])
-        self.sums = reference.aggregate(*wide)
+        z, mu, logvar = (guarded(t.to(dtype)) for t in (z, mu, logvar))
+        self.mixture, self.settings = Mixture(z, mu, logvar, own, dataset_size), settings
+        wide = Mixture(z.double(), mu.double(), logvar.double(), own, dataset_size)
+        self.sums = joint, marginals = reference.aggregate(*wide)
         kind = torch.float64 if dtype == torch.float64 else torch.float32
-        self.weights = [guarded(torch.randn_like(t).to(kind)) for t in self.sums]
-        self.gradients = reference.aggregate_grads(*wide, *self.sums, *[w.double() for w in self.weights], 7)
+        g, h = (guarded(torch.randn_like(t).to(kind)) for t in (joint, marginals))
+        self.weights = g, h
+        self.gradients = reference.aggregate_grads(*wide, *self.sums, g.double(), h.double(), 7)
 
     def check(self, operators: Any) -> None:
         """Raises AssertionError at the first fault."""
@@ -150,13 +152,13 @@ def test_one_exponential_for_each_element(monkeypatch: pytest.MonkeyPatch) -> No
     def counted(points: int, components: int, latents: int, given: tuple[bool, bool] = (True, True)) -> list[float]:
         """Forward and backward, for each of B·M·K."""
         z, mu = torch.randn(points, latents), torch.randn(components, latents)
-        mixture, elements = (z, mu, mu - 1, 0, 1000), points * components * latents
+        mixture, elements = Mixture(z, mu, mu - 1, 0, 1000), points * components * latents
         counts.clear()
         with cut(kernels, FILL=1):
             sums = kernels.aggregate(*mixture)
             forward = counts.pop("exponentials") / elements
-            weights = [torch.ones_like(t) if wanted else None for t, wanted in zip(sums, given, strict=True)]
-            kernels.aggregate_grads(*mixture, *sums, *weights, 7)
+            g, h = (torch.ones_like(t) if wanted else None for t, wanted in zip(sums, given, strict=True))
+            kernels.aggregate_grads(*mixture, *sums, g, h, 7)
         return [forward, counts["exponentials"] / elements]
 
     forward, backward = counted(64, 128, 64)
