@@ -90,8 +90,12 @@ def end_of(t: Tensor) -> int:
     return sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
 
 
+def stride_of(n: int) -> int | None:
+    return None if n == 1 else whole(n)
+
+
 def strides_of(t: Tensor) -> Strides:
-    return Strides(*(None if s == 1 else whole(s) for s in t.stride()))
+    return Strides(*map(stride_of, t.stride()))
 
 
 def parts_of(n: int) -> int:
@@ -141,21 +145,19 @@ class Gradients(Plan):
         joint, marginals, grad_joint, grad_marginals = self.more
         self.wanted = [i for i in range(3) if key.mask >> i & 1]
         at_once = self.points if grad_joint is None else max(1, min(self.points, SHARES // self.components))
-        # Chunks of the same size, so that one walk serves all.
-        at_once = cdiv(self.points, cdiv(self.points, at_once))
+        at_once = cdiv(self.points, cdiv(self.points, at_once))  # chunks of the same size, so that one walk serves all
         chunks = [(first, min(first + at_once, self.points)) for first in range(0, self.points, at_once)]
         of_points, point_programs = self.walk(at_once, self.components, OWNED_GRADS)
         of_components, component_programs = self.walk(self.components, at_once, OWNED_GRADS)
         sizes = [self.points * self.latents, *2 * [self.components * self.latents]]
-        counts = [parts_of(of_points.splits), *2 * [len(chunks) * parts_of(of_components.splits)]]
-        of_more = [
-            sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in self.more if t is not None
-        ]
-        self.layout = self.layout_with(*sizes, *of_more)
+        counts = [parts_of(of_points.splits), *2 * [parts_of(of_components.splits)]]
+        # What is written once is the result. What chunks add to is rounded at the end.
+        in_parts = [counts[0] > 1, *2 * [counts[1] > 1 or len(chunks) > 1]]
+        self.layout = self.layout_with(*sizes, *[end_of(t) for t in self.more if t is not None])
 
         results = [torch.empty_like(t) for t in self.given]
         dense = Strides(whole(self.latents), None)
-        written = [dense if n > 1 else strides_of(t) for n, t in zip(counts, results, strict=True)]
+        written = [dense if parts else strides_of(t) for parts, t in zip(in_parts, results, strict=True)]
         programs = point_programs if 0 in self.wanted else 0
         self.cut = GradsCut(
             strides_of(marginals), strides_of(marginals if grad_marginals is None else grad_marginals), *written,
@@ -163,20 +165,18 @@ class Gradients(Plan):
         )  # fmt: skip
         self.joint_cut, together = self.joint(), TOGETHER.value
         room = parts_of(self.joint_cut.blocks) * self.joint_cut.COMPONENTS.value
-        self.chunks = [
-            Chunk(whole(first), whole(last), whole(i), whole(room)) for i, (first, last) in enumerate(chunks)
-        ]
+        self.chunks = [Chunk(whole(first), whole(last), whole(room)) for first, last in chunks]
         all_programs = programs + (component_programs if self.wanted[-1] > 0 else 0)
         self.launches = [self.launch(aggregate_grads_kernel, all_programs) for _ in chunks]
 
         self.shares = None
         if grad_joint is not None:
             self.shares = empty((cdiv(at_once, together) * together, room), self.dtype, self.device)
-            self.joint_strides = [*strides_of(joint[:, None])][:1] + [*strides_of(grad_joint[:, None])][:1]
+            self.joint_strides = [stride_of(t.stride(0)) for t in (joint, grad_joint)]
             self.shares_launch = self.launch(aggregate_shares_kernel, self.joint_programs(at_once, self.joint_cut))
 
         self.parts = [
-            empty((counts[i], sizes[i]), self.dtype, self.device) if i in self.wanted and counts[i] > 1 else None
+            empty((counts[i], sizes[i]), self.dtype, self.device) if i in self.wanted and in_parts[i] else None
             for i in range(3)
         ]
         blocks = [cdiv(size, BLOCK) if parts else 0 for size, parts in zip(sizes, self.parts, strict=True)]
@@ -214,8 +214,8 @@ class Gradients(Plan):
 
 
 def _key(mixture: Mixture, mask: int, *more: Tensor | None) -> tuple[object, ...]:
-    own, others = mixture_log_weights(mixture.mu.shape[0], mixture.own >= 0, mixture.dataset_size)
-    unequal = mixture.own >= 0 and abs(own - others) > 1e-12
+    components = mixture.mu.shape[0]
+    unequal = mixture.own >= 0 and components > 1 and mixture.dataset_size not in (None, components)
     return key_of(Tensors(mu=mixture.mu), Options(), mask | (UNEQUAL if unequal else 0), *mixture[:3], *more)
 
 

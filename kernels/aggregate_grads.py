@@ -2,7 +2,8 @@
 
 A point and a component meet with the factor W_ijk = g_i p_ij + h_ik r_ijk (fused_elbo/reference/aggregate.py). The
 shares g_i p_ij, each of which needs all latents, are written beforehand, for as many points at a time as there is
-memory for. Programs that share a walk write parts of a gradient, which are then added up.
+memory for; what components have from one chunk of points is added to what they have from those before. Programs that
+share a walk write parts of a gradient, which are then added up.
 """
 
 from __future__ import annotations
@@ -39,7 +40,6 @@ class Chunk(NamedTuple):
 
     first: int
     last: int  # one past it
-    index: int
     components: int  # for whose shares there is room
 
 
@@ -146,12 +146,12 @@ def factors(density, sums, grad, incoming, places, inside):
 
 
 @triton.jit
-def write_owned(out, found, pid, first, last, strides, walk, sizes):
-    """Adds up what the threads of the same latent have found, and writes it for what the program owns, `first` on."""
-    rows, columns = first + tl.arange(0, walk.OWNED), owned_latents(pid, walk)
-    inside = (rows < last)[:, None] & (columns < whole(sizes.latents))[None, :]
-    found = tl.sum(over_threads(found, walk), 1).to(out.dtype.element_ty)
-    tl.store(out + at(rows[:, None], columns[None, :], strides, sizes.WIDE), found, inside)
+def write_owned(places, found, inside, is_later, walk):
+    """Adds up what the threads of the same latent have found, and writes it, or `is_later` adds it to what is there."""
+    found = tl.sum(over_threads(found, walk), 1)
+    if is_later:
+        found += tl.load(places, inside, 0.0).to(found.dtype)
+    tl.store(places, found.to(places.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -182,8 +182,10 @@ def point_gradients(pid, out, incoming, call, chunk, cut):
         places = tl.max_contiguous((share_rows(own, chunk) + components * TOGETHER)[None, :] + each[:, None], [1, 1])
         slope, _ = log_normal_slopes(difference, scaled)
         found = tl.fma(factors(density, sums, grad, incoming, places, is_component[None, :]), slope, found)
-    part = along(split, cut.points_part, True)
-    write_owned(out + part, 2.0 * found, pid, row, whole(chunk.last), cut.z, cut.points, call.sizes)
+    columns = owned_latents(pid, cut.points)
+    inside = (rows < whole(chunk.last))[:, None] & (columns < whole(call.sizes.latents))[None, :]
+    places = along(split, cut.points_part, True) + at(rows[:, None], columns[None, :], cut.z, call.sizes.WIDE)
+    write_owned(out + places, 2.0 * found, inside, False, cut.points)
 
 
 @triton.jit
@@ -216,12 +218,15 @@ def component_gradients(pid, gradients, incoming, call, chunk, cut):
         slope, slope_of_logvar = log_normal_slopes(difference, scaled)
         of_mu = tl.fma(factor, slope, of_mu)
         of_logvar = tl.fma(factor, slope_of_logvar, of_logvar)
-    part = along(whole(chunk.index) * whole(cut.components.splits) + split, cut.components_part, True)
-    last = whole(call.sizes.components)
+    columns, part = owned_latents(pid, cut.components), along(split, cut.components_part, True)
+    inside = (components < whole(call.sizes.components))[:, None] & (columns < whole(call.sizes.latents))[None, :]
+    is_later = whole(chunk.first) > 0
     if gradients.mu is not None:
-        write_owned(gradients.mu + part, -2.0 * of_mu, pid, component, last, cut.mu, cut.components, call.sizes)
+        places = part + at(components[:, None], columns[None, :], cut.mu, call.sizes.WIDE)
+        write_owned(gradients.mu + places, -2.0 * of_mu, inside, is_later, cut.components)
     if gradients.logvar is not None:
-        write_owned(gradients.logvar + part, -of_logvar, pid, component, last, cut.logvar, cut.components, call.sizes)
+        places = part + at(components[:, None], columns[None, :], cut.logvar, call.sizes.WIDE)
+        write_owned(gradients.logvar + places, -of_logvar, inside, is_later, cut.components)
 
 
 @triton.jit

@@ -63,7 +63,8 @@ MUTANTS = {
     ),
     "a_point_too_many_of_the_joint": Mutant(SUMS, "joint_sums", "rows < $N", "rows <= $N", "whole"),
     "a_row_too_many_of_a_gradient": Mutant(
-        GRADS, "write_owned", "(rows < last)[:, None]", "(rows <= last)[:, None]", "whole",
+        GRADS, "component_gradients", "(components < $N)[:, None]", "(components <= $N)[:, None]", "whole",
+        place=(1, 2),
     ),
     "points_of_the_next_chunk_pull_too": Mutant(
         GRADS, "component_gradients", "rows < whole(chunk.last)", "rows <= whole(chunk.last)", "in parts",
@@ -74,8 +75,8 @@ MUTANTS = {
     "a_part_of_a_gradient_is_left_out": Mutant(
         GRADS, "total_of", "range(0, whole($P))", "range(0, whole($P) - 1)", "in parts",
     ),
-    "chunks_write_the_same_part": Mutant(
-        GRADS, "component_gradients", "whole(chunk.index) * $N + $S", "$S", "in parts",
+    "the_gradients_of_the_last_chunk_alone": Mutant(
+        GRADS, "write_owned", "found += $X.to($T)", "found += 0.0", "in parts",
     ),
     "shares_of_another_point": Mutant(
         GRADS, "share_rows", "$R % TOGETHER", "($R + 1) % TOGETHER", "whole",
