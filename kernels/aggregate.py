@@ -34,6 +34,7 @@ from .structs import constant, number, whole
 FILL = 1024  # programs that keep any GPU busy: past that, none shares its walk with others
 STEPS = 8  # of a walk that are worth a program
 JOINT = (8, THREADS, 4)  # points, components and latents of a tile: twice as many of any take 144 registers
+LEAST = 32  # components of a tile: a warp, which reduces them at once
 OWNED, OWNED_GRADS = 16, 8  # points or components of a thread, in fp32
 SHARES = 1 << 24  # of points and components at once: 64 MiB
 UNEQUAL = 8  # a bit of a plan's mask beside the gradients': the components do not weigh alike
@@ -62,7 +63,7 @@ class Plan:
         return Call(Points(*mixture[:3]), Weights(number(others, self.dtype), more, shift), *self.layout)
 
     def joint(self) -> JointCut:
-        counts = (self.points, self.components, self.latents)
+        counts = (self.points, max(self.components, LEAST), self.latents)
         tile = [min(most, power_of_2(n)) for most, n in zip(JOINT, counts, strict=True)]
         return JointCut(whole(cdiv(self.components, tile[1])), *map(constant, tile))
 

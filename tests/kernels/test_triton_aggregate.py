@@ -35,7 +35,7 @@ pytestmark = [
     ),
 ]
 # Several programs for every walk, several blocks of components for a point, and the shares of 7 points at a time.
-SMALL = {"STEPS": 1, "JOINT": (8, 16, 4), "SHARES": 7 * 21}
+SMALL = {"STEPS": 1, "JOINT": (8, 32, 4), "SHARES": 7 * 41}
 
 
 @contextmanager
@@ -98,10 +98,10 @@ def aggregate_cases() -> dict[str, AggregateCase]:
     torch.manual_seed(0)
     return {
         "whole": AggregateCase((19, 21, 5)),
-        "in parts": AggregateCase((19, 21, 5), own=1, **SMALL),
+        "in parts": AggregateCase((19, 41, 5), own=1, **SMALL),
         "alike": AggregateCase((5, 9, 3), dataset_size=None),
         "many latents": AggregateCase((9, 11, 67), STEPS=1),
-        "fp32, in parts": AggregateCase((19, 21, 5), torch.float32, **SMALL),
+        "fp32, in parts": AggregateCase((19, 41, 5), torch.float32, **SMALL),
     }
 
 
@@ -113,7 +113,7 @@ def test_values_in_parts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) ->
     let_threads_agree(monkeypatch)
     if dtype == torch.bfloat16 and backends.triton.runs_on_cpu() == "its interpreter":
         pytest.skip("Triton's interpreter truncates where it should round to bf16")
-    AggregateCase((19, 21, 5), dtype, **SMALL).check(kernels)
+    AggregateCase((19, 41, 5), dtype, **SMALL).check(kernels)
 
 
 @pytest.mark.ptx
@@ -173,7 +173,7 @@ def test_one_exponential_for_each_element(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_same_bits_whatever_ran_before() -> None:
-    case = AggregateCase((19, 21, 5), torch.float32, **SMALL)
+    case = AggregateCase((19, 41, 5), torch.float32, **SMALL)
     with cut(kernels, **SMALL):
         first = kernels.aggregate(*case.mixture)
         gradients = kernels.aggregate_grads(*case.mixture, *first, *case.weights, 7)
