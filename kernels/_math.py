@@ -4,9 +4,12 @@ Written for a tensor of fp32 or fp64 values. Launch with enable_fp_fusion=False:
 row can differ by an ulp and then store different values to one address.
 """
 
+import math
+
 import triton
 import triton.language as tl
 
+LOG2_E, LOG_2, LOG_2PI = (tl.constexpr(x) for x in (1 / math.log(2), math.log(2), math.log(2 * math.pi)))
 SIGMOID, TANH = tl.constexpr(1), tl.constexpr(2)  # as in fused_elbo/likelihood.py
 BATCH_FREE_NATS, SAMPLE_FREE_NATS = tl.constexpr(3), tl.constexpr(4)  # as in fused_elbo/rate.py
 
@@ -213,3 +216,75 @@ def optimal_sigma(total, n, least, options):
         floor = exp(least * (1.0 * options.Q) + 0.0 * mean)
         scale = at_least(mean, floor)
         return tl.log(scale) * (1.0 / options.Q), 1.0 / scale, tl.where(mean > floor, 1.0, 0.0)
+
+
+@triton.jit
+def exp_once(x):
+    """exp by one exponential, where exp_reduced has three: exp2(x · log2 e), times what rounding took from that."""
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    else:
+        power = x * 1.44269504  # in fp32 1.926e-8 less than log2 e
+        lost = tl.fma(x, tl.full((), 1.44269504, tl.float32), -power) + x * 1.92596299e-8
+        return tl.exp2(power) * (1.0 + LOG_2 * tl.where(tl.abs(lost) < 1.0, lost, 0.0))  # ∞ − ∞ is NaN
+
+
+@triton.jit
+def exp_of(difference):
+    """exp of a difference of logarithms, which is as good as they are: one instruction on a GPU, where tl.exp's results
+    below 1e-38 take three more."""
+    if difference.dtype == tl.float64:
+        return tl.exp(difference)
+    else:
+        return tl.exp2(difference * LOG2_E)
+
+
+@triton.jit
+def log_normal_terms(logvar):
+    """Returns s and c of log N(z; μ, exp l) = s (z − μ)² + c."""
+    return exp_once(-logvar) * -0.5, (logvar + LOG_2PI) * -0.5
+
+
+@triton.jit
+def log_normal(difference, scaled, constant):
+    """scaled: s (z − μ). Rounded in the same way forward and backward: far from all components a rounding is whole
+    nats, but not in the difference of two."""
+    return tl.fma(scaled, difference, tl.broadcast_to(constant, scaled.shape))
+
+
+@triton.jit
+def log_normal_slopes(difference, scaled):
+    """Returns ½ ∂/∂z of `log_normal`, which is −½ ∂/∂μ, and −∂/∂l."""
+    return scaled, scaled * difference + 0.5
+
+
+@triton.jit
+def no_exp(shape: tl.constexpr, dtype: tl.constexpr):
+    """Returns the (largest, sum) of no term at all. The largest is finite, so that −∞ less it is no NaN."""
+    LOWEST: tl.constexpr = -1.7e308 if dtype == tl.float64 else -3.4e38
+    return tl.full(shape, LOWEST, dtype), tl.zeros(shape, dtype)
+
+
+@triton.jit
+def add_exp(largest, sum, x):
+    """Adds exp(x) to exp(largest) · sum, by one exponential: it scales what is the smaller. NaN stays in the sum."""
+    difference = x - largest
+    scale = exp_of(-tl.abs(difference))
+    grows = difference > 0.0
+    sum = tl.fma(sum, tl.where(grows, scale, 1.0), tl.where(grows, 1.0, scale))
+    return tl.where(grows, x, largest), sum
+
+
+@triton.jit
+def sum_exp(x, AXIS: tl.constexpr):
+    """Returns (largest, sum) of all exp(x) along an axis."""
+    lowest, _ = no_exp((1,), x.dtype)
+    largest = tl.maximum(tl.max(x, AXIS), lowest)
+    return largest, tl.sum(exp_of(x - tl.expand_dims(largest, AXIS)), AXIS)
+
+
+@triton.jit
+def merged_exp(largest, sum, AXIS: tl.constexpr):
+    """Returns the (largest, sum) of those along an axis."""
+    of_all = tl.max(largest, AXIS)
+    return of_all, tl.sum(sum * exp_of(largest - tl.expand_dims(of_all, AXIS)), AXIS)

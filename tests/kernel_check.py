@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 from unittest import mock
 
 import torch
@@ -301,7 +301,11 @@ def cases() -> Iterator[dict[str, Case | LevelsCase]]:
         yield {**near, **levels_cases(), "far apart": Case(far), "farther apart": Case(farther)}
 
 
-def fault_of(operators: Any, every: Mapping[str, Case | LevelsCase], first: str | None = None) -> str | None:
+class Checked(Protocol):
+    def check(self, operators: Any) -> None: ...
+
+
+def fault_of(operators: Any, every: Mapping[str, Checked], first: str | None = None) -> str | None:
     """What is said by the first case that notices something: `first`, then the others."""
     assert first is None or first in every, f"there is no case {first!r}"
     for name in sorted(every, key=lambda name: name != first):

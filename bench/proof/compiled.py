@@ -13,7 +13,8 @@ Writes compiled.md and compiled.csv. No GPU is needed and nothing here has been 
   4096); [full]: 250 images, three tiles of 8192 (sm_80: two of 16384, which is all that a program can hold);
   [image], [given]: σ per image, and constant, where no program waits for another. [laplace]: that likelihood;
   [decoder]: a sigmoid before the loss, a target of bytes, a mask that the channels share, and logvar in a range;
-  [hierarchy]: 16 levels with priors in one launch, of 1024 to 16384 latents.
+  [hierarchy]: 16 levels with priors in one launch, of 1024 to 16384 latents; [batch]: the aggregate posterior of 512
+  of 50000 images with 64 latents.
 - registers of a thread (gfx942: VGPRs); spill_bytes: stores and loads of spilled registers in ptxas's log, once each
   (gfx942: private memory of a lane); shared_bytes of a block.
 - global_accesses: loads and stores of global memory in the code, wide_accesses: those of 128 bits or more. The rest are
@@ -26,7 +27,8 @@ Writes compiled.md and compiled.csv. No GPU is needed and nothing here has been 
   hold, or one program of elbo_step whose programs wait for one another. It says how much latency is covered if all of
   them load at once.
 
-The last two are blank for the kernel of one block, which holds O(batch) values, and in flight for gfx942.
+The last two are blank for the kernel of one block, which holds O(batch) values, and for the aggregate posterior, whose
+loops read little and compute much; the last one for gfx942.
 """
 
 from __future__ import annotations
@@ -52,8 +54,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from machine_code import WIDE, Code, read_amdgcn, read_sass, threads_per_sm
 from offline import Offline, active
 
-from fused_elbo import backend, decoupled_elbo, decoupled_elbo_backward, gaussian_kl
-from fused_elbo.kernels import _plan, elbo_finalize, elbo_grads, elbo_levels, elbo_stats, elbo_step
+from fused_elbo import backend, decoupled_elbo, decoupled_elbo_backward, gaussian_kl, log_aggregate_posterior
+from fused_elbo.kernels import _plan, aggregate, elbo_finalize, elbo_grads, elbo_levels, elbo_stats, elbo_step
 from fused_elbo.kernels.structs import Call, Data, Latents
 
 TARGETS = {
@@ -62,7 +64,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 JITTED = (
     (elbo_stats, "elbo_stats_kernel"),
     (elbo_finalize, "elbo_shared_sigma_term_kernel"),
@@ -70,6 +72,11 @@ JITTED = (
     (elbo_step, "elbo_step_kernel"),
     (elbo_levels, "elbo_levels_kernel"),
     (elbo_levels, "elbo_levels_grads_kernel"),
+    (aggregate, "aggregate_sums_kernel"),
+    (aggregate, "aggregate_totals_kernel"),
+    (aggregate, "aggregate_shares_kernel"),
+    (aggregate, "aggregate_grads_kernel"),
+    (aggregate, "aggregate_grads_totals_kernel"),
 )
 # what a case is called -> its kernels in the table
 CASES = {
@@ -85,16 +92,26 @@ CASES = {
     "laplace": ("elbo_stats", "elbo_grads", "elbo_step"),
     "decoder": ("elbo_stats", "elbo_grads", "elbo_step"),
     "hierarchy": ("elbo_levels", "elbo_levels_grads"),
-}
+    "batch": (
+        "aggregate_sums", "aggregate_totals", "aggregate_shares", "aggregate_grads", "aggregate_grads_totals",
+    ),
+}  # fmt: skip
 KERNELS = [f"{kernel}[{case}]" if case else kernel for case, kernels in CASES.items() for kernel in kernels]
 SIZES = {
     "large": (3072, (3, 64, 64), 128),
     "by8": (64, (3, 50, 36), 200),
     "full": (250, (3, 64, 64), 128),
     "hierarchy": (64, (), 1024),
+    "batch": (512, (), 64),
 }  # batch, image, latents
 USUAL = (64, (3, 64, 64), 128)
 SMS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}  # of A100, H100, B200 and MI300X
+
+
+def dtypes(kernel: str) -> list[str]:
+    """Those of the loss have no fp64 in the table: who computes in it does not do so for speed. But what holds sums in
+    registers may spill twice as many."""
+    return ["fp32", "bf16", "fp64"] if kernel.startswith("aggregate") else ["fp32", "bf16", "fp16"]
 
 
 def offline(name: str) -> contextlib.AbstractContextManager[None]:
@@ -123,8 +140,8 @@ class Launch:
         """`kinds`: Data, Latents, or both."""
         if levels := [a for a in self.args if isinstance(a, elbo_levels.LevelsCall)]:  # of which a program has one
             return levels[0].how.ROWS.value * levels[0].how.COLS.value if Latents in kinds else 0
-        call = next(a for a in self.args if isinstance(a, Call))
-        walked = [a for a in (call.data, call.latents) if isinstance(a, kinds)]
+        calls = [a for a in self.args if isinstance(a, Call)]
+        walked = [a for call in calls for a in (call.data, call.latents) if isinstance(a, kinds)]
         return sum(a.tiles.ROWS.value * a.tiles.COLS.value * self.tiles(type(a)) for a in walked)
 
     def tiles(self, kind: type) -> int:
@@ -208,6 +225,12 @@ def launches(case: str, dtype: str, target_name: str) -> dict[str, Launch]:
         with offline(target_name), spied() as seen, backend("triton"):
             rate = gaussian_kl(*every[:2], prior=list(zip(*every[2:], strict=True)))
             torch.autograd.grad(rate, [t for each in every for t in each])
+        return seen
+    if case == "batch":
+        given = [leaf(batch, latents) for _ in range(3)]
+        with offline(target_name), spied() as seen, backend("triton"):
+            sums = log_aggregate_posterior(*given, dataset_size=50000)
+            torch.autograd.grad(sums, given, [torch.ones_like(t) for t in sums])
         return seen
     recon, target, mu, logvar = leaf(batch, *image), leaf(batch, *image), leaf(batch, latents), leaf(batch, latents)
     extra: dict[str, Any] = {}
@@ -334,7 +357,7 @@ def main() -> None:
     rows = []
     for kernel in KERNELS:
         for target in TARGETS:
-            rows += [row(kernel, dtype, target) for dtype in DTYPES]
+            rows += [row(kernel, dtype, target) for dtype in dtypes(kernel)]
         print(f"{kernel}: compiled for {', '.join(TARGETS)}", flush=True)
     write(rows, out)
 

@@ -19,10 +19,20 @@ from torch import Tensor
 from workloads import DTYPES
 
 import fused_elbo
-from fused_elbo import BackendUnavailable, backends, decoupled_elbo, decoupled_elbo_backward, gaussian_kl
+from fused_elbo import (
+    BackendUnavailable,
+    backends,
+    decoupled_elbo,
+    decoupled_elbo_backward,
+    gaussian_kl,
+    log_aggregate_posterior,
+)
 from fused_elbo import __main__ as doctor
 
 LEVELS = "levels"  # gaussian_kl of a list
+AGGREGATE = "aggregate"  # log_aggregate_posterior
+# Of points, components and latents, in the place of gpu_cases.SHAPES.
+AGGREGATES = ((64, 64, 10), (250, 300, 67), (256, 1024, 64), (1, 1, 1))
 DOCTOR = "doctor"
 BACKENDS = ("triton", "cuda")
 # Of the largest element of a gradient: the rounding of fp32 sums, then that of its own dtype. Losses are fp32.
@@ -40,7 +50,7 @@ def cases(backend: str) -> list[str]:
         *((i, dtype) for i in others for dtype in ("fp32", "bf16")),
         (small, "fp16"),
     ]
-    return [f"{backend}|{mode}|{i}|{dtype}" for i, dtype in ways for mode in (*gpu_cases.NAMES, LEVELS)]
+    return [f"{backend}|{mode}|{i}|{dtype}" for i, dtype in ways for mode in (*gpu_cases.NAMES, LEVELS, AGGREGATE)]
 
 
 def run(part: Part) -> str:
@@ -104,6 +114,8 @@ def one(item: str, device: str = "cuda") -> Record:
     try:
         if mode == LEVELS:
             errors = of_levels(backend, DTYPES[dtype], device)
+        elif mode == AGGREGATE:
+            errors = of_aggregate(backend, AGGREGATES[int(number)], DTYPES[dtype], device)
         else:
             errors = of_mode(backend, mode, *gpu_cases.SHAPES[int(number)], DTYPES[dtype], device)
     except BackendUnavailable as reason:
@@ -151,6 +163,27 @@ def of_levels(backend: str, dtype: torch.dtype, device: str) -> Record:
         loss = gaussian_kl(*own)
         got = torch.autograd.grad(loss, [t for levels in own for t in levels])
     return compared(LEVELS, loss, expected, got, gradients)
+
+
+def of_aggregate(backend: str, sizes: tuple[int, int, int], dtype: torch.dtype, device: str) -> Record:
+    """Both log-densities at once, weighted differently."""
+    torch.manual_seed(1)
+    points, components, latents = sizes
+    tensors = [torch.randn(n, latents).to(dtype) for n in (points, components, components)]
+    true, own = moved(tensors, "cpu", torch.float64), moved(tensors, device, None)
+    weights = torch.linspace(0.5, 1.5, points, dtype=torch.float64)
+
+    def loss(leaves: Any) -> Tensor:
+        joint, marginals = log_aggregate_posterior(*leaves, dataset_size=5000)
+        return (joint * weights.to(joint)).sum() - marginals.sum()
+
+    with fused_elbo.backend("reference"):
+        expected = loss(true)
+        gradients = torch.autograd.grad(expected, true)
+    with fused_elbo.backend(backend):
+        found = loss(own)
+        got = torch.autograd.grad(found, own)
+    return compared(AGGREGATE, found, expected, got, gradients)
 
 
 def compared(what: str, loss: Tensor, expected: Tensor, got: Any, gradients: Any) -> Record:

@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import torch
 
-from .. import reference
 from ..errors import BackendUnavailable, once, sentence, unavailable
 from ..operators import aggregate, elbo, levels
 from .base import Status
@@ -27,7 +26,7 @@ def levels_operators() -> levels.Implementation:
 
 
 def aggregate_operators() -> aggregate.Implementation:
-    return reference.aggregate
+    return cast(aggregate.Implementation, _imported("aggregate"))
 
 
 def _imported(module: str) -> Any:

@@ -173,7 +173,7 @@ def test_a_wrong_value_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 def test_every_mode_is_among_the_cases() -> None:
     cases = gpu_values.cases("cuda")
     assert len(set(cases)) == len(cases)
-    assert {item.split("|")[1] for item in cases} == {*gpu_cases.NAMES, gpu_values.LEVELS}
+    assert {item.split("|")[1] for item in cases} == {*gpu_cases.NAMES, gpu_values.LEVELS, gpu_values.AGGREGATE}
     assert {item.split("|")[3] for item in cases} == set(workloads.DTYPES)
 
 

@@ -60,7 +60,7 @@ def lane_by_lane(library: Path, level: str) -> list[str]:
     instruction set's: each lane is moved out, compared and jumped on."""
     own = [(name, code) for name, code in _functions(library).values() if f"elbo_{level}" in name]
     loops = [(name, code) for name, code in own if not NO_LOOPS.search(name)]
-    for expected in ("rates", "latent_gradient", "chunk_gradient", "add_block", "add_gradients"):
+    for expected in ("rates", "latent_gradient", "chunk_gradient", "in_parallel"):
         assert any(expected in name for name, _ in loops), f"{library} has no {expected} for {level}"
     return [name for name, code in loops if any(map(_ONE_LANE.search, code))]
 

@@ -54,9 +54,14 @@ BLOCKS_PER_SM = 2  # that fit at least: 16 warps, at most 128 registers
 
 # What differs little from what `make check` reads: fp16 from bf16, one target from another.
 seldom = pytest.mark.release("the machine code of Triton's kernels for every target and dtype")
-for_each_dtype = pytest.mark.parametrize(
-    "dtype", [pytest.param(d, marks=seldom if d == "fp16" else ()) for d in bench.DTYPES]
-)
+
+
+def each_dtype(kernel: str) -> pytest.MarkDecorator:
+    names = [pytest.param(d, marks=seldom if d == "fp16" else ()) for d in bench.dtypes(kernel)]
+    return pytest.mark.parametrize("dtype", names)
+
+
+for_each_dtype = each_dtype("elbo_")
 
 
 def for_each_target(names: Iterable[str]) -> pytest.MarkDecorator:
@@ -119,6 +124,17 @@ def test_occupancy(kernel: str, target: str, dtype: str) -> None:
     assert row.shared_bytes <= ((16384 if before else 8192) if relaid else 1024)
 
 
+@each_dtype("aggregate_")
+@for_each_target(NVIDIA)
+@for_each_kernel("aggregate_")
+def test_the_aggregate_posterior_holds_its_sums_in_registers(kernel: str, target: str, dtype: str) -> None:
+    launch, row = bench.launch_of(kernel, dtype, target), bench.row(kernel, dtype, target)
+    warps = launch.kwargs["num_warps"]
+    assert warps == 4
+    assert row.spill_bytes == 0
+    assert machine_code.threads_per_sm(row.registers, warps) >= (4 if dtype != "fp64" else 3) * warps * 32
+
+
 @for_each_dtype
 @for_each_target(NVIDIA)
 @for_each_kernel("elbo_step")
@@ -167,10 +183,11 @@ def test_the_reading_of_machine_code() -> None:
     assert (code.widths, code.in_flight) == ([16, 2, 4], None)
 
 
+TABLED = ("elbo_stats", "elbo_grads", "elbo_levels[hierarchy]", "aggregate_sums[batch]", "aggregate_grads[batch]")
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize(
-    "kernel", [pytest.param(k, marks=together(k)) for k in ("elbo_stats", "elbo_grads", "elbo_levels[hierarchy]")]
-)
+@pytest.mark.parametrize("kernel", [pytest.param(k, marks=together(k)) for k in TABLED])
 def test_the_committed_table_is_of_this_code(kernel: str, dtype: str) -> None:
     """A few of its rows, compiled anew: `python bench/proof/compiled.py --out bench/proof` writes them all."""
     folder = Path(bench.__file__).parent
@@ -192,5 +209,5 @@ def test_the_table_has_every_kernel(tmp_path: Path) -> None:
     assert "| k | fp32 | sm_90 | 32 | 0 | 128 | 18 | 16 | 1.5 |  |" in (tmp_path / "compiled.md").read_text()
     committed = (Path(bench.__file__).parent / "compiled.csv").read_text().splitlines()
     assert committed[0] == names
-    expected = [(k, d, t) for k in bench.KERNELS for t in bench.TARGETS for d in bench.DTYPES]
+    expected = [(k, d, t) for k in bench.KERNELS for t in bench.TARGETS for d in bench.dtypes(k)]
     assert [tuple(line.split(",")[:3]) for line in committed[1:]] == expected

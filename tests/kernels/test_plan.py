@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_elbo
-from fused_elbo import decoupled_elbo, decoupled_elbo_backward, gaussian_kl
+from fused_elbo import decoupled_elbo, decoupled_elbo_backward, gaussian_kl, log_aggregate_posterior
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed (it is for Linux)", allow_module_level=True)
@@ -259,6 +259,35 @@ def test_levels_that_are_not_alike_take_launches_of_their_own(seen: Seen) -> Non
     mu[2], logvar[2], prior[2] = mu[2].bfloat16(), logvar[2].bfloat16(), tuple(p.bfloat16() for p in prior[2])
     gaussian_kl(mu, logvar, prior=prior).backward()
     assert seen.launched == 4 * LEVELS + 4 * LEVELS_GRADS
+
+
+SUMS, TOTALS = ["aggregate_sums_kernel"], ["aggregate_totals_kernel"]
+GRADS, GRADS_TOTALS = ["aggregate_shares_kernel", "aggregate_grads_kernel"], ["aggregate_grads_totals_kernel"]
+
+
+@pytest.mark.parametrize("sizes", [(64, 10), (256, 32), (512, 64), (2048, 128), (4000, 16)], ids=str)
+def test_launches_of_the_aggregate_posterior(sizes: tuple[int, int], seen: Seen) -> None:
+    """At most two forward, and three backward, whatever the weights: programs that share a sum need one more."""
+    given = [torch.zeros(sizes, requires_grad=True) for _ in range(3)]
+    for size in (None, 5000, 6000):
+        sums = log_aggregate_posterior(*given, dataset_size=size)
+        torch.autograd.grad(sums, given, [torch.ones_like(t) for t in sums])
+    each = seen.launched[: len(seen.launched) // 3]
+    assert seen.launched == 3 * each
+    assert each == (SUMS + GRADS if sizes[0] == 64 else SUMS + TOTALS + GRADS + GRADS_TOTALS)
+    assert seen.searched == 2 * each  # a number that changes needs no other plan, but unequal weights do
+    seen.launched.clear()
+    joint, marginals = log_aggregate_posterior(*given)
+    joint.sum().backward(retain_graph=True)
+    marginals.sum().backward()
+    assert seen.launched.count("aggregate_shares_kernel") == 1
+
+
+def test_points_beyond_memory_for_their_shares(seen: Seen) -> None:
+    """64 MiB of them at a time."""
+    given = [torch.zeros(9000, 2, requires_grad=True) for _ in range(3)]
+    log_aggregate_posterior(*given)[0].sum().backward()
+    assert seen.launched == SUMS + TOTALS + 5 * GRADS + GRADS_TOTALS
 
 
 class Operations(TorchDispatchMode):
