@@ -51,7 +51,7 @@ def trespassers(library: Path, level: str) -> list[str]:
 
 
 # Arithmetic of O(batch), and checks of arguments: all else that is compiled for an instruction set is element loops.
-NO_LOOPS = re.compile(r"own_recon_scale|elbo_factors|elbo_finalize|Sigmas|Inputs|LogSum")
+NO_LOOPS = re.compile(r"own_recon_scale|elbo_factors|elbo_finalize|Sigmas|Inputs|LogSum|Aggregate")
 _ONE_LANE = re.compile(r"^v?u?comis[sd]")
 
 
