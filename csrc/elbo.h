@@ -121,12 +121,15 @@ struct Gradients {
   Span element_log_sigma;  // of log σ at every element, as the data lie
   Span log_sigma;          // of a given log σ; on the CPU also of one that is broadcast inside samples, contiguous
   Span beta, extra_error;
+  // On a GPU, of a log σ that neighbours share: the sum of `segment` of them each, of the compute type.
+  void* segment_log_sigma = nullptr;
+  int64_t segment = 0;
   bool log_sigma_each = false, beta_each = false, extra_error_each = false;  // a value for each sample
   bool past_caches = false, latents_past_caches = false;  // on the CPU: written so, being too large to be found there
 };
 
 ELBO_INLINE bool wants_data(const Gradients& g) {
-  return g.recon.base || g.target.base || g.element_log_sigma.base;
+  return g.recon.base || g.target.base || g.element_log_sigma.base || g.segment_log_sigma;
 }
 
 ELBO_INLINE bool wants_latents(const Gradients& g) {

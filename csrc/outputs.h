@@ -59,12 +59,12 @@ struct OutputTensors {
 };
 
 // The gradients that `mask` asks for: memory that the kernels write to, then the tensors to return. `empty` makes those
-// that may be large.
+// that may be large. segment: 0, or how many neighbours, inside those that surely share one log σ, have one sum.
 class GradientTensors {
  public:
   Gradients gradients;
 
-  GradientTensors(const Inputs& in, const Call& call, int64_t mask, MakeEmpty empty)
+  GradientTensors(const Inputs& in, const Call& call, int64_t mask, MakeEmpty empty, int64_t segment = 0)
       : in_(in), tensors_(call.tensors), mask_(mask), empty_(empty) {
     const Tensors& t = call.tensors;
     const Data& data = in.batch.data;
@@ -83,14 +83,18 @@ class GradientTensors {
       g.element_log_sigma = large(kLogSigma, t.log_sigma, in.recon, data.log_sigma.values.dtype);
     } else if (!in.for_cuda && data.log_sigma.rank > 0) {
       g.log_sigma = large(kLogSigma, t.log_sigma, in.log_sigma, data.log_sigma.values.dtype);
+    } else if (has(kLogSigma) && segment) {
+      to_sum_ = empty_segments(segment);
+      g.segment_log_sigma = to_sum_->data_ptr();
+      g.segment = segment;
     } else if (has(kLogSigma)) {
-      of_elements_ = empty_in_order(*in.recon, in.dtype());
-      g.element_log_sigma = span_of(*of_elements_);
+      to_sum_ = empty_in_order(*in.recon, in.dtype());
+      g.element_log_sigma = span_of(*to_sum_);
     }
   }
 
   NineTensors finish() {
-    if (of_elements_) small_[kLogSigma] = summed_like(*of_elements_, *tensors_.log_sigma);
+    if (to_sum_) small_[kLogSigma] = summed_like(*to_sum_, *tensors_.log_sigma);
     return {result(kRecon),   result(kTarget),      result(kMu),   result(kLogvar),    result(kLogSigma),
             result(kPriorMu), result(kPriorLogvar), result(kBeta), result(kExtraError)};
   }
@@ -104,7 +108,7 @@ class GradientTensors {
   const MakeEmpty empty_;
   std::optional<Output> large_[kBits];
   std::optional<Tensor> small_[kBits];  // O(B), or summed
-  std::optional<Tensor> of_elements_;   // where one log σ has many elements: the gradient of each, to be summed
+  std::optional<Tensor> to_sum_;        // where one log σ has many elements: the gradient of each, or of segments
 
   bool has(Bit bit) const {
     return (mask_ >> bit & 1) != 0;
@@ -128,14 +132,30 @@ class GradientTensors {
     return span_of(*small_[bit], each ? 1 : 0);
   }
 
-  // Sums a gradient of every element into the shape of what was broadcast to them.
-  static Tensor summed_like(const Tensor& of_elements, const Tensor& input) {
+  // One number for each segment of recon, in its order. The dimensions inside the innermost run have become one.
+  Tensor empty_segments(int64_t segment) const {
+    const Tensor& recon = *in_.recon;
+    const int64_t run = in_.batch.data.log_sigma.dims[0].divisor;
+    std::vector<int64_t> sizes = {recon.size(0)}, strides = {in_.batch.data.dims / segment};
+    bool is_first = true;
+    for (int64_t k = 1; k < recon.dim(); ++k) {
+      const bool inside = recon.size(k) == 1 || recon.stride(k) < run, stands_for_all = inside && is_first;
+      sizes.push_back(stands_for_all ? run / segment : inside ? 1 : recon.size(k));
+      strides.push_back(inside ? 1 : recon.stride(k) / segment);
+      is_first &= !inside;
+    }
+    return empty_strided(sizes, strides, in_.dtype(), recon);
+  }
+
+  // Sums gradients into the shape of what was broadcast to their elements.
+  static Tensor summed_like(const Tensor& gradients, const Tensor& input) {
     std::vector<int64_t> along;
     for (int64_t k = 0; k < input.dim(); ++k) {
-      if (input.size(k) != of_elements.size(k)) along.push_back(k);
+      if (input.size(k) != gradients.size(k)) along.push_back(k);
     }
     Tensor result = torch::stable::empty_like(input);
-    torch::stable::copy_(result, torch::stable::sum(of_elements, along, true));
+    // PyTorch takes no dimensions for all of them.
+    torch::stable::copy_(result, along.empty() ? gradients : torch::stable::sum(gradients, along, true));
     return result;
   }
 

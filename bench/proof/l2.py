@@ -105,7 +105,7 @@ class Triton:
         self.batch, self.dims, self.itemsize = batch, dims, ITEMSIZE[dtype]
         self.tiles = Tiles.of(dims, batch, 16 // self.itemsize)
         case = "[large]" if self.tiles.per_chunk > 1 else ""
-        rows = registers("compiled.csv", dtype)
+        rows = column("registers", "compiled.csv", dtype)
         self.at_once = [programs_at_once(rows[f"{kernel}{case}"], WARPS) for kernel in ("elbo_stats", "elbo_grads")]
         self.launched, self.resident = [self.tiles.programs(batch)] * 2, self.at_once
 
@@ -137,7 +137,7 @@ class Cuda:
     def __init__(self, batch: int, dims: int, dtype: str) -> None:
         self.batch, self.dims, self.itemsize = batch, dims, ITEMSIZE[dtype]
         self.size, self.per_sample = self.chunks_of(dims, batch)
-        rows = registers("compiled_cuda.csv", dtype)
+        rows = column("registers", "compiled_cuda.csv", dtype)
         self.at_once = [programs_at_once(rows[k], self.warps_of_block) for k in ("elbo_stats", "elbo_grads")]
         self.launched = [self.blocks_for(self.per_sample * batch, blocks) for blocks in self.at_once]
         self.resident = [blocks * self.warps_of_block for blocks in self.launched]  # warps take turns
@@ -169,11 +169,11 @@ class Cuda:
                 yield step(begin, min(begin + turns, last), self.itemsize, writes)
 
 
-def registers(table: str, dtype: str) -> dict[str, int]:
-    """{kernel: registers of a thread} on an H100, from a table of machine code."""
+def column(name: str, table: str, dtype: str) -> dict[str, int]:
+    """{kernel: its number} on an H100, from a table of machine code."""
     with (HERE / table).open(encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if (row["target"], row["dtype"]) == ("sm_90", dtype)]
-    return {row["kernel"]: int(row["registers"]) for row in rows}
+    return {row["kernel"]: int(row[name]) for row in rows if row[name]}
 
 
 def programs_at_once(registers: int, warps: int) -> int:
@@ -183,12 +183,12 @@ def programs_at_once(registers: int, warps: int) -> int:
 # ---------------------------------------------------------------------------------------------------------- the table
 
 
-def from_memory(kernels: Triton | Cuda, backward: bool) -> int:
-    """Bytes of a step that come from memory or go there."""
+def from_memory(kernels: Triton | Cuda, backward: bool) -> tuple[int, int]:
+    """Bytes of the first pass, and of the second, that come from memory or go there."""
     cache = Lru(L2 // LINE)
-    misses = missed(cache, kernels.programs(False, False), kernels.resident[0])
-    misses += missed(cache, kernels.programs(True, backward), kernels.resident[1])
-    return misses * LINE + kernels.batch * kernels.dims * kernels.itemsize
+    first = missed(cache, kernels.programs(False, False), kernels.resident[0])
+    second = missed(cache, kernels.programs(True, backward), kernels.resident[1])
+    return first * LINE, second * LINE + kernels.batch * kernels.dims * kernels.itemsize
 
 
 def page() -> str:
@@ -200,7 +200,7 @@ def page() -> str:
             moved = 5 * batch * dims * itemsize
             for kind in (Triton, Cuda):
                 kernels = kind(batch, dims, dtype)
-                parts = [from_memory(kernels, backward) / moved for backward in (False, True)]
+                parts = [sum(from_memory(kernels, backward)) / moved for backward in (False, True)]
                 shape = "×".join(map(str, (batch, *image)))
                 programs = [f"{n} of {most}" for n, most in zip(kernels.launched, kernels.at_once, strict=True)]
                 traffic = (f"{moved / 1e6:.0f} MB", *(f"{part:.0%}" for part in parts))

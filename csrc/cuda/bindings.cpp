@@ -47,6 +47,11 @@ Inputs inputs_of(const Call& call) {
   return Inputs(call.tensors, call.options.sigma_mode, call.elements, /*for_cuda=*/true);
 }
 
+int64_t segment_of_log_sigma(const Inputs& in) {
+  const Broadcast& log_sigma = in.batch.data.log_sigma;
+  return log_sigma.rank ? segment_of(log_sigma.dims[0].divisor, chunked(in.batch).data_chunks.size) : 0;
+}
+
 // Stages one and two.
 void run_forward(
     const Inputs& in, const ChunkedBatch& batch, const Options& options, const Outputs& outputs, cudaStream_t stream) {
@@ -79,7 +84,7 @@ NineTensors grads(const GradsCall& call) {
   const OnDevice on(call);
   const Inputs in = inputs_of(call);
   const Tensor stats = torch::stable::contiguous(call.stats);
-  GradientTensors out(in, call, call.mask, empty_strided);
+  GradientTensors out(in, call, call.mask, empty_strided, segment_of_log_sigma(in));
   elbo_grads(chunked(in.batch), stats.data_ptr(), call.options, call.grad_outputs(), out.gradients, on.stream);
   return out.finish();
 }
@@ -90,7 +95,7 @@ decltype(std::tuple_cat(FourTensors{}, NineTensors{})) step(const StepCall& call
   ChunkedBatch batch = chunked(in.batch);
   const Options& options = call.options;
   const OutputTensors out(in, call);
-  GradientTensors tensors(in, call, call.mask, empty_strided);
+  GradientTensors tensors(in, call, call.mask, empty_strided, segment_of_log_sigma(in));
   const Gradients& gradients = tensors.gradients;
   const Number scale = number_of(call.grad_scale, call.grad_scale_value);
   const StepPlan plan = wants_data(gradients) ? elbo_step_plan(batch, options, gradients) : StepPlan{};

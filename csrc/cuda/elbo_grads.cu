@@ -3,8 +3,13 @@
 namespace elbo {
 
 void elbo_grads(
-    const ChunkedBatch& batch, const void* stats, const Options& options, const GradOutputs& grad_outputs,
+    const ChunkedBatch& given, const void* stats, const Options& options, const GradOutputs& grad_outputs,
     const Gradients& gradients, cudaStream_t stream) {
+  ChunkedBatch batch = given;
+  if (gradients.segment) {  // each is the work of one warp, which adds it up
+    const int64_t per_sample = batch.data.dims / gradients.segment;
+    batch.data_chunks = {gradients.segment, per_sample, per_sample * batch.size};
+  }
   const bool with_data = wants_data(gradients), with_latents = wants_latents(gradients);
   const int64_t chunks = (with_data ? batch.data_chunks.count : 0) + (with_latents ? batch.latent_chunks.count : 0);
   if (chunks == 0 && !wants_small(gradients)) return;

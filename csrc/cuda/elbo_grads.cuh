@@ -122,13 +122,28 @@ __device__ T* begin_of(const Span& span, const Chunk& p) {
   return span.base ? reinterpret_cast<T*>(span.at(p.sample, p.first)) : nullptr;
 }
 
+// The gradient of a log σ that the chunk's elements share. lanes: the sum of each lane's.
+template <class A>
+__device__ void put_segment(const Gradients& out, const Chunk& p, A lanes) {
+  if (out.segment_log_sigma == nullptr) return;
+  const A sum = warp_sum(lanes);
+  if (lane() == 0) static_cast<A*>(out.segment_log_sigma)[p.index] = sum;
+}
+
 template <class A, class R, bool Own, Order Way>
 __device__ MixedSums<A> mixed_gradient(const Data& data, const Gradients& out, A a, const Chunk& p) {
   const MixedChunk<A, R, Own> elements(data, p.sample, p.first);
   const MixedWritten to(out, data.dims, p);
-  return mixed_sums<Way>(elements, p.n, to.head(elements, p.n), a, [&](int i, const auto& g, auto count) {
+  A of_log_sigma = 0;
+  const auto sums = mixed_sums<Way>(elements, p.n, to.head(elements, p.n), a, [&](int i, const auto& g, auto count) {
     to.template put<R>(i, g, count);
+    if constexpr (Own) {
+#pragma unroll
+      for (int j = 0; j < count.n; ++j) of_log_sigma += g.log_sigma.value[j];
+    }
   });
+  if constexpr (Own) put_segment(out, p, of_log_sigma);
+  return sums;
 }
 
 template <class A, class R, class T, bool Element>
@@ -141,6 +156,7 @@ __device__ void data_gradient(const Data& data, const Gradients& out, A a, const
   T* g_log_sigma = exact ? nullptr : begin_of<T>(out.element_log_sigma, p);
   A* g_exact = exact ? begin_of<A>(out.element_log_sigma, p) : nullptr;
   const int head = elements.head(p.n, g_recon, g_target, g_log_sigma, g_exact);
+  A of_log_sigma = 0;
   walk<Elements::Turns, Elements::V, Order::kBackward>(
       p.n, head, [&](int i, auto count) { return elements.load(i, count); },
       [&](int i, const auto& fetched, auto count) {
@@ -158,8 +174,11 @@ __device__ void data_gradient(const Data& data, const Gradients& out, A a, const
         if constexpr (Element) {
           if (g_log_sigma) store_values(g_log_sigma + i, count, [&](int j) { return g[j].log_sigma; });
           if (g_exact) store_values(g_exact + i, count, [&](int j) { return g[j].log_sigma; });
+#pragma unroll
+          for (int j = 0; j < count.n; ++j) of_log_sigma += g[j].log_sigma;
         }
       });
+  if constexpr (Element) put_segment(out, p, of_log_sigma);
 }
 
 template <class A>

@@ -10,6 +10,7 @@ constexpr int kWarpSize = 32;
 constexpr int kThreads = 256;  // of a block, except in finalize and in one pass
 
 constexpr int64_t kRow = 256;      // elements in 128 bits of a warp's lanes, of a half dtype; of float in two of them
+constexpr int64_t kVector = 8;     // elements in 128 bits of the narrowest dtype
 constexpr int64_t kLeast = 512;    // elements of a chunk: with fewer, the sum and the factors take longer than the data
 constexpr int64_t kMost = 4096;    // elements: what a sum costs is little by then
 constexpr int64_t kEnough = 2048;  // chunks: as many warps keep a GPU's memory busy
@@ -33,6 +34,16 @@ constexpr Chunks chunks_of(int64_t dims, int64_t batch) {
   const int64_t size = kRow * divided_up(divided_up(dims, divided_up(dims, longest)), kRow);
   const int64_t per_sample = divided_up(dims, size);
   return {size, per_sample, per_sample * batch};
+}
+
+// How many neighbours of a run, which want one sum, are a chunk: no more than `longest`. 0 where no size is worth a
+// warp and lets each chunk begin on 128 bits if the sample does.
+constexpr int64_t segment_of(int64_t run, int64_t longest) {
+  if (longest == 0) return 0;
+  for (int64_t parts = divided_up(run, longest); run / parts >= kRow; ++parts) {
+    if (run % (parts * kVector) == 0) return run / parts;
+  }
+  return 0;
 }
 
 // Blocks for so many chunks, of which a warp takes one after the other. No more than are `resident`, so that none

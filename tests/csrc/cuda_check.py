@@ -183,6 +183,34 @@ def partly_without_error(call: Call) -> Call:
     return call
 
 
+class OrderCase:
+    """The second pass over the data begins where the first one has ended, which L2 still holds, and goes backwards:
+    what a warp has for several chunks, here of one sample and of another."""
+
+    def __init__(self, call: Call) -> None:
+        self.tensors, self.options = arguments(call)
+
+    def check(self, operators: Any) -> None:
+        recon = self.tensors.recon
+        assert recon is not None
+        with operators.shim.watching(recon) as first:
+            *_, stats = operators.forward(self.tensors, self.options)
+        with operators.shim.watching(recon) as second:
+            operators.grads(self.tensors, self.options, stats, GradOutputs(torch.ones(())), 1)
+        sample = recon.stride(0) * recon.element_size()
+        assert len({at // sample for at in first}) == 2, "the first thread has no part of both samples"
+        assert first == sorted(set(first)), "the first pass goes back"
+        assert second == sorted(set(second), reverse=True), "the second pass goes forward"
+        assert len(second) == len(first), "the passes have different parts"
+
+
+def of_channels(call: Call, **kw: Any) -> Call:
+    """With a σ for each channel of each sample."""
+    shape = call.tensors[0].shape
+    call.kw |= {"log_sigma": torch.linspace(-1, 0.5, shape[0] * shape[1]).reshape(*shape[:2], 1, 1), **kw}
+    return call
+
+
 def nan_behind_the_mask(call: Call) -> Call:
     with torch.no_grad():
         call.tensors[0][~call.kw["weight"]] = float("nan")
@@ -207,6 +235,8 @@ def stage_cases() -> dict[str, Case]:
         "more samples than finalize has threads": Call(
             "softclip", "none", batch=1100, data=(2,), latent=(1,), dtype=torch.float64
         ),
+        "segments": of_channels(Call(batch=2, data=(3, 40, 40))),
+        "segments, laplace": of_channels(Call("weight-pixel", batch=2, data=(3, 40, 40)), likelihood="laplace"),
         "a log σ of another dtype": Call("learned-pixel", batch=3, data=(3, 5, 5), dtype=torch.float16),
     }
     return {name: Case(arguments(call)) for name, call in calls.items()}
@@ -224,11 +254,16 @@ class Every:
             forward=by.forward, grads=by.grads, step=by.step, **vars(of), **vars(mixtures), shim=shim
         )
         steps = {name: make() for name, make in step_cases().items()} | aggregate_cases()
+        orders = {
+            "order": OrderCase(Call(batch=2, data=(3, 64, 64))),
+            "order, laplace": OrderCase(Call("laplace", batch=2, data=(3, 64, 64))),
+        }
         self.cases: dict[str, tuple[int, Any]] = {
             **{name: (1, case) for name, case in stages.items()},
             **{name: (3, case) for name, case in steps.items()},
+            **{name: (1, case) for name, case in orders.items()},
         }
-        assert len(self.cases) == len(stages) + len(steps), "two cases have one name"
+        assert len(self.cases) == len(stages) + len(steps) + len(orders), "two cases have one name"
 
     def fault_of(self, mutant: int, order: list[tuple[str, str]]) -> str | None:
         """What is said by the first case that notices something; `order`: schedules and cases."""

@@ -21,7 +21,8 @@ int main() {
   while (scanf("%lld %lld %lld", &dims, &batch, &resident) == 3) {
     const auto c = elbo::chunks_of(dims, batch);
     const long long size = c.size, per_sample = c.per_sample, blocks = elbo::blocks_for(c.count, resident);
-    printf("%lld %lld %lld\\n", size, per_sample, blocks);
+    const long long segment = elbo::segment_of(dims, size);
+    printf("%lld %lld %lld %lld\\n", size, per_sample, blocks, segment);
   }
 }
 """
@@ -40,6 +41,7 @@ int main() {
 }
 """
 ROW = 256  # elements: 128 bits of a half dtype for every lane
+VECTOR = 8  # elements: 128 bits of a half dtype
 WARPS = 8  # of a block
 RESIDENT = 3 * 132  # blocks of elbo_grads on an H100
 SIZES = [
@@ -56,27 +58,30 @@ def compiled(folder: Path, text: str) -> Path:
     return folder / "schedule"
 
 
+Schedule = tuple[int, int, int, int]
+
+
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compiled(tmp_path_factory.mktemp("schedule"), PROGRAM)
 
 
-def schedules(program: Path, sizes: list[tuple[int, int]], resident: int = RESIDENT) -> list[tuple[int, int, int]]:
-    """(elements of a chunk, chunks of a sample, blocks) of each."""
+def schedules(program: Path, sizes: list[tuple[int, int]], resident: int = RESIDENT) -> list[Schedule]:
+    """(elements of a chunk, chunks of a sample, blocks, elements of a segment if the sample wants one sum) of each."""
     text = "\n".join(f"{dims} {batch} {resident}" for dims, batch in sizes)
     said = subprocess.run([str(program)], input=text, capture_output=True, text=True, check=True).stdout
     return [tuple(map(int, line.split())) for line in said.splitlines()]  # type: ignore[misc]
 
 
 def test_chunks_hold_a_sample_and_are_of_one_length(program: Path) -> None:
-    for (dims, _), (size, per_sample, _) in zip(SIZES, schedules(program, SIZES), strict=True):
+    for (dims, _), (size, per_sample, *_) in zip(SIZES, schedules(program, SIZES), strict=True):
         assert size % ROW == 0
         assert (per_sample - 1) * size < dims <= per_sample * size
         assert per_sample * size - dims < per_sample * ROW  # what the last one lacks, all could have in less than a row
 
 
 def test_small_batches_have_warps_for_a_gpu_and_large_ones_few_sums(program: Path) -> None:
-    for (dims, batch), (size, per_sample, _) in zip(SIZES, schedules(program, SIZES), strict=True):
+    for (dims, batch), (size, per_sample, *_) in zip(SIZES, schedules(program, SIZES), strict=True):
         chunks = batch * per_sample
         assert chunks <= 8192 + batch  # a sample has at least one
         if 2**20 <= dims * batch <= 2**23 and dims >= 4096:
@@ -86,7 +91,7 @@ def test_small_batches_have_warps_for_a_gpu_and_large_ones_few_sums(program: Pat
 
 def test_blocks_are_resident_and_have_as_much_work_as_one_another(program: Path) -> None:
     for resident in (1, 2 * 108, RESIDENT, 8 * 148):
-        for (_, batch), (_, per_sample, blocks) in zip(SIZES, schedules(program, SIZES, resident), strict=True):
+        for (_, batch), (_, per_sample, blocks, _) in zip(SIZES, schedules(program, SIZES, resident), strict=True):
             chunks = batch * per_sample
             rounds = -(-chunks // (blocks * WARPS))
             assert 1 <= blocks <= resident
@@ -94,8 +99,20 @@ def test_blocks_are_resident_and_have_as_much_work_as_one_another(program: Path)
             assert (blocks - 1) * WARPS * rounds < chunks  # and one block less would
 
 
+def test_segments_fill_a_run_and_begin_on_128_bits(program: Path) -> None:
+    runs = [256, 400, 784, 1296, 1600, 4096, 4104, 65536, 17 * 65536]
+    without = [1, 64, 248, 361, 1025]  # too short, or no multiple of a vector
+    sizes = [(run, batch) for run in (*runs, *without) for batch in (1, 64, 4096)]
+    for (run, _), (size, _, _, segment) in zip(sizes, schedules(program, sizes), strict=True):
+        if run in without:
+            assert segment == 0
+        else:
+            assert ROW <= segment <= size
+            assert run % segment == 0 == segment % VECTOR
+
+
 def test_no_chunks_have_no_blocks(program: Path) -> None:
-    assert schedules(program, [(0, 64)]) == [(0, 0, 0)]
+    assert schedules(program, [(0, 64)]) == [(0, 0, 0, 0)]
 
 
 def test_the_model_of_the_cache_has_the_same(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +120,7 @@ def test_the_model_of_the_cache_has_the_same(program: Path, monkeypatch: pytest.
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "bench" / "proof")
     from l2 import Cuda
 
-    for (dims, batch), (size, per_sample, blocks) in zip(SIZES, schedules(program, SIZES), strict=True):
+    for (dims, batch), (size, per_sample, blocks, _) in zip(SIZES, schedules(program, SIZES), strict=True):
         assert Cuda.chunks_of(dims, batch) == (size, per_sample)
         assert Cuda.blocks_for(per_sample * batch, RESIDENT) == blocks
 

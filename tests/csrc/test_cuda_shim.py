@@ -174,6 +174,24 @@ MUTANTS = {
     "a_gradient_above_the_range_of_logvar": Mutant(
         MATH, "clamped_grad", "($X < $A) | ($X > $B)", "($X < $A)", ("ascending", "logvar-range, none"),
     ),
+    # the gradient of a log σ that neighbours share
+    "one_lane_of_a_segment": Mutant(GRADS, "put_segment", "warp_sum($X)", "$X", ("ascending", "segments")),
+    "one_element_of_a_lane": Mutant(
+        GRADS, "data_gradient", "$SUM += $G.log_sigma;", "$SUM = $G.log_sigma;", ("ascending", "segments"),
+    ),
+    "one_element_of_a_mixed_lane": Mutant(
+        GRADS, "mixed_gradient", "$SUM += $G.log_sigma.value[j];", "$SUM = $G.log_sigma.value[j];",
+        ("ascending", "segments, laplace"),
+    ),
+    "a_segment_of_two_log_sigmas": Mutant(
+        "cuda/schedule.h", "segment_of", "$RUN % ($PARTS * $V) == 0", "true", ("ascending", "segments"),
+    ),
+    # the order of the second pass
+    "chunks_forward_again": Mutant(DEVICE, "for_chunks", "nth<Way>($I, $N)", "$I", ("ascending", "order")),
+    "vectors_forward_again": Mutant(DEVICE, "walk", "nth<Way>($G, $N)", "$G", ("ascending", "order")),
+    "mixed_vectors_forward_again": Mutant(
+        MIXED, "mixed_sums", "nth<Way>($G, $N)", "$G", ("ascending", "order, laplace"),
+    ),
     # what is added to a sample's error
     "no_extra_error": Mutant(FINALIZE, "sum_chunks", "$S + at($E, $I)", "$S", ("ascending", "extra, none")),
     "no_extra_error_before_the_sigma_of_an_image": Mutant(

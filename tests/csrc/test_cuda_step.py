@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import subprocess
 from dataclasses import dataclass
@@ -108,3 +109,15 @@ def test_every_element_has_its_place_and_every_block_its_multiprocessor(name: st
 
 def test_a_device_of_one_multiprocessor_has_no_place_for_both(program: Path) -> None:
     assert not plans(program, [(100, 10, 4, 1, 1 << 17)])[0].fits
+
+
+def test_the_estimates_have_the_same_limit(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="bench/proof/estimates.py also has Triton's tiles")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "bench" / "proof")
+    import estimates
+    from l2 import Cuda
+
+    for batch, data, latents, *_ in estimates.DESK_CHECK:
+        dims = math.prod(data)
+        numbers = (batch * dims, batch * latents, 4, estimates.SMS, GPUS["H100"].shared)
+        assert plans(program, [numbers])[0].fits == estimates.fits(Cuda(batch, dims, "fp32"), latents)

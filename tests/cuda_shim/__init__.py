@@ -12,7 +12,8 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -113,6 +114,19 @@ class Shim:
     def multiprocessors(self, count: int) -> None:
         """Sets how many the device has, which the launchers size their grids by."""
         self._functions.shim_multiprocessors(count)
+
+    @contextmanager
+    def watching(self, t: torch.Tensor) -> Iterator[list[int]]:
+        """A list of where, in bytes from its beginning, the first thread of the launches until its end accesses a
+        tensor by 64 or 128 bits, one after the other."""
+        places, bytes_ = [], t.untyped_storage().nbytes() - t.storage_offset() * t.element_size()
+        self._functions.shim_watch(ctypes.c_void_p(t.data_ptr()), ctypes.c_int64(bytes_))
+        try:
+            yield places
+        finally:
+            room = (ctypes.c_int64 * bytes_)()
+            places += room[: self._functions.shim_seen(room, ctypes.c_int64(bytes_))]
+            self._functions.shim_watch(None, ctypes.c_int64(0))
 
     def launches(self) -> int:
         """How many there were so far."""

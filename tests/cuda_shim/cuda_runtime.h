@@ -32,7 +32,8 @@ namespace shim {
 // Which one runs of the faults that tests/mutants.py has written into the code; 0: none.
 extern int mutant;
 
-void check_aligned(const void* p, size_t bytes);
+// What is wrong with an access of several words, or of interest to the tests.
+void see(const void* p, size_t bytes);
 
 // Words that one access moves.
 template <int N>
@@ -40,8 +41,8 @@ struct alignas(N * sizeof(uint32_t)) Vector {
   uint32_t word[N];
 
   Vector& operator=(const Vector& other) {
-    check_aligned(this, sizeof *this);
-    check_aligned(&other, sizeof other);
+    see(this, sizeof *this);
+    see(&other, sizeof other);
     std::memcpy(word, other.word, sizeof word);
     return *this;
   }

@@ -3,6 +3,7 @@
 #include <mutex>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "block.h"
 
@@ -16,6 +17,10 @@ constexpr int kSharedBytes = 227 << 10;  // that a block may ask for: an H100's
 
 // Set by the tests, between launches.
 int multiprocessors = 3;
+
+// Memory, and where in it the first thread of all has accessed several words at once, one access after the other.
+const char *watched = nullptr, *watched_end = nullptr;
+std::vector<int64_t> seen;
 
 int launches = 0;
 std::string failure;
@@ -117,8 +122,10 @@ char* exchange() {
   return block.warps[threadIdx.x / kWarpSize].places[block.current->shuffles++ % 2];
 }
 
-void check_aligned(const void* p, size_t bytes) {
+void see(const void* p, size_t bytes) {
   if (reinterpret_cast<uintptr_t>(p) % bytes != 0) failure = "a vector is not aligned";
+  const char* at = static_cast<const char*>(p);
+  if (watched <= at && at < watched_end && blockIdx.x == 0 && threadIdx.x == 0) seen.push_back(at - watched);
 }
 
 cudaError_t launch(
@@ -181,6 +188,18 @@ extern "C" __attribute__((visibility("default"))) void shim_multiprocessors(int 
 
 extern "C" __attribute__((visibility("default"))) void shim_mutant(int number) {
   shim::mutant = number;
+}
+
+extern "C" __attribute__((visibility("default"))) void shim_watch(const char* begin, int64_t bytes) {
+  shim::watched = begin;
+  shim::watched_end = begin + bytes;
+  shim::seen.clear();
+}
+
+// How many there were; `to` has room for `most`.
+extern "C" __attribute__((visibility("default"))) int64_t shim_seen(int64_t* to, int64_t most) {
+  std::copy_n(shim::seen.data(), std::min<int64_t>(most, shim::seen.size()), to);
+  return shim::seen.size();
 }
 
 extern "C" __attribute__((visibility("default"))) int shim_launches() {
