@@ -123,7 +123,7 @@ def measure(
 
     sigma_error, σ(β) = √(SSE/D), is the σ of a test time if x is what the model was trained on. sigma_network is what
     its own network says. A model that is told the level is told that of sigma_error, which depends on the level in
-    turn: the two are brought to agree, and rate_network is what the network's own level would have given.
+    turn: the two are brought to agree. rate_network and error_network = √(SSE/D) are those at the network's own level.
     """
     dims, device = x[0].numel(), next(objective.parameters()).device
     objective.eval()
@@ -132,7 +132,8 @@ def measure(
         for beta in betas:
             guess = objective.log_sigma(torch.tensor([beta], device=device))
             rate, sse = _errors(objective, x, beta, guess, draws, batch_size)
-            row = {} if guess is None else {"sigma_network": float(guess.exp()), "rate_network": rate}
+            row = {} if guess is None else {"sigma_network": float(guess.exp()), "rate_network": rate,
+                                            "error_network": math.sqrt(sse / dims)}  # fmt: skip
             if objective.condition == "level":
                 for _ in range(AGREE):
                     guess = torch.tensor([0.5 * math.log(sse / dims)], device=device)
