@@ -196,9 +196,11 @@ def test_gates_in_log_beta_cannot_be() -> None:
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The exact row as long as the full experiment trains; the other two need less for what they have to show."""
     out = tmp_path_factory.mktemp("beta_input")
-    rows = run(out, "--quick", "--rows", "level", "log-beta", "sigma-batch")
-    assert (out / "beta_input.png").stat().st_size > 10_000
+    rows = run(out / "long", "--rows", "level", "--repeats", "1")
+    rows += run(out / "short", "--rows", "log-beta", "sigma-batch", "--repeats", "1", "--epochs", "100")
+    assert (out / "short" / "beta_input.png").stat().st_size > 10_000
     return rows
 
 
@@ -250,7 +252,7 @@ def test_resumed_run_equals_uninterrupted_one(
 
 @pytest.mark.release("another seed of the claims")
 def test_claims_with_another_seed(tmp_path: Path) -> None:
-    rows = run(tmp_path, "--quick", "--seed", "1")
+    rows = run(tmp_path, "--seed", "1", "--repeats", "1", "--rows", "level", "log-beta", "sigma-batch")
     assert max(off(rows, "level", "exact_rate")) < 0.02
     assert max(off(rows, "log-beta", "exact_rate")) > 0.15
     assert max(off(rows, "sigma-batch", "coupled_rate")) < 0.02
