@@ -1,11 +1,19 @@
 // The operators of fused_elbo/operators/aggregate.py: how they are called.
 #pragma once
 
-#include "aggregate_math.h"
 #include "inputs.h"
+#include "mixture.h"
 #include "operators.h"
 
 namespace elbo {
+
+inline Matrix matrix_of(const Tensor& t) {
+  return {span_of(t, t.stride(0)), t.size(0), t.dim() > 1 ? t.size(1) : 1, t.dim() > 1 ? t.stride(1) : 1};
+}
+
+inline Matrix matrix_of(const OptTensor& t) {
+  return t ? matrix_of(*t) : Matrix{};
+}
 
 // What both begin with.
 struct AggregateCall {
@@ -44,6 +52,10 @@ struct AggregateCall {
     return empty_strided(sizes, strides, is_double() ? ScalarType::Double : ScalarType::Float, z);
   }
 
+  MixtureOf mixture() const {
+    return {matrix_of(z), matrix_of(mu), matrix_of(logvar), own, log_weights()};
+  }
+
   // What `aggregate` returns.
   std::tuple<Tensor, Tensor> empty_sums() const {
     return {empty({batch()}, {1}), empty({batch(), latents()}, {latents(), 1})};
@@ -63,8 +75,14 @@ struct AggregateGradsCall : AggregateCall {
         grad_marginals(in.next<OptTensor>()),
         mask(in.next<int64_t>()) {}
 
+  SumsGiven given() const {
+    return {matrix_of(joint), matrix_of(marginals), matrix_of(grad_joint), matrix_of(grad_marginals)};
+  }
+
+  using Returned = std::tuple<Tensor, Tensor, Tensor>;
+
   // What `aggregate_grads` returns: like the inputs, or without elements where it is not wanted.
-  std::tuple<Tensor, Tensor, Tensor> empty_gradients() const {
+  Returned empty_gradients() const {
     const auto made = [&](int bit, const Tensor& input) {
       if (mask >> bit & 1) return torch::stable::empty_like(input);
       const int64_t none = 0, stride = 1;
@@ -72,24 +90,12 @@ struct AggregateGradsCall : AggregateCall {
     };
     return {made(0, z), made(1, mu), made(2, logvar)};
   }
-};
 
-// A matrix in memory, of any strides.
-struct Matrix {
-  Span span;  // of its first row; batch_stride: between rows
-  int64_t rows = 0, columns = 0, stride = 1;
-
-  explicit operator bool() const {
-    return span.base != nullptr;
+  MixtureGradients wanted(const Returned& made) const {
+    const auto& [z, mu, logvar] = made;
+    const auto matrix = [&](int bit, const Tensor& t) { return mask >> bit & 1 ? matrix_of(t) : Matrix{}; };
+    return {matrix(0, z), matrix(1, mu), matrix(2, logvar)};
   }
 };
-
-inline Matrix matrix_of(const Tensor& t) {
-  return {span_of(t, t.stride(0)), t.size(0), t.dim() > 1 ? t.size(1) : 1, t.dim() > 1 ? t.stride(1) : 1};
-}
-
-inline Matrix matrix_of(const OptTensor& t) {
-  return t ? matrix_of(*t) : Matrix{};
-}
 
 }  // namespace elbo

@@ -8,34 +8,31 @@ namespace elbo {
 // N(μ, exp l) of one dimension, as the loops take it: what needs an exp is known before them.
 template <class V>
 struct Component {
-  V mu, precision, constant;
+  V mu, half_precision, constant;
 };
 
 template <class V>
 ELBO_INLINE Component<V> component(V mu, V logvar) {
   constexpr double log_2pi = 1.83787706640934548356;
   using A = Scalar<V>;
-  return {mu, Lanes<V>::exp(-logvar), A(-0.5) * (logvar + A(log_2pi))};
-}
-
-// log N(z; μ, exp l). In this form, and not multiplied out, since z² − 2zμ + μ² cancels.
-template <class V>
-ELBO_INLINE V log_normal(V z, const Component<V>& of) {
-  const V d = z - of.mu;
-  return of.constant - Scalar<V>(0.5) * d * (d * of.precision);
+  return {mu, A(0.5) * Lanes<V>::exp(-logvar), A(-0.5) * (logvar + A(log_2pi))};
 }
 
 template <class V>
 struct LogNormalGrad {
-  V log_normal, mu, logvar;  // ∂/∂z is −∂/∂μ
+  V log_normal, half_mu, logvar;  // ∂/∂μ is twice the second, and ∂/∂z its negative
 };
 
-// w · ∂ log N(z; μ, exp l)/∂(…) is w times these.
+// log N(z; μ, exp l) and its derivatives. In this form, and not multiplied out, since z² − 2zμ + μ² cancels.
 template <class V>
 ELBO_INLINE LogNormalGrad<V> log_normal_grad(V z, const Component<V>& of) {
-  using A = Scalar<V>;
-  const V d = z - of.mu, scaled = d * of.precision;
-  return {of.constant - A(0.5) * d * scaled, scaled, A(0.5) * (scaled * d - A(1))};
+  const V d = z - of.mu, half_scaled = d * of.half_precision, half_square = d * half_scaled;
+  return {of.constant - half_square, half_scaled, half_square - Scalar<V>(0.5)};
+}
+
+template <class V>
+ELBO_INLINE V log_normal(V z, const Component<V>& of) {
+  return log_normal_grad(z, of).log_normal;
 }
 
 // log w of the component that a z was drawn from, and of each other one.

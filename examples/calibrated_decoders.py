@@ -26,9 +26,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from common import cli, script
-from common.data import DataError, Images, load, load_labels, to_unit
+from common.data import DataError, Images, halve, load, load_labels, to_unit
 from common.decoder_table import draw, table
 from common.files import write_csv, write_text
 from common.likelihoods import DENSITY, LIKELIHOODS, MASS, LikelihoodObjective, mass_nats
@@ -117,12 +116,7 @@ def load_8bit(args: argparse.Namespace) -> Images:
         raise DataError(
             f"--data {args.data}: these images are not 8-bit, and the categorical decoders are of the 256 levels"
         )
-    return Images(*map(_halved, (images.train, images.val, images.test))) if args.quick else images
-
-
-def _halved(images: Tensor) -> Tensor:
-    """Means of 2x2 pixels, 8-bit again: a quarter of the 256 logits per pixel, which cost the most."""
-    return F.avg_pool2d(images.float(), 2, ceil_mode=True).round().to(torch.uint8)
+    return Images(*map(halve, (images.train, images.val, images.test))) if args.quick else images
 
 
 class Ruler:

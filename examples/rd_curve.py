@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,9 @@ from typing import Any
 import numpy as np
 import torch
 from common import cli, linear, ranks, script
-from common.data import DataError, Splits, load, to_unit
+from common.data import Splits, load
 from common.files import write_csv
+from common.grids import grids
 from common.objective import VAEObjective, make_criterion, make_objective
 from common.rd_plots import plot_curves, plot_linear
 from common.readings import HALF, measure, readings
@@ -84,24 +84,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def _defaults(name: str) -> str:
     linear_too = f"; --linear: {LINEAR[name]}, quick {QUICK_LINEAR[name]}" if name in LINEAR else ""
     return f" (default: {FULL[name]}; --quick: {QUICK[name]}{linear_too})"
-
-
-def grids(data: Splits, latents: int, points: int) -> dict[str, list[float]]:
-    """The betas of each family, log-spaced, from what a linear VAE of these data would do.
-
-    The decoupled families' are powers of two, from just below where it collapses. As sigma² falls with beta, SSE +
-    beta * rate has to go through more decades to the same rates: from one end's 2 * beta * sigma² to the other's.
-    """
-    x = to_unit(data.train).flatten(1)
-    eigenvalues = linear.spectrum(x)
-    if not eigenvalues[0] > 0:
-        raise DataError("the training images are all alike: there is nothing to encode")
-    top = 2.0 ** math.floor(math.log2(2 / 3 * linear.switches_off(eigenvalues, 0)))
-    decoupled = [top / 2**i for i in reversed(range(points))]
-    latents = min(latents, data.dims - 1)
-    ends = [2 * linear.optimum(eigenvalues, latents, beta).level for beta in (decoupled[0], decoupled[-1])]
-    squared_error = [float(f"{beta:.3g}") for beta in np.geomspace(*ends, points)]
-    return {"squared error": squared_error, "decoupled": decoupled, "per image": decoupled}
 
 
 def sweep(args: argparse.Namespace, data: Splits, betas: dict[str, list[float]], names: Sequence[str]) -> Iterator[Run]:

@@ -82,8 +82,8 @@ class Shards(NamedTuple):
 
 @_disable_dynamo
 def gather(mu: Tensor, logvar: Tensor, process_group: ProcessGroup) -> Shards:
-    """(M, K) of all ranks from the shards (b, K). These may differ in size, so ranks first tell each other theirs, which
-    a GPU's host waits for."""
+    """(M, K) of all ranks from the shards (b, K). These may differ in size, so ranks first tell each other theirs,
+    which a GPU's host waits for."""
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError("process_group: not inside torch.func's transforms, which cannot cross processes")
     rank = dist.get_rank(process_group)

@@ -26,9 +26,10 @@ COMMANDS = {"test": "make test", "check": "make check", "release": "make check-r
 CHECK = {
     "the examples: what they claim, how they resume, what they refuse": (
         "beta_input", "conditioning",
-        "calibrated_decoders", "example_data", "examples", "frechet", "latent_autoencoder", "learned_vs_fixed_sigma",
-        "likelihoods", "linear", "mmd", "objective_slices", "rd_curve", "rd_curve_runs", "sparse_representation",
-        "sweep",
+        "aggregated_posterior", "calibrated_decoders", "disentanglement", "example_data", "examples", "factors",
+        "frechet", "kl_decomposition", "kl_parts", "latent_autoencoder", "learned_vs_fixed_sigma", "likelihoods",
+        "linear", "mmd", "objective_slices", "phase_diagram", "quadrature", "rd_curve", "rd_curve_runs",
+        "sparse_representation", "sweep",
     ),
     "the benchmark and the GPU check": (
         "bench", "gpu_check", "gpu_pages", "gpu_pool", "gpu_sections", "gpu_tools", "results",

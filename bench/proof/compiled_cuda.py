@@ -6,8 +6,9 @@ Writes compiled_cuda.md and .csv: files of their own, for nvcc is not everywhere
 are those of compiled.py, and so is the reading of machine code, with these differences:
 
 - kernel: elbo_stats and so on, with recon and target of one dtype; [pixel]: σ varies inside a sample; [given],
-  [image]: σ is given, is each sample's own; [mixed]: the one kernel for Laplace, weights, a target of bytes, and
-  activations, which it is told at run time. Extra errors, limits and logvar's range are in all of them.
+  [image]: σ is given, is each sample's own; [z], [mu]: gradients of z, of mu and logvar; [mixed]: the one kernel for
+  Laplace, weights, a target of bytes, and activations, which it is told at run time. Extra errors, limits and logvar's
+  range are in all of them.
 - global_accesses, wide_accesses: a kernel reads elements one by one too, where vectors do not fit, and latents of any
   dtype, chosen at run time. So the code has narrow accesses that large aligned tensors never come to; how wide those
   are that they do come to is counted in tests/csrc/test_cuda_ptx.py, where the code runs.
@@ -59,8 +60,23 @@ KERNELS = {
     "elbo_levels": ("elbo_levels", "elbo_levels_kernel<float>(LevelsArguments)", 256),
     "elbo_level_sums": ("elbo_levels", "elbo_level_sums_kernel<float>(LevelSumsArguments)", 256),
     "elbo_levels_grads": ("elbo_levels", "elbo_levels_grads_kernel<float>(LevelsArguments)", 256),
+    "aggregate": ("aggregate", "aggregate_kernel<float>(AggregateArguments)", 256),
+    "aggregate_sums": ("aggregate", "aggregate_sums_kernel<float>(LogSumsArguments)", 256),
+    "aggregate_grads[z]": (
+        "aggregate_grads",
+        "aggregate_grads_kernel<float, OfPoints<float>>(AggregateArguments)",
+        256,
+    ),
+    "aggregate_grads[mu]": (
+        "aggregate_grads",
+        "aggregate_grads_kernel<float, OfComponents<float>>(AggregateArguments)",
+        256,
+    ),
+    "aggregate_grad_sums": ("aggregate_grads", "aggregate_grad_sums_kernel<float>(GradSumsArguments)", 256),
 }
-OF_ANY_DTYPE = ("elbo_finalize", "elbo_levels", "elbo_level_sums", "elbo_levels_grads")  # chosen at run time, or none
+OF_LEVELS = ("elbo_levels", "elbo_level_sums", "elbo_levels_grads")
+OF_AGGREGATE = ("aggregate", "aggregate_sums", "aggregate_grads[z]", "aggregate_grads[mu]", "aggregate_grad_sums")
+OF_ANY_DTYPE = ("elbo_finalize", *OF_LEVELS, *OF_AGGREGATE)  # chosen at run time, or none
 
 
 def nvcc() -> str | None:

@@ -73,21 +73,21 @@ void write_matrix(const Matrix& m, F value) {
 template <class A>
 struct Components {
   int64_t count, latents, padded;
-  std::vector<A> mu, precision, constant;
+  std::vector<A> mu, half_precision, constant;
 
   Components(const Matrix& means, const Matrix& logvars)
       : count(means.rows),
         latents(means.columns),
         padded(up_to(count, kGroupBytes / sizeof(A))),
         mu(latents * padded, A(0)),
-        precision(latents * padded, A(1)),
+        half_precision(latents * padded, A(1)),
         constant(latents * padded, kMinusInfinity<A>) {
     const std::vector<A> m = read_matrix<A>(means), l = read_matrix<A>(logvars);
     for (int64_t j = 0; j < count; ++j) {
       for (int64_t k = 0; k < latents; ++k) {
         const Component<A> one = component(m[j * latents + k], l[j * latents + k]);
         const int64_t at = k * padded + j;
-        mu[at] = one.mu, precision[at] = one.precision, constant[at] = one.constant;
+        mu[at] = one.mu, half_precision[at] = one.half_precision, constant[at] = one.constant;
       }
     }
   }
@@ -95,7 +95,7 @@ struct Components {
   ELBO_INLINE Component<Vector<A>> at(int64_t k, int64_t j) const {
     constexpr AllLanes<A> all;
     const int64_t i = k * padded + j;
-    return {load(mu.data() + i, all), load(precision.data() + i, all), load(constant.data() + i, all)};
+    return {load(mu.data() + i, all), load(half_precision.data() + i, all), load(constant.data() + i, all)};
   }
 
   // Calls f(first, n) for the blocks in [begin, end).
@@ -250,7 +250,7 @@ void add_gradients(
       const LogNormalGrad<V> d = log_normal_grad<V>(z, in.components.at(k, first + j));
       V factor = Joint ? load(factors + j, lanes) : V{};
       if constexpr (Marginals) factor += grad * exp_of_negative(d.log_normal + load(weights + j, lanes) - log_sum);
-      const V of_mean = factor * d.mu;
+      const V half = factor * d.half_mu, of_mean = half + half;
       store(to_mu + j, load(to_mu + j, lanes) + of_mean, lanes);
       store(to_logvar + j, load(to_logvar + j, lanes) + factor * d.logvar, lanes);
       return of_mean;
@@ -297,7 +297,7 @@ void aggregate(const MixtureOf& mixture, const Matrix& joint, const Matrix& marg
 }
 
 template <class A>
-void aggregate_grads(const MixtureOf& mixture, const SumsGiven& given, const Matrix (&gradients)[3]) {
+void aggregate_grads(const MixtureOf& mixture, const SumsGiven& given, const MixtureGradients& gradients) {
   const Reading<A> in(mixture);
   const Incoming<A> coming(in, given);
   Parts<A> parts(in);
@@ -315,21 +315,19 @@ void aggregate_grads(const MixtureOf& mixture, const SumsGiven& given, const Mat
     return sum;
   };
   const int64_t latents = in.latents, padded = in.components.padded;
-  if (gradients[0]) {
-    write_matrix(gradients[0], [&](int64_t i, int64_t k) { return total(parts.z, parts.columns, i * latents + k); });
+  if (gradients.z) {
+    write_matrix(gradients.z, [&](int64_t i, int64_t k) { return total(parts.z, parts.columns, i * latents + k); });
   }
-  const std::vector<A>* const of_components[] = {&parts.mu, &parts.logvar};
-  for (int which = 0; which < 2; ++which) {
-    if (!gradients[1 + which]) continue;
-    write_matrix(gradients[1 + which], [&](int64_t j, int64_t k) {
-      return total(*of_components[which], parts.rows, k * padded + j);
-    });
-  }
+  const auto write_components = [&](const Matrix& to, const std::vector<A>& of_parts) {
+    if (to) write_matrix(to, [&](int64_t j, int64_t k) { return total(of_parts, parts.rows, k * padded + j); });
+  };
+  write_components(gradients.mu, parts.mu);
+  write_components(gradients.logvar, parts.logvar);
 }
 
 template void aggregate<float>(const MixtureOf&, const Matrix&, const Matrix&);
 template void aggregate<double>(const MixtureOf&, const Matrix&, const Matrix&);
-template void aggregate_grads<float>(const MixtureOf&, const SumsGiven&, const Matrix (&)[3]);
-template void aggregate_grads<double>(const MixtureOf&, const SumsGiven&, const Matrix (&)[3]);
+template void aggregate_grads<float>(const MixtureOf&, const SumsGiven&, const MixtureGradients&);
+template void aggregate_grads<double>(const MixtureOf&, const SumsGiven&, const MixtureGradients&);
 
 }  // namespace elbo

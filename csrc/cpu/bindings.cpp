@@ -8,6 +8,7 @@
 
 #include <numeric>
 
+#include "../aggregate.h"
 #include "../levels.h"
 #include "../operators.h"
 #include "../outputs.h"
@@ -138,26 +139,17 @@ std::vector<Tensor> levels_grads(const LevelsGradsCall& call) {
 
 // ------------------------------------------------------------------------------------------ the aggregate posterior
 
-MixtureOf mixture_of(const AggregateCall& call) {
-  return {matrix_of(call.z), matrix_of(call.mu), matrix_of(call.logvar), call.own, call.log_weights()};
-}
-
 std::tuple<Tensor, Tensor> aggregate_sums(const AggregateCall& call) {
   const std::tuple<Tensor, Tensor> sums = call.empty_sums();
   const auto run = call.is_double() ? aggregate<double> : aggregate<float>;
-  run(mixture_of(call), matrix_of(std::get<0>(sums)), matrix_of(std::get<1>(sums)));
+  run(call.mixture(), matrix_of(std::get<0>(sums)), matrix_of(std::get<1>(sums)));
   return sums;
 }
 
-std::tuple<Tensor, Tensor, Tensor> aggregate_gradients(const AggregateGradsCall& call) {
-  const std::tuple<Tensor, Tensor, Tensor> made = call.empty_gradients();
-  const auto& [z, mu, logvar] = made;
-  const Matrix wanted[] = {
-      call.mask & 1 ? matrix_of(z) : Matrix{}, call.mask & 2 ? matrix_of(mu) : Matrix{},
-      call.mask & 4 ? matrix_of(logvar) : Matrix{}};
-  const SumsGiven given = {
-      matrix_of(call.joint), matrix_of(call.marginals), matrix_of(call.grad_joint), matrix_of(call.grad_marginals)};
-  (call.is_double() ? aggregate_grads<double> : aggregate_grads<float>)(mixture_of(call), given, wanted);
+AggregateGradsCall::Returned aggregate_gradients(const AggregateGradsCall& call) {
+  const AggregateGradsCall::Returned made = call.empty_gradients();
+  const auto run = call.is_double() ? aggregate_grads<double> : aggregate_grads<float>;
+  run(call.mixture(), call.given(), call.wanted(made));
   return made;
 }
 

@@ -8,9 +8,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "../aggregate.h"
 #include "../levels.h"
 #include "../operators.h"
 #include "../outputs.h"
+#include "aggregate.h"
 #include "elbo_levels.h"
 #include "sums.h"
 
@@ -30,6 +32,8 @@ struct OnDevice {
       : OnDevice((call.tensors.recon ? call.tensors.recon : call.tensors.mu)->get_device()) {}
 
   explicit OnDevice(const LevelsInputs& call) : OnDevice(call.tensors[0]->get_device()) {}
+
+  explicit OnDevice(const AggregateCall& call) : OnDevice(call.z.get_device()) {}
 
  private:
   explicit OnDevice(int32_t device) : guard(device) {
@@ -127,6 +131,29 @@ std::vector<Tensor> levels_grads(const LevelsGradsCall& call) {
   return out.finish();
 }
 
+std::tuple<Tensor, Tensor> aggregate_sums(const AggregateCall& call) {
+  const OnDevice on(call);
+  const std::tuple<Tensor, Tensor> sums = call.empty_sums();
+  const MixtureOf mixture = call.mixture();
+  const AggregateLaunch launch = aggregate_launch(mixture, call.is_double());
+  const Tensor workspace = call.empty({launch.workspace()}, {1});
+  aggregate(
+      mixture, call.is_double(), launch, workspace.data_ptr(), matrix_of(std::get<0>(sums)),
+      matrix_of(std::get<1>(sums)), on.stream);
+  return sums;
+}
+
+AggregateGradsCall::Returned aggregate_gradients(const AggregateGradsCall& call) {
+  const OnDevice on(call);
+  const AggregateGradsCall::Returned made = call.empty_gradients();
+  const MixtureOf mixture = call.mixture();
+  const MixtureGradients wanted = call.wanted(made);
+  const AggregateGradsLaunches launches = aggregate_grads_launches(mixture, call.is_double(), wanted);
+  const Tensor workspace = call.empty({launches.workspace()}, {1});
+  aggregate_grads(mixture, call.given(), call.is_double(), launches, workspace.data_ptr(), wanted, on.stream);
+  return made;
+}
+
 }  // namespace
 }  // namespace elbo
 
@@ -139,4 +166,6 @@ STABLE_TORCH_LIBRARY_IMPL(fused_elbo_cuda, ELBO_DISPATCH_KEY, m) {
   m.impl("step", elbo::Boxed<&elbo::step>::call);
   m.impl("levels", elbo::Boxed<&elbo::levels>::call);
   m.impl("levels_grads", elbo::Boxed<&elbo::levels_grads>::call);
+  m.impl("aggregate", elbo::Boxed<&elbo::aggregate_sums>::call);
+  m.impl("aggregate_grads", elbo::Boxed<&elbo::aggregate_gradients>::call);
 }

@@ -37,13 +37,20 @@ inline int64_t shared_for_differences() {
   return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 1024;
 }
 
+// Without this a kernel has 48 kB at most.
+template <class Kernel>
+inline void allow_shared(Kernel kernel, int64_t bytes) {
+  if (bytes == 0) return;
+  const int shared = static_cast<int>(bytes);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "no such shared memory");
+}
+
 // How many blocks of a kernel the device runs at once.
 template <class Kernel>
 inline int64_t blocks_at_once(Kernel kernel, int threads, int64_t shared_bytes) {
   int blocks = 0;
   const int shared = static_cast<int>(shared_bytes);
-  if (shared > 0)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "no such shared memory");
+  allow_shared(kernel, shared_bytes);
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared), "no occupancy");
   return static_cast<int64_t>(blocks) * multiprocessors();
 }

@@ -57,6 +57,17 @@ def optimum(eigenvalues: Tensor, latents: int, beta: float) -> Optimum:
     return Optimum(k, level, rate, sse, dims / 2 * (math.log(2 * math.pi * sse / dims) + 1))
 
 
+def gap(eigenvalues: Tensor, latents: int, beta: float) -> float:
+    """rate + distortion − H of the optimum on Gaussian data, whose entropy H is ½ Σ log 2πeλ_i.
+
+    There q(z) is N(0, I) exactly: the gap is all the decoder's, KL(q(x|z) ‖ p(x|z)). In an active direction q(x|z) has
+    the variance βσ² where the decoder has σ², in another one λ.
+    """
+    found = optimum(eigenvalues, latents, beta)
+    ratios = eigenvalues[found.active :] * (beta / found.level)
+    return 0.5 * (found.active * (beta - 1 - math.log(beta)) + float((ratios - 1 - ratios.log()).sum()))
+
+
 def switches_off(eigenvalues: Tensor, i: int) -> float:
     """The β from which on dimension i, from 0, carries nothing: there the level βσ² is λ_i. For i = 0, collapse."""
     level, before = eigenvalues[i], eigenvalues[:i]
@@ -77,10 +88,20 @@ def gaussian_data(eigenvalues: Tensor, count: int) -> Splits:
     what a VAE can learn."""
     generator = torch.Generator().manual_seed(0)
     dims = len(eigenvalues)
-    axes = torch.linalg.qr(torch.randn(dims, dims, generator=generator, dtype=torch.float64)).Q
+    axes = _axes(dims, generator)
     x = torch.randn(count + count // 4, dims, generator=generator, dtype=torch.float64) * eigenvalues.sqrt() @ axes.T
     x = (x - x[:count].mean(0)).float()
     return Splits(*x.split([count, count // 8, count // 4 - count // 8]))
+
+
+def covariance(eigenvalues: Tensor) -> Tensor:
+    """Of what `gaussian_data` draws from, [D, D]."""
+    axes = _axes(len(eigenvalues), torch.Generator().manual_seed(0))
+    return axes * eigenvalues @ axes.T
+
+
+def _axes(dims: int, generator: torch.Generator) -> Tensor:
+    return torch.linalg.qr(torch.randn(dims, dims, generator=generator, dtype=torch.float64)).Q
 
 
 class LinearVAE(nn.Module):
@@ -94,8 +115,29 @@ class LinearVAE(nn.Module):
         self.decoder = nn.Linear(latents, dims, bias=False)
         self.logvar = nn.Parameter(torch.zeros(latents))
 
-    def forward(self, x: Tensor) -> VAEOutput:
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         mu = self.encoder(x / self.scale)
-        logvar = self.logvar.expand_as(mu)
+        return mu, self.logvar.expand_as(mu)
+
+    def decode(self, z: Tensor) -> tuple[Tensor, None]:
+        return self.scale * self.decoder(z), None
+
+    def forward(self, x: Tensor) -> VAEOutput:
+        mu, logvar = self.encode(x)
         z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
-        return VAEOutput(self.scale * self.decoder(z), mu, logvar, None)
+        return VAEOutput(self.decode(z)[0], mu, logvar, None)
+
+    @torch.no_grad()
+    def legs(self, covariance: Tensor, variance: float) -> tuple[float, float]:
+        """KL(q(z) ‖ p(z)) and E KL(q(x|z) ‖ p(x|z)) of these weights on Gaussian data of mean 0, exactly.
+
+        Their sum is rate + distortion − H, with `variance` for σ². All is jointly Gaussian: q(z) has the covariance C
+        and q(x|z) the mean Az and a covariance P that depends on no z.
+        """
+        encoder, decoder = self.encoder.weight.double() / self.scale, self.decoder.weight.double() * self.scale
+        c = encoder @ covariance @ encoder.T + self.logvar.double().exp().diag()
+        a = torch.linalg.solve(c, encoder @ covariance).T
+        p = covariance - a @ c @ a.T
+        prior = 0.5 * float(c.trace() - c.logdet()) - 0.5 * len(c)
+        errors = float(p.trace() + ((a - decoder) @ c @ (a - decoder).T).trace()) / variance
+        return prior, 0.5 * (errors + len(p) * (math.log(variance) - 1) - float(p.logdet()))

@@ -11,7 +11,6 @@ import threading
 import torch
 
 from fused_elbo import build as builder
-from fused_elbo import reference
 from fused_elbo.backends.base import dispatched
 from fused_elbo.backends.library import Library
 from fused_elbo.call import Options, Tensors
@@ -22,9 +21,10 @@ from fused_elbo.operators import aggregate, elbo, levels, registry
 device = "cuda"
 NAMESPACE = "fused_elbo_cuda"
 
-OPERATORS = (*elbo.OPERATORS, *levels.OPERATORS)
+OPERATORS = (*elbo.OPERATORS, *levels.OPERATORS, *aggregate.OPERATORS)
 registry.define(OPERATORS, NAMESPACE)  # known from now on; the library has the kernels
-_operators, _of_levels = elbo.Operators(NAMESPACE), levels.Operators(NAMESPACE)
+_operators = elbo.Operators(NAMESPACE)
+_of_levels, _of_aggregate = levels.Operators(NAMESPACE), aggregate.Operators(NAMESPACE)
 
 
 class _Cuda(Library):
@@ -88,7 +88,7 @@ def levels_operators() -> levels.Operators:
 
 
 def aggregate_operators() -> aggregate.Implementation:
-    return reference.aggregate
+    return _of_aggregate
 
 
 def load() -> None:
@@ -98,5 +98,4 @@ def load() -> None:
         if dispatched["cuda"] != "cuda":
             for operator in OPERATORS:
                 registry.implement(operator.name, registry.find(operator.name, NAMESPACE), "CUDA")
-            aggregate.register(aggregate_operators(), "CUDA")
             dispatched["cuda"] = "cuda"

@@ -5,7 +5,7 @@
 answers each line [mutant, first] of JSON with a line [fault, end]: what the cases notice of that mutant (0: of the
 library as it is) under every schedule (default: all), and how the process that ran them ended if it told nothing; or
 null. `first`, a schedule and a case, or null, is tried first. The cases of kernel_check.py are for stages, the ones
-here for the step.
+here for the step and the aggregate posterior.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from cuda_shim import Shim
 from kernel_check import Case, arguments, cases, compare, double, guarded
 
 from fused_elbo import reference
-from fused_elbo.call import Gradients, GradOutputs, Tensors
-from fused_elbo.operators import elbo, levels
+from fused_elbo.call import Gradients, GradOutputs, Tensors, compute_dtype
+from fused_elbo.operators import aggregate, elbo, levels
 
 SCHEDULES = ("ascending", "descending", "random:1", "random:2")
 GRAD_SCALE = 3.0
@@ -63,6 +63,58 @@ class StepCase:
                     compare(f"gradient of {name}", value, self.gradients[i])
                 else:
                     assert value.shape == (0,), f"{name} was not asked for"
+
+
+class AggregateCase:
+    """Inputs inside NaN, with what the reference makes of them in fp64; every gradient alone, and all of them."""
+
+    def __init__(
+        self, sizes: tuple[int, int, int], dtype: torch.dtype, own: int = -1, size: int | None = None, spread: float = 1
+    ) -> None:
+        batch, components, latents = sizes
+        mu, logvar = spread * torch.randn(components, latents), torch.randn(components, latents) - 1
+        z = mu[torch.arange(batch) % components] + torch.randn(batch, latents)
+        turned = z.t().contiguous().t()
+        self.inputs = [guarded(t.to(dtype)) for t in (turned, mu, logvar)]
+        self.wide, self.weights = [t.double() for t in self.inputs], (own, size)
+        self.sums = reference.aggregate.aggregate(*self.wide, own, size)
+        self.computed = compute_dtype(*self.inputs)
+        self.grads = [guarded(torch.randn_like(t).to(self.computed)) for t in self.sums]
+
+    def check(self, operators: Any) -> None:
+        """Raises AssertionError at the first fault."""
+        launches = operators.shim.launches
+        before = launches()
+        sums = operators.aggregate(*self.inputs, *self.weights)
+        assert launches() - before == 2, "launches"
+        for name, value, true in zip(("joint", "marginals"), sums, self.sums, strict=True):
+            compare(name, value, true)
+        given = [guarded(t, apart=False) for t in sums]
+        g, h = self.grads
+        for grads, mask in (((g, h), 7), ((g, None), 7), ((None, h), 7), ((g, h), 1), ((g, h), 4)):
+            before = launches()
+            got = operators.aggregate_grads(*self.inputs, *self.weights, *given, *grads, mask)
+            assert launches() - before == (3 if mask == 7 else 2), "launches"
+            exact = [None if t is None else t.double() for t in grads]
+            true = reference.aggregate.aggregate_grads(*self.wide, *self.weights, *self.sums, *exact, mask)
+            for name, value, wanted in zip(("z", "mu", "logvar"), got, true, strict=True):
+                compare(f"gradient of {name}", value, wanted)
+
+
+def aggregate_cases() -> dict[str, AggregateCase]:
+    """Sizes that no tile divides, with warps that share the latents and without, and more latents than a block has
+    room for."""
+    f32, f64 = torch.float32, torch.float64
+    return {
+        "aggregate": AggregateCase((35, 43, 3), f64),
+        "aggregate, own": AggregateCase((37, 70, 10), f32, own=2, size=200),
+        "aggregate, own, fp64": AggregateCase((33, 34, 8), f64, own=0, size=60),
+        "aggregate, far apart": AggregateCase((5, 100, 2), f32, spread=40),
+        "aggregate, fp16": AggregateCase((3, 17, 21), torch.float16, own=0, size=50),
+        "aggregate, many latents": AggregateCase((3, 20, 700), f32),
+        "aggregate, one": AggregateCase((1, 1, 1), f32, own=0, size=9),
+        "aggregate, many segments": AggregateCase((2, 3000, 1), f64),
+    }
 
 
 def step_cases() -> dict[str, Callable[[], StepCase]]:
@@ -167,10 +219,11 @@ class Every:
         self.shim, self.schedules = shim, schedules
         by = elbo.Operators("fused_elbo_cuda")
         of = levels.Operators("fused_elbo_cuda")
+        mixtures = aggregate.Operators("fused_elbo_cuda")
         self.operators = SimpleNamespace(
-            forward=by.forward, grads=by.grads, step=by.step, levels=of.levels, levels_grads=of.levels_grads, shim=shim
+            forward=by.forward, grads=by.grads, step=by.step, **vars(of), **vars(mixtures), shim=shim
         )
-        steps = {name: make() for name, make in step_cases().items()}
+        steps = {name: make() for name, make in step_cases().items()} | aggregate_cases()
         self.cases: dict[str, tuple[int, Any]] = {
             **{name: (1, case) for name, case in stages.items()},
             **{name: (3, case) for name, case in steps.items()},

@@ -1,4 +1,5 @@
-"""How csrc/cuda cuts a batch for its two passes: csrc/cuda/schedule.h, for GPUs that need not be here."""
+"""How csrc/cuda cuts a batch for its two passes, and the aggregate posterior for its warps: csrc/cuda/schedule.h and
+aggregate_cut.h, for GPUs that need not be here."""
 
 from __future__ import annotations
 
@@ -24,6 +25,20 @@ int main() {
   }
 }
 """
+MIXTURES = """
+#include <cstdio>
+#include "cuda/aggregate_cut.h"
+
+int main() {
+  long long lanes, others, latents;
+  while (scanf("%lld %lld %lld", &lanes, &others, &latents) == 3) {
+    const auto c = elbo::aggregate_cut(lanes, others, latents, elbo::kAggregateTile<float>);
+    const long long all[] = {c.lane_blocks, c.tiles, c.segments, c.latents, c.warps, c.groups, c.blocks()};
+    for (long long n : all) printf("%lld ", n);
+    printf("\\n");
+  }
+}
+"""
 ROW = 256  # elements: 128 bits of a half dtype for every lane
 WARPS = 8  # of a block
 RESIDENT = 3 * 132  # blocks of elbo_grads on an H100
@@ -34,13 +49,16 @@ SIZES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("schedule")
-    (folder / "schedule.cpp").write_text(PROGRAM)
+def compiled(folder: Path, text: str) -> Path:
+    (folder / "schedule.cpp").write_text(text)
     command = [*shlex.split(cuda_shim.compiler() or ""), "-std=c++17", f"-I{cuda_shim.CSRC}"]
     subprocess.run([*command, "schedule.cpp", "-o", "schedule"], cwd=folder, check=True)
     return folder / "schedule"
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compiled(tmp_path_factory.mktemp("schedule"), PROGRAM)
 
 
 def schedules(program: Path, sizes: list[tuple[int, int]], resident: int = RESIDENT) -> list[tuple[int, int, int]]:
@@ -88,3 +106,29 @@ def test_the_model_of_the_cache_has_the_same(program: Path, monkeypatch: pytest.
     for (dims, batch), (size, per_sample, blocks) in zip(SIZES, schedules(program, SIZES), strict=True):
         assert Cuda.chunks_of(dims, batch) == (size, per_sample)
         assert Cuda.blocks_for(per_sample * batch, RESIDENT) == blocks
+
+
+def test_the_aggregate_posterior_has_blocks_for_a_gpu_and_few_sums(tmp_path: Path) -> None:
+    """256 blocks are two for each SM of an H100; what has fewer tiles has a block for each."""
+    sizes = [
+        (lanes, others, latents)
+        for lanes in (1, 5, 64, 256, 512, 2048, 4000, 100000)
+        for others in (1, 5, 64, 256, 512, 2048, 4000, 100000)
+        for latents in (1, 2, 3, 10, 16, 32, 64, 100, 128, 700)
+    ]
+    text = "\n".join(" ".join(map(str, size)) for size in sizes)
+    said = subprocess.run([str(compiled(tmp_path, MIXTURES))], input=text, capture_output=True, text=True, check=True)
+    for (lanes, others, latents), line in zip(sizes, said.stdout.splitlines(), strict=True):
+        lane_blocks, tiles, segments, of_warp, warps, groups, blocks = map(int, line.split())
+        all_tiles = -(-others // 16)
+        assert lane_blocks == -(-lanes // 32)
+        assert (segments - 1) * tiles < all_tiles <= segments * tiles
+        assert latents <= of_warp * warps
+        assert warps * groups in (1, 2, 4, 8)
+        assert blocks >= min(256, lane_blocks * all_tiles) * 0.9
+        if lane_blocks * all_tiles >= 256:
+            assert of_warp * warps <= 1.25 * latents
+            assert warps * groups == 8 or lane_blocks * all_tiles < 8 * 256
+        if lanes == others == 2048 and latents <= 128:
+            partials = [segments * lanes * (latents + 1) * 2 * 4, segments * (lanes + 2 * others) * latents * 4]
+            assert max(partials) <= 32 << 20

@@ -34,6 +34,7 @@ STATS, FINALIZE, GRADS, STEP, EACH, LEVELS = (
     f"cuda/elbo_{stem}.cuh" for stem in ("stats", "finalize", "grads", "step", "step_each", "levels")
 )
 MIXED, READ, LAUNCH = "cuda/mixed.cuh", "cuda/mixed_elements.cuh", "cuda/launch.h"
+AGGREGATE, MIXTURE_GRADS, TILES = (f"cuda/aggregate{stem}.cuh" for stem in ("", "_grads", "_tiles"))
 INPUTS, TERMS, MATH, SPAN = "inputs.h", "elbo.h", "elbo_math.h", "span.h"
 
 # Few elements then make many chunks, several for a warp, and chunks of several times the least size.
@@ -41,6 +42,12 @@ SMALL = (
     Mutant("cuda/schedule.h", "", "constexpr int64_t kLeast = $N;", "constexpr int64_t kLeast = 256;"),
     Mutant("cuda/schedule.h", "", "constexpr int64_t kMost = $N;", "constexpr int64_t kMost = 512;"),
     Mutant("cuda/schedule.h", "", "constexpr int64_t kMany = $N;", "constexpr int64_t kMany = 16;"),
+    Mutant(
+        "cuda/aggregate_cut.h",
+        "",
+        "constexpr int64_t kAggregateBlocks = $N;",
+        "constexpr int64_t kAggregateBlocks = 2;",
+    ),
 )
 
 MUTANTS = {
@@ -307,6 +314,78 @@ MUTANTS = {
     ),
     "one_weight_for_all_levels": Mutant(
         LEVELS, "run_levels_grads", "const_cast<char*>(level.grad)", "args.grad.tensor.base", ("ascending", "levels"),
+    ),
+    # the aggregate posterior
+    "no_rescale_to_a_new_maximum": Mutant(
+        AGGREGATE, "rise", "$S *= exp_of_negative($A - $B);", "", ("ascending", "aggregate"),
+    ),
+    "one_maximum_for_all_segments": Mutant(
+        AGGREGATE, "add", "$O.sum * exp_of_negative($A - $B)", "$O.sum", ("ascending", "aggregate"),
+    ),
+    "no_density_is_not_infinitely_far": Mutant(
+        AGGREGATE, "rise", "$M == $INFINITY ? $ZERO : $X", "$X", ("ascending", "aggregate, fp16"),
+    ),
+    "the_own_component_weighs_like_the_others": Mutant(
+        TILES, "of", "$A == $B ? $E : $Z", "$Z", ("ascending", "aggregate, own"),
+    ),
+    "the_own_weight_for_the_joint_alone": Mutant(
+        TILES, "meets", "$E != $Z && $X", "false", ("ascending", "aggregate, own"),
+    ),
+    "sign_of_g_z": Mutant(
+        "cuda/aggregate.cu", "aggregate_grads", "sums.each[0] = {$P, $S, -2, $G};", "sums.each[0] = {$P, $S, 2, $G};",
+        ("ascending", "aggregate"),
+    ),
+    "no_minus_one_of_g_logvar": Mutant(
+        "aggregate_math.h", "log_normal_grad", "$S - Scalar<V>(0.5)", "$S", ("ascending", "aggregate"),
+    ),
+    "the_last_element_again": Mutant(
+        TILES, "for_latents", "$X < $N ? $R : $NONE", "$R", ("ascending", "aggregate"),
+    ),
+    "the_first_latents_again": Mutant(
+        TILES, "for_latents", "fetch(k + kStaged);", "", ("ascending", "aggregate, many latents"),
+    ),
+    "no_latents_after_the_staged": Mutant(
+        TILES, "for_latents", "min(place.end - k, kStaged)", "min(place.end - k - 1, kStaged)",
+        ("ascending", "aggregate"),
+    ),
+    "latents_before_they_are_staged": Mutant(
+        TILES, "for_latents", "__syncwarp();", "", ("descending", "aggregate"), place=(0, 2),
+    ),
+    "latents_staged_over_the_last_ones": Mutant(
+        TILES, "for_latents", "__syncwarp();", "", ("ascending", "aggregate, many latents"), place=(1, 2),
+    ),
+    "sums_before_all_warps_are_there": Mutant(
+        TILES, "over_warps", "__syncthreads();", "", ("ascending", "aggregate, own"),
+    ),
+    "one_warp_of_those_that_share_the_latents": Mutant(
+        TILES, "over_warps", "$W < place.warps", "$W < 1", ("ascending", "aggregate, own"),
+    ),
+    "sums_of_a_tile_over_the_last_ones": Mutant(
+        AGGREGATE, "run_aggregate", "__syncthreads();", "", ("ascending", "aggregate, own"), place=(1, 3),
+    ),
+    "factors_before_all_warps_are_there": Mutant(
+        MIXTURE_GRADS, "run_aggregate_grads", "__syncthreads();", "", ("ascending", "aggregate, own"), place=(1, 3),
+    ),
+    "sums_of_a_tile_over_the_factors": Mutant(
+        MIXTURE_GRADS, "run_aggregate_grads", "__syncthreads();", "", ("ascending", "aggregate, own"), place=(2, 3),
+    ),
+    "the_joint_sum_of_one_warp": Mutant(
+        AGGREGATE, "run_aggregate", "$W < place.warps", "$W < 1", ("ascending", "aggregate, own"),
+    ),
+    "groups_have_one_segment": Mutant(
+        TILES, "Place", "$B * cut.groups + group", "$B * cut.groups", ("ascending", "aggregate"),
+    ),
+    "a_dropped_segment": Mutant(
+        AGGREGATE, "run_log_sums", "$S < args.segments", "$S < args.segments - 1", ("ascending", "aggregate"),
+    ),
+    "a_dropped_segment_of_the_gradients": Mutant(
+        MIXTURE_GRADS, "run_grad_sums", "$S < $ONE.segments", "$S < $ONE.segments - 1", ("ascending", "aggregate"),
+    ),
+    "half_of_the_lanes_of_a_log_sum": Mutant(
+        AGGREGATE, "run_log_sums", "$STEP > 0", "$STEP > 1", ("ascending", "aggregate, many segments"),
+    ),
+    "one_place_for_the_fields_of_all_groups": Mutant(
+        TILES, "Fields", "place.group * $N", "0", ("ascending", "aggregate"),
     ),
 }  # fmt: skip
 
