@@ -76,7 +76,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
             f"--{name}", type=cli.positive_int, metavar="N",
             help=f"{text} (default: {FULL[name]}; --quick: {QUICK[name]})",
         )  # fmt: skip
-    cli.add_sweep_arguments(parser, out=Path("runs/beta_input_linear"), minutes="about 20 minutes")
+    cli.add_sweep_arguments(parser, out=Path("runs/beta_input_linear"), minutes="about 9 minutes")
     args = parser.parse_args(argv)
     cli.settle(args, full=FULL, quick=QUICK)
     return args
