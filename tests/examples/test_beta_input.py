@@ -238,7 +238,7 @@ def test_the_batch_sigma_trains_at_its_own_level(quick: list[dict[str, Any]]) ->
 def test_resumed_run_equals_uninterrupted_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--rows", "level", "sigma-one-beta", "--epochs", "2", "--repeats", "1"]
+    options = ["--rows", "log-beta", "sigma-one-beta", "--epochs", "2", "--repeats", "1"]
     whole = run(tmp_path / "whole", *options)
     with monkeypatch.context() as patch:
         interrupt_in_step(patch, 16 + 11)  # of 16 a model: in the second one
