@@ -1,16 +1,19 @@
 """One VAE for every beta: a network that is told beta, and what becomes of sigma in it.
 
-    python examples/beta_input.py --linear           # a linear VAE on Gaussian data; see --help for how long
-    python examples/beta_input.py --linear --quick   # one seed, less training
+    python examples/beta_input.py                    # MNIST-5k: one VAE for every beta, beside one for each
+    python examples/beta_input.py --quick            # scikit-learn's 8x8 digits
+    python examples/beta_input.py --data photos/     # a folder of images
+    python examples/beta_input.py --linear           # linear VAEs on Gaussian data; see --help for how long
 
-Each row of the experiment is one model, trained with a beta of its own for each sample, log-uniform, and read at five.
-The data are Gaussian and the networks linear, so the optimum at each beta is known in closed form. Rows differ in the
-layers that tell the network beta (common/conditioning.py) and in where sigma comes from (common/beta_input.py).
+A model that is told beta has a beta of its own for each sample of its training, log-uniform, and is trained for as many
+epochs as each model of one beta. With --linear the data are Gaussian and the networks linear, so the optimum at each
+beta is known in closed form; the rows differ in the layers that tell the network beta (common/conditioning.py) and in
+where sigma comes from (common/beta_input.py).
 
 Ctrl-C keeps what is trained; the same command with --resume goes on. In --out afterwards:
 
     beta_input.png   the figure
-    beta_input.csv   every row at every beta, beside the closed form
+    beta_input.csv   every model at every beta
     models/          each model's checkpoint and result
 """
 
@@ -26,21 +29,26 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from common import cli, linear, linear_beta, script
-from common.beta_input import BetaInputObjective, measure
-from common.beta_plots import plot_linear
+from common import beta_runs, cli, linear, linear_beta, script
+from common.beta_input import SIGMA, BetaInputObjective, measure
+from common.beta_models import CONDITIONING
+from common.beta_plots import plot_images, plot_linear
 from common.conditioning import BetaRange
-from common.data import Splits
+from common.data import Splits, load
 from common.files import write_csv
+from common.grids import grids
 from common.sweep import MODELS, Run, train_all
 from common.training import Trainer
 
-FULL = {"repeats": 3, "epochs": 400}
-QUICK = {"repeats": 1, "epochs": 200}
+FULL = {"data": "mnist", "points": 7, "repeats": 3, "epochs": 16, "latent_dim": 16, "width": 8}
+QUICK = {"data": "digits", "points": 5, "repeats": 1, "epochs": 15, "latent_dim": 8, "width": 16}
+LINEAR = {"repeats": 3, "epochs": 400}
+QUICK_LINEAR = {"repeats": 1, "epochs": 200}
 EIGENVALUES = 80 * 0.5 ** torch.arange(12, dtype=torch.float64)  # of the Gaussian data
 LATENTS, COUNT, BATCH, LR = 5, 8192, 1024, 5e-2
 BETAS = BetaRange(0.1, 3.0)  # the most important dimension would switch off at 6
 POINTS, DRAWS = 5, 4  # β at which a model is read, latents for each sample there
+OUT = Path("runs/beta_input")
 
 
 class Row(NamedTuple):
@@ -63,22 +71,39 @@ ROWS = {
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_data_arguments(parser, quick=QUICK["data"])
     group = parser.add_argument_group("models")
-    group.add_argument(
-        "--linear", action="store_true", required=True, help="linear VAEs on Gaussian data, beside the closed form"
-    )
+    group.add_argument("--linear", action="store_true", help="linear VAEs on Gaussian data, beside the closed form")
     group.add_argument(
         "--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW",
-        help=f"which of the rows to train: {', '.join(ROWS)} (default: all)",
+        help=f"--linear: which of the rows to train: {', '.join(ROWS)} (default: all)",
     )  # fmt: skip
-    for name, text in (("repeats", "models a row, of seeds --seed, --seed + 1, ..."), ("epochs", "of each")):
+    group.add_argument("--conditioning", choices=CONDITIONING, default="film", help="(default: %(default)s)")
+    group.add_argument(
+        "--sigma", choices=[name for name in SIGMA if name != "half"], default="network",
+        help="of the decoupled model that is told beta (default: %(default)s)",
+    )  # fmt: skip
+    for name, text in (
+        ("points", "betas a family"), ("repeats", "seeds --seed, --seed + 1, ..."), ("epochs", "of each model"),
+        ("latent_dim", "size of z"), ("width", "channels at half resolution, up to 4W below"),
+    ):  # fmt: skip
+        linear_too = f"; --linear: {LINEAR[name]}, quick {QUICK_LINEAR[name]}" if name in LINEAR else ""
         group.add_argument(
-            f"--{name}", type=cli.positive_int, metavar="N",
-            help=f"{text} (default: {FULL[name]}; --quick: {QUICK[name]})",
+            f"--{name.replace('_', '-')}", type=cli.positive_int, metavar="N",
+            help=f"{text} (default: {FULL[name]}; --quick: {QUICK[name]}{linear_too})",
         )  # fmt: skip
-    cli.add_sweep_arguments(parser, out=Path("runs/beta_input_linear"), minutes="about 9 minutes")
+    cli.add_sweep_arguments(parser, out=OUT, minutes="not measured; --linear: about 9 minutes")
     args = parser.parse_args(argv)
-    cli.settle(args, full=FULL, quick=QUICK)
+    if args.linear:
+        for name in ("data", "points", "latent_dim", "width"):
+            if getattr(args, name) is not None:
+                parser.error(f"--{name.replace('_', '-')} has no effect with --linear")
+        cli.settle(args, full=LINEAR, quick=QUICK_LINEAR)
+        args.out = args.out if args.out != OUT else OUT.with_name("beta_input_linear")
+    else:
+        cli.settle(args, full=FULL, quick=QUICK)
+        if args.points < 2:
+            parser.error(f"--points: one VAE for every beta needs at least 2 of them, got {args.points}")
     return args
 
 
@@ -129,6 +154,21 @@ def beside_closed_form(rows: list[dict[str, Any]], eigenvalues: torch.Tensor) ->
 
 
 def run(args: argparse.Namespace) -> None:
+    (run_linear if args.linear else run_images)(args)
+
+
+def run_images(args: argparse.Namespace) -> None:
+    images = load(args.data, image_size=args.image_size, grey=args.grey)
+    betas = grids(images, args.latent_dim, args.points)
+    args.out.mkdir(parents=True, exist_ok=True)
+    models = train_all(list(beta_runs.sweep(args, images, betas)), args.out, resume=args.resume)
+    rows = beta_runs.rows_of(models, images.dims)
+    write_csv(args.out / "beta_input.csv", rows)
+    plot_images(args.out / "beta_input.png", rows, title=f"{args.data}, test split, D = {images.dims}")
+    print(f"figure and numbers are in {args.out}")
+
+
+def run_linear(args: argparse.Namespace) -> None:
     data = linear.gaussian_data(EIGENVALUES, COUNT)
     eigenvalues = linear.spectrum(data.train)  # what the models can learn: they are read on what they were trained on
     betas = [float(f"{beta:.4g}") for beta in BETAS.grid(POINTS).tolist()]

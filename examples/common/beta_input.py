@@ -27,6 +27,7 @@ SIGMA = {
     "batch": "the closed form of a batch of mixed beta, which couples sigma and beta again",
     "image": "the closed form of each image (no bound: sigma sees x)",
     "one-beta": "the closed form of a batch in which all samples have one beta",
+    "half": "constant: squared error + beta * rate",
 }
 CONDITION = {"log-beta": "log beta", "level": "log beta * sigma², with sigma from the network"}
 EVALUATION = 8  # β in the fixed set of validation
@@ -112,7 +113,8 @@ def sigma_elbo(
     """The loss of a batch whose samples have β of their own, [B], in one of the modes SIGMA."""
     if mode == "network":
         return decoupled_elbo(recon, x, mu, logvar, beta=beta, log_sigma=log_sigma)
-    return decoupled_elbo(recon, x, mu, logvar, beta=beta, sigma="optimal-per-image" if mode == "image" else "optimal")
+    kinds: dict[str, str | float] = {"image": "optimal-per-image", "half": HALF}
+    return decoupled_elbo(recon, x, mu, logvar, beta=beta, sigma=kinds.get(mode, "optimal"))
 
 
 @torch.no_grad()
@@ -131,20 +133,21 @@ def measure(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for beta in betas:
             guess = objective.log_sigma(torch.tensor([beta], device=device))
-            rate, sse = _errors(objective, x, beta, guess, draws, batch_size)
+            rate, sse = errors(objective, x, beta, guess, draws, batch_size)
             row = {} if guess is None else {"sigma_network": float(guess.exp()), "rate_network": rate,
                                             "error_network": math.sqrt(sse / dims)}  # fmt: skip
             if objective.condition == "level":
                 for _ in range(AGREE):
                     guess = torch.tensor([0.5 * math.log(sse / dims)], device=device)
-                    before, (rate, sse) = sse, _errors(objective, x, beta, guess, draws, batch_size)
+                    before, (rate, sse) = sse, errors(objective, x, beta, guess, draws, batch_size)
                     if abs(sse / before - 1) < 1e-5:
                         break
             rows.append({"beta": beta, "rate": rate, "sse": sse, "sigma_error": math.sqrt(sse / dims), **row})
     return rows
 
 
-def _errors(
+@torch.no_grad()
+def errors(
     objective: BetaInputObjective, x: Tensor, beta: float, log_sigma: Tensor | None, draws: int, batch_size: int
 ) -> tuple[float, float]:
     """Mean rate and squared error at one β, with the same latent noise in each call."""

@@ -71,6 +71,44 @@ def plot_linear(
     plt.close(figure)
 
 
+KINDS = {
+    ("separate", "squared error"): ("one VAE a β, SSE + β·rate", {"color": "#0072B2", "marker": "o", "ls": "-"}),
+    ("beta-input", "squared error"): ("one VAE for all, SSE + β·rate", {"color": "#56B4E9", "marker": "o", "ls": "--"}),
+    ("separate", "decoupled"): ("one VAE a β, decoupled", {"color": "#009E73", "marker": "s", "ls": "-"}),
+    ("beta-input", "decoupled"): ("one VAE for all, decoupled", {"color": "#D55E00", "marker": "s", "ls": "--"}),
+}
+
+
+def plot_images(path: Path, rows: Sequence[dict[str, Any]], *, title: str) -> None:
+    """Left rate–distortion curves, at the σ of training; right what one model for all costs at each β, in its β-loss,
+    over the rate of the separate one, which both families have as an axis; thin lines are the seeds."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    for (kind, family), (label, style) in KINDS.items():
+        own = [row for row in rows if (row["kind"], row["family"]) == (kind, family)]
+        betas = sorted({row["beta"] for row in own})
+
+        def mean(key: str, own: Any = own, betas: Any = betas) -> np.ndarray:
+            return np.array([np.mean([row[key] for row in own if row["beta"] == beta]) for beta in betas])
+
+        left.plot(mean("rate"), mean("distortion"), ms=5, label=label, **style)
+        if kind == "separate":
+            rates = mean("rate")
+        else:
+            right.plot(rates, mean("excess"), ms=5, label=label, **style)
+            for seed in sorted({row["seed"] for row in own}):
+                each = sorted((row["beta"], row["excess"]) for row in own if row["seed"] == seed)
+                right.plot(rates, [excess for _, excess in each], color=style["color"], lw=0.5)
+    left.set(xlabel="rate (nats per image)", ylabel="distortion −log p(x|z) (nats per image)")
+    right.set(xlabel="rate of the VAE of one β (nats per image)", ylabel="excess β-loss over it (nats per image)")
+    right.axhline(0, color="0.6", lw=0.8)
+    for axis in (left, right):
+        axis.grid(alpha=0.2)
+        axis.legend(fontsize=9)
+    figure.suptitle(title, fontsize=12)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def _points(axis: Any, rows: Sequence[dict[str, Any]], name: str, key: str, ls: str = "", label: str = "") -> None:
     """Mean over the seeds at each β, with the range of the seeds."""
     own = [row for row in rows if row["row"] == name]
