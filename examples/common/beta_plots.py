@@ -91,9 +91,8 @@ def plot_images(path: Path, rows: Sequence[dict[str, Any]], *, title: str) -> No
             return np.array([np.mean([row[key] for row in own if row["beta"] == beta]) for beta in betas])
 
         left.plot(mean("rate"), mean("distortion"), ms=5, label=label, **style)
-        if kind == "separate":
-            rates = mean("rate")
-        else:
+        if kind == "beta-input":
+            rates = mean("separate_rate")
             right.plot(rates, mean("excess"), ms=5, label=label, **style)
             for seed in sorted({row["seed"] for row in own}):
                 each = sorted((row["beta"], row["excess"]) for row in own if row["seed"] == seed)

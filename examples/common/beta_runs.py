@@ -128,6 +128,7 @@ def rows_of(models: Sequence[dict[str, Any]], dims: int) -> list[dict[str, Any]]
         other = separate[row["family"], row["seed"], row["beta"]]
         row["distortion"] = readings.distortion(row["sse"], dims, row["sigma"] ** 2)
         row["loss"] = _loss(row, other, dims)
+        row["separate_rate"] = other["rate"]
         row["excess"] = row["loss"] - _loss(other, other, dims)
     return rows
 
