@@ -92,7 +92,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
             f"--{name.replace('_', '-')}", type=cli.positive_int, metavar="N",
             help=f"{text} (default: {FULL[name]}; --quick: {QUICK[name]}{linear_too})",
         )  # fmt: skip
-    cli.add_sweep_arguments(parser, out=OUT, minutes="about an hour of a loaded core; --linear: 9 minutes")
+    cli.add_sweep_arguments(parser, out=OUT, minutes="48 models of about a minute; --linear: 9 minutes")
     args = parser.parse_args(argv)
     if args.linear:
         for name in ("data", "points", "latent_dim", "width"):
