@@ -33,6 +33,7 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        self.channels = channels
         first, last = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
         nn.init.zeros_(last.weight)  # each block starts as the identity
         self.body = nn.Sequential(norm(channels), nn.SiLU(), first, norm(channels), nn.SiLU(), last)

@@ -1,0 +1,72 @@
+"""beta_input.py on images: one VAE for every β beside those of one β."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from on_examples import interrupt_in_step, one_thread, read_csv  # noqa: F401
+
+# isort: split
+import beta_input
+from common import beta_models
+from common.models import ResBlock
+
+IMAGES = ["--data", "digits", "--points", "2", "--epochs", "2", "--repeats", "1", "--width", "8", "--latent-dim", "4"]
+
+
+def images(out: Path, *options: str, code: int = 0) -> list[dict[str, Any]]:
+    assert beta_input.main(["--device", "cpu", "--out", str(out), *options]) == code
+    return read_csv(out / "beta_input.csv") if code == 0 else []
+
+
+def test_images_resumed_equal_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = images(tmp_path / "whole", *IMAGES)
+    assert len(whole) == 2 * 2 * 2  # one VAE for all or one a β, families, β
+    assert all(row["excess"] == 0 for row in whole if row["kind"] == "separate")
+    with monkeypatch.context() as patch:
+        interrupt_in_step(patch, 2 * 22 - 5)  # in the last epoch of the first model, that of both β
+        images(tmp_path / "cut", *IMAGES, code=130)
+    torch.manual_seed(12345)
+    assert images(tmp_path / "cut", *IMAGES, "--resume") == whole
+    images(tmp_path / "cut", *IMAGES, "--conditioning", "film-level", "--resume", code=2)
+
+
+@pytest.mark.parametrize("name", beta_models.CONDITIONING)
+def test_every_conditioning_tells_every_block(name: str) -> None:
+    torch.manual_seed(0)
+    model = beta_models.ConditionedConvVAE((1, 9, 7), 3, 8, name)
+    out = model(torch.rand(4, 1, 9, 7), torch.linspace(-1, 1, 4))
+    assert out.recon.shape == (4, 1, 9, 7)
+    out.recon.square().sum().backward()
+    layers = [*model.after, *model.before]
+    assert len(layers) == sum(isinstance(module, ResBlock) for module in model.modules())
+    assert all(any(p.grad is not None and p.grad.any() for p in layer.parameters()) for layer in layers)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--linear", "--data", "digits"], "--data has no effect with --linear"),
+        (["--linear", "--width", "3"], "--width has no effect with --linear"),
+        (["--points", "1"], "at least 2"),
+    ],
+)
+def test_bad_options_are_refused(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        beta_input.main(options)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.release("a dozen models of the digits")
+def test_one_vae_for_every_beta_is_near_those_of_one(tmp_path: Path) -> None:
+    """In its own β-loss, on the digits: 5 nats of 64 dimensions at most, least at the large β."""
+    rows = images(tmp_path, "--quick")
+    for family in ("decoupled", "squared error"):
+        excess = [row["excess"] for row in rows if (row["kind"], row["family"]) == ("beta-input", family)]
+        assert max(excess) < 7
+        assert excess[-1] < excess[0] - 1
+    own = [row for row in rows if row["kind"] == "beta-input" and row["family"] == "decoupled"]
+    assert max(abs(row["sigma_network"] / row["error_network"] - 1) for row in own) < 0.05
