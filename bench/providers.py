@@ -56,8 +56,7 @@ class Provider:
             return case.limit and case.device == "cpu" and limit.available()
         if self.needs and importlib.util.find_spec(self.needs) is None:
             return False
-        in_plain_torch = self.kind in ("baseline", "reference") and not self.needs
-        if case.sigma == "aggregate" and in_plain_torch and case.elements > MOST_BROADCAST:
+        if case.sigma == "aggregate" and self.kind != "ours" and case.elements > MOST_BROADCAST:
             return False
         return case.sigma in self.sigmas and (self.backend is None or self.backend in available(case.device))
 
