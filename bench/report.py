@@ -200,7 +200,9 @@ def results_page(
 ) -> str:
     compiled = next((c for c in (Case(run, s.name) for s in workloads.SHAPES) if "stock_compiled" in c.records), None)
     halved = [name for name, about in run["cases"].items() if about["dtype"] != "fp32"]
-    peaks = [r for name in workloads.PEAKS for r in Case(run, name).records.values() if r["kind"] != "limit"]
+    runs = [run, *(of_its_own or {}).values()]
+    of_peaks = [Case(each, name).records.values() for name in workloads.PEAKS for each in runs]
+    peaks = [r for records in of_peaks for r in records if r["kind"] != "limit"]
     values = {name: f"![{name}](results/{name}.png)" if f"{name}.png" in images else "" for name in plots.ALL} | {
         "conditions": conditions(run),
         "steps": table(STEPS, cases(run, (case.name for case in workloads.SHAPES))),
