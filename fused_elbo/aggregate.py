@@ -185,7 +185,7 @@ class _Aggregate(torch.autograd.Function):
 
 
 def _served(backend: str | None, z: Tensor) -> Any:
-    """An empty shard, the kernels know none."""
+    """Who serves a call; the kernels know no empty shard."""
     return reference if tracing.known(z.shape[0] == 0) else aggregate_implementation(backend, z)
 
 

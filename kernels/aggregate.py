@@ -168,7 +168,7 @@ class Gradients(Plan):
         room = parts_of(self.joint_cut.blocks) * self.joint_cut.COMPONENTS.value
         self.chunks = [Chunk(whole(first), whole(last), whole(room)) for first, last in chunks]
         all_programs = programs + (component_programs if self.wanted[-1] > 0 else 0)
-        self.launches = [self.launch(aggregate_grads_kernel, all_programs) for _ in chunks]
+        self.grads_launch = self.launch(aggregate_grads_kernel, all_programs)
 
         self.shares = None
         if grad_joint is not None:
@@ -203,11 +203,11 @@ class Gradients(Plan):
         incoming = Incoming(shares, None if grad_marginals is None else marginals, grad_marginals)
         call = self.call(mixture)
         with device_guard(self.device):
-            for chunk, launch in zip(self.chunks, self.launches, strict=True):
+            for chunk in self.chunks:
                 if shares is not None:
                     of_joint = Joint(joint, grad_joint, *self.joint_strides)
                     self.shares_launch(call, of_joint, chunk, shares, self.joint_cut)
-                launch(call, incoming, chunk, first, self.cut)
+                self.grads_launch(call, incoming, chunk, first, self.cut)
             if self.totals is not None:
                 last = Points._make(None if part is None else results[i] for i, part in enumerate(parts))
                 self.totals(Points._make(parts), last, self.totals_cut)
