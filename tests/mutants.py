@@ -7,14 +7,18 @@ than the mutant says, or fewer, the source has changed, and the mutant must foll
 
 from __future__ import annotations
 
+import importlib
 import re
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import pytest
 from ast_grep_py import SgNode, SgRoot
 
 METAVARIABLE = re.compile(r"\$(?:\$\$)?([A-Z]+)")
@@ -156,3 +160,18 @@ def _switched(text: str, begin: int, end: int, edits: list[tuple[str, Edit]]) ->
         parts += [text[begin : edit.begin], choice]
         begin = edit.end
     return "".join([*parts, text[begin:end]])
+
+
+def imported(
+    source: Path, module: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., ModuleType]]:
+    """A fixture's value: imports a module of a copy of the package `source`, with some mutants."""
+    monkeypatch.syspath_prepend(folder)
+
+    def of(*mutants: Mutant) -> ModuleType:
+        copy(source, folder / "mutated_kernels", *mutants)
+        return importlib.import_module(f"mutated_kernels.{module}")
+
+    yield of
+    for name in [m for m in sys.modules if m.partition(".")[0] == "mutated_kernels"]:
+        del sys.modules[name]

@@ -8,8 +8,6 @@ which would take hours to walk.
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +22,7 @@ if backends.triton.runs_on_cpu() != "its interpreter":
     )
 
 from kernel_check import Case, cases, fault_of
-from mutants import Mutant, copy
+from mutants import Mutant, imported
 
 pytestmark = pytest.mark.triton
 KERNELS = Path(__file__).parents[2] / "kernels"
@@ -298,15 +296,7 @@ def every() -> Iterator[dict[str, Case]]:
 @pytest.fixture
 def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ModuleType]]:
     """The operators of a copy of the kernels with some mutants."""
-    monkeypatch.syspath_prepend(tmp_path)
-
-    def operators(*mutants: Mutant) -> ModuleType:
-        copy(KERNELS, tmp_path / "mutated_kernels", *mutants)
-        return importlib.import_module("mutated_kernels.operators")
-
-    yield operators
-    for module in [m for m in sys.modules if m.partition(".")[0] == "mutated_kernels"]:
-        del sys.modules[module]
+    yield from imported(KERNELS, "operators", tmp_path, monkeypatch)
 
 
 def test_the_kernels_as_they_are_pass(every: dict[str, Case], kernels: Callable[..., ModuleType]) -> None:

@@ -3,14 +3,12 @@ test_mutants.py has those of the loss."""
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from mutants import Mutant, copy
+from mutants import Mutant, imported
 
 from fused_elbo import backends
 
@@ -95,15 +93,7 @@ def every() -> dict[str, AggregateCase]:
 @pytest.fixture
 def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ModuleType]]:
     """The operators of a copy of the kernels with some mutants."""
-    monkeypatch.syspath_prepend(tmp_path)
-
-    def operators(*mutants: Mutant) -> ModuleType:
-        copy(KERNELS, tmp_path / "mutated_kernels", *mutants)
-        return importlib.import_module("mutated_kernels.aggregate")
-
-    yield operators
-    for module in [m for m in sys.modules if m.partition(".")[0] == "mutated_kernels"]:
-        del sys.modules[module]
+    yield from imported(KERNELS, "aggregate", tmp_path, monkeypatch)
 
 
 def test_the_kernels_as_they_are_pass(every: dict[str, AggregateCase], kernels: Callable[..., ModuleType]) -> None:
