@@ -33,10 +33,10 @@ from common.files import write_csv, write_text
 from common.likelihoods import DENSITY, LIKELIHOODS, MASS, LikelihoodObjective, mass_nats
 from common.metrics import load_inception
 from common.objective import VAEObjective, bits_per_dim, make_objective
-from common.ruler import Ruler
+from common.ruler import Ruler, from_prior
 from common.script import say
 from common.sweep import MODELS, Run, load_finished, train_all
-from common.training import EVAL_SEED, Trainer
+from common.training import Trainer
 from torch import Tensor
 
 FULL = {"epochs": 12, "width": 16, "betas": [0.3, 0.1, 0.03, 0.01, 0.003]}
@@ -164,13 +164,10 @@ def reconstruct(trainer: Trainer, images: Tensor) -> Tensor:
     return torch.cat([objective.mean(objective.model.encode(trainer.batch(x))[0]).clamp(0, 1).cpu() for x in chunks])
 
 
-@torch.no_grad()
 def sample(trainer: Trainer, count: int) -> Tensor:
-    """E[x|z] at z ~ N(0, I), the same z for every decoder."""
     objective = trainer.objective.eval()
     assert isinstance(objective, VAEObjective | LikelihoodObjective)
-    z = torch.randn(count, objective.model.latent_dim, generator=torch.Generator().manual_seed(EVAL_SEED))
-    return torch.cat([objective.mean(part.to(trainer.device)).clamp(0, 1).cpu() for part in z.split(BATCH_SIZE)])
+    return from_prior(objective.mean, objective.model.latent_dim, count, trainer.device)
 
 
 def shown(result: dict[str, Any], trainer: Trainer, images: Images) -> dict[str, Any]:

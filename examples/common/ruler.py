@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from .data import Images, load_labels
-from .metrics import Features, features_of, frechet_distance, small_classifier
+from .metrics import CHUNK, Features, features_of, frechet_distance, small_classifier
+from .training import EVAL_SEED
 
 CLASSIFIER_EPOCHS = 6
 SAMPLES = 2000  # of every set that is measured, for the distance depends on how many there are
@@ -42,3 +45,10 @@ class Ruler:
         if self.network is None:
             return None
         return frechet_distance(features_of(self.network, images[: self.count]), self.reference)
+
+
+@torch.no_grad()
+def from_prior(decode: Callable[[Tensor], Tensor], latents: int, count: int, device: torch.device) -> Tensor:
+    """E[x|z] at z ~ N(0, I), the same z for every model of so many latents; clipped, on the CPU."""
+    z = torch.randn(count, latents, generator=torch.Generator().manual_seed(EVAL_SEED))
+    return torch.cat([decode(part.to(device)).clamp(0, 1).cpu() for part in z.split(CHUNK)])

@@ -35,14 +35,22 @@ def test_images_resumed_equal_uninterrupted(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("name", beta_models.CONDITIONING)
-def test_every_conditioning_tells_every_block(name: str) -> None:
+def test_every_conditioning_tells_every_place(name: str) -> None:
     torch.manual_seed(0)
     model = beta_models.ConditionedConvVAE((1, 9, 7), 3, 8, name)
+    places = sum(isinstance(module, ResBlock) for module in model.modules())
+    if model.place == beta_models.NORMS:
+        places += 2  # each network's last normalisation
+        assert model.on_posterior is not None
+    with torch.no_grad():
+        for parameter in model.parameters():  # some start at 0, and nothing before them has a gradient then
+            parameter += 0.01 * torch.randn_like(parameter)
     out = model(torch.rand(4, 1, 9, 7), torch.linspace(-1, 1, 4))
     assert out.recon.shape == (4, 1, 9, 7)
     out.recon.square().sum().backward()
-    layers = [*model.after, *model.before]
-    assert len(layers) == sum(isinstance(module, ResBlock) for module in model.modules())
+    layers = [*model.encoding, *model.decoding]
+    assert len(layers) == places
+    layers += [] if model.on_posterior is None else [model.on_posterior]
     assert all(any(p.grad is not None and p.grad.any() for p in layer.parameters()) for layer in layers)
 
 
