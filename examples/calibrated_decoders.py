@@ -30,13 +30,14 @@ from common import cli, script
 from common.data import DataError, Images, halve, load, to_unit
 from common.decoder_table import draw, table
 from common.files import write_csv, write_text
+from common.latents import prior
 from common.likelihoods import DENSITY, LIKELIHOODS, MASS, LikelihoodObjective, mass_nats
 from common.metrics import load_inception
 from common.objective import VAEObjective, bits_per_dim, make_objective
-from common.ruler import Ruler, from_prior
+from common.ruler import Ruler
 from common.script import say
 from common.sweep import MODELS, Run, load_finished, train_all
-from common.training import Trainer
+from common.training import EVAL_SEED, Trainer
 from torch import Tensor
 
 FULL = {"epochs": 12, "width": 16, "betas": [0.3, 0.1, 0.03, 0.01, 0.003]}
@@ -164,10 +165,13 @@ def reconstruct(trainer: Trainer, images: Tensor) -> Tensor:
     return torch.cat([objective.mean(objective.model.encode(trainer.batch(x))[0]).clamp(0, 1).cpu() for x in chunks])
 
 
+@torch.no_grad()
 def sample(trainer: Trainer, count: int) -> Tensor:
+    """E[x|z] at z ~ N(0, I), the same z for every decoder."""
     objective = trainer.objective.eval()
     assert isinstance(objective, VAEObjective | LikelihoodObjective)
-    return from_prior(objective.mean, objective.model.latent_dim, count, trainer.device)
+    z = prior(count, objective.model.latent_dim, EVAL_SEED)
+    return torch.cat([objective.mean(part.to(trainer.device)).clamp(0, 1).cpu() for part in z.split(BATCH_SIZE)])
 
 
 def shown(result: dict[str, Any], trainer: Trainer, images: Images) -> dict[str, Any]:

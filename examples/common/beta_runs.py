@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import readings
+from .at_beta import at
 from .beta_input import BetaInputObjective, errors, measure
 from .beta_models import CONDITIONING, ConditionedConvVAE
 from .conditioning import BetaRange
@@ -103,16 +104,10 @@ def read_beta_input(trainer: Trainer, images: Images, betas: Sequence[float], ru
             log_sigma = torch.tensor([math.log(row["sigma_error"])], device=trainer.device)
             rate, sse = errors(objective, images.test, row["beta"], log_sigma, DRAWS, 256)
             network = {key: row[key] for key in ("sigma_network", "error_network") if key in row}
-            told = objective.told(torch.tensor([row["beta"]], device=trainer.device), log_sigma)
-            decode = functools.partial(_decode_told, objective.model, told)
-            frechet = ruler(from_prior(decode, objective.model.latent_dim, ruler.count, trainer.device))
+            frechet = ruler(from_prior(at(objective, row["beta"], row["sigma_error"]), ruler.count))
             found = {"beta": row["beta"], "rate": rate, "sse": sse, "sigma": row["sigma_error"], "frechet": frechet}
             rows.append(found | network)
     return {"points": rows}
-
-
-def _decode_told(model: ConditionedConvVAE, told: Tensor, z: Tensor) -> Tensor:
-    return model.decode(z, told.expand(len(z)))
 
 
 def read_separate(trainer: Trainer, images: Images, beta: float, ruler: Ruler) -> dict[str, Any]:
@@ -122,8 +117,7 @@ def read_separate(trainer: Trainer, images: Images, beta: float, ruler: Ruler) -
 
     rate, sse = mean(images.test, DRAWS)
     sigma = math.sqrt(mean(images.train, 1)[1] / images.dims)
-    decode, latents = trainer.objective.mean, trainer.objective.model.latent_dim
-    found = ruler(from_prior(decode, latents, ruler.count, trainer.device))
+    found = ruler(from_prior(at(trainer.objective, beta), ruler.count))
     return {"points": [{"beta": beta, "rate": rate, "sse": sse, "sigma": sigma, "frechet": found}]}
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from . import latents
 from .data import Images, load_labels
-from .metrics import CHUNK, Features, features_of, frechet_distance, small_classifier
+from .metrics import Features, features_of, frechet_distance, small_classifier
 from .training import EVAL_SEED
 
 CLASSIFIER_EPOCHS = 6
@@ -47,8 +46,6 @@ class Ruler:
         return frechet_distance(features_of(self.network, images[: self.count]), self.reference)
 
 
-@torch.no_grad()
-def from_prior(decode: Callable[[Tensor], Tensor], latents: int, count: int, device: torch.device) -> Tensor:
+def from_prior(model: nn.Module, count: int) -> Tensor:
     """E[x|z] at z ~ N(0, I), the same z for every model of so many latents; clipped, on the CPU."""
-    z = torch.randn(count, latents, generator=torch.Generator().manual_seed(EVAL_SEED))
-    return torch.cat([decode(part.to(device)).clamp(0, 1).cpu() for part in z.split(CHUNK)])
+    return latents.decode(model, latents.prior(count, model.latent_dim, EVAL_SEED)).clamp(0, 1)
