@@ -37,6 +37,7 @@ from common.conditioning import BetaRange
 from common.data import Splits, load
 from common.files import write_csv
 from common.grids import grids
+from common.ruler import Ruler
 from common.sweep import MODELS, Run, train_all
 from common.training import Trainer
 
@@ -78,7 +79,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW",
         help=f"--linear: which of the rows to train: {', '.join(ROWS)} (default: all)",
     )  # fmt: skip
-    group.add_argument("--conditioning", choices=CONDITIONING, default="film", help="(default: %(default)s)")
+    group.add_argument("--conditioning", choices=CONDITIONING, default="modulation", help="(default: %(default)s)")
     group.add_argument(
         "--sigma", choices=[name for name in SIGMA if name != "half"], default="network",
         help="of the decoupled model that is told beta (default: %(default)s)",
@@ -92,15 +93,25 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
             f"--{name.replace('_', '-')}", type=cli.positive_int, metavar="N",
             help=f"{text} (default: {FULL[name]}; --quick: {QUICK[name]}{linear_too})",
         )  # fmt: skip
+    group.add_argument(
+        "--betas", type=cli.number(above=0), nargs="+", metavar="B",
+        help="of both families, in place of --points each that follow from the data",
+    )  # fmt: skip
     cli.add_sweep_arguments(parser, out=OUT, minutes="48 models of about a minute; --linear: 9 minutes")
     args = parser.parse_args(argv)
     if args.linear:
-        for name in ("data", "points", "latent_dim", "width"):
+        for name in ("data", "points", "betas", "latent_dim", "width"):
             if getattr(args, name) is not None:
                 parser.error(f"--{name.replace('_', '-')} has no effect with --linear")
         cli.settle(args, full=LINEAR, quick=QUICK_LINEAR)
         args.out = args.out if args.out != OUT else OUT.with_name("beta_input_linear")
     else:
+        if args.betas is not None:
+            if args.points is not None:
+                parser.error("--points has no effect beside --betas")
+            args.betas, given = sorted(set(args.betas)), args.betas
+            if len(args.betas) < max(2, len(given)):
+                parser.error(f"--betas: at least 2 and all different, got {' '.join(f'{b:g}' for b in given)}")
         cli.settle(args, full=FULL, quick=QUICK)
         if args.points < 2:
             parser.error(f"--points: one VAE for every beta needs at least 2 of them, got {args.points}")
@@ -159,12 +170,19 @@ def run(args: argparse.Namespace) -> None:
 
 def run_images(args: argparse.Namespace) -> None:
     images = load(args.data, image_size=args.image_size, grey=args.grey)
-    betas = grids(images, args.latent_dim, args.points)
+    if args.betas is None:
+        betas = grids(images, args.latent_dim, args.points)
+    else:
+        betas = dict.fromkeys(beta_runs.FAMILIES, args.betas)
     args.out.mkdir(parents=True, exist_ok=True)
-    models = train_all(list(beta_runs.sweep(args, images, betas)), args.out, resume=args.resume)
+    ruler = Ruler(args.data, images, cache=args.out / "classifier.pt", resume=args.resume)
+    models = train_all(list(beta_runs.sweep(args, images, betas, ruler)), args.out, resume=args.resume)
     rows = beta_runs.rows_of(models, images.dims)
     write_csv(args.out / "beta_input.csv", rows)
-    plot_images(args.out / "beta_input.png", rows, title=f"{args.data}, test split, D = {images.dims}")
+    title = f"{args.data}, test split, D = {images.dims}"
+    plot_images(args.out / "beta_input.png", rows, title=title, note=ruler.note)
+    for (kind, family), spread in beta_runs.spreads(rows).items():
+        print(f"{kind}, {family}: the largest Fréchet distance is {spread:.2f} times the smallest")
     print(f"figure and numbers are in {args.out}")
 
 

@@ -27,12 +27,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from common import cli, script
-from common.data import DataError, Images, halve, load, load_labels, to_unit
+from common.data import DataError, Images, halve, load, to_unit
 from common.decoder_table import draw, table
 from common.files import write_csv, write_text
+from common.latents import prior
 from common.likelihoods import DENSITY, LIKELIHOODS, MASS, LikelihoodObjective, mass_nats
-from common.metrics import Features, features_of, frechet_distance, load_inception, small_classifier
+from common.metrics import load_inception
 from common.objective import VAEObjective, bits_per_dim, make_objective
+from common.ruler import Ruler
 from common.script import say
 from common.sweep import MODELS, Run, load_finished, train_all
 from common.training import EVAL_SEED, Trainer
@@ -41,8 +43,6 @@ from torch import Tensor
 FULL = {"epochs": 12, "width": 16, "betas": [0.3, 0.1, 0.03, 0.01, 0.003]}
 QUICK = {"epochs": 4, "width": 16, "betas": [0.3, 0.03, 0.003]}
 LR, BATCH_SIZE = 2e-3, 64
-CLASSIFIER_EPOCHS = 6
-SAMPLES = 2000  # for the Fréchet distance, of every row alike
 SHOWN = 10  # reconstructions, and samples, in a row of the picture
 
 
@@ -119,36 +119,6 @@ def load_8bit(args: argparse.Namespace) -> Images:
     return Images(*map(halve, (images.train, images.val, images.test))) if args.quick else images
 
 
-class Ruler:
-    """The Fréchet distance to the test images, in the features that there are; None without any."""
-
-    def __init__(self, args: argparse.Namespace, images: Images, inception: Features | None) -> None:
-        self.count, self.label, self.note = min(SAMPLES, len(images.train)), "Fréchet", "no features, so no distance"
-        self.network = inception
-        labels = load_labels(args.data)
-        if inception is not None:
-            self.label, self.note = "FID", "Inception features"
-        elif labels is not None:
-            network, accuracy = small_classifier(
-                images, labels, epochs=CLASSIFIER_EPOCHS, cache=args.out / "classifier.pt", resume=args.resume
-            )
-            self.network = network.features
-            self.note = (
-                f"features of a small classifier trained here (test accuracy {accuracy:.3f}), not FID: never to be "
-                "compared with papers' FID"
-            )
-        else:
-            say(f"--data {args.data}: no labels to train features on, and no --inception: no Fréchet distance")
-        if self.network is not None:
-            self.note += f"; {self.count} images against {len(images.test)} test images"
-            self.reference = features_of(self.network, images.test)
-
-    def __call__(self, images: Tensor) -> float | None:
-        if self.network is None:
-            return None
-        return frechet_distance(features_of(self.network, images[: self.count]), self.reference)
-
-
 def build(checkpoint: Path, settings: dict[str, Any], *, args: argparse.Namespace, images: Images) -> Trainer:
     torch.manual_seed(args.seed)
     kind, size = settings["kind"], {"latent_dim": args.latent_dim, "width": args.width}
@@ -200,7 +170,7 @@ def sample(trainer: Trainer, count: int) -> Tensor:
     """E[x|z] at z ~ N(0, I), the same z for every decoder."""
     objective = trainer.objective.eval()
     assert isinstance(objective, VAEObjective | LikelihoodObjective)
-    z = torch.randn(count, objective.model.latent_dim, generator=torch.Generator().manual_seed(EVAL_SEED))
+    z = prior(count, objective.model.latent_dim, EVAL_SEED)
     return torch.cat([objective.mean(part.to(trainer.device)).clamp(0, 1).cpu() for part in z.split(BATCH_SIZE)])
 
 
@@ -213,7 +183,9 @@ def run(args: argparse.Namespace) -> None:
     images = load_8bit(args)
     inception = None if args.inception is None else load_inception(args.inception, images.shape)
     args.out.mkdir(parents=True, exist_ok=True)
-    ruler = Ruler(args, images, inception)
+    ruler = Ruler(args.data, images, cache=args.out / "classifier.pt", resume=args.resume, inception=inception)
+    if ruler.network is None:
+        say(f"--data {args.data}: no labels to train features on, and no --inception: no Fréchet distance")
     common = {
         "data": args.data, "data_shape": [len(images.train), *images.shape], "quick": args.quick, "seed": args.seed,
         "epochs": args.epochs, "width": args.width, "latent_dim": args.latent_dim,

@@ -25,11 +25,10 @@ COMMANDS = {"test": "make test", "check": "make check", "release": "make check-r
 # Files whose tests all wait for `make check`, and why. `make test` does not even import them.
 CHECK = {
     "the examples: what they claim, how they resume, what they refuse": (
-        "beta_images", "beta_input", "conditioning",
-        "aggregated_posterior", "calibrated_decoders", "disentanglement", "example_data", "examples", "factors",
-        "frechet", "kl_decomposition", "kl_parts", "latent_autoencoder", "learned_vs_fixed_sigma", "likelihoods",
-        "linear", "mmd", "objective_slices", "phase_diagram", "quadrature", "rd_curve", "rd_curve_runs",
-        "sparse_representation", "sweep",
+        "aggregated_posterior", "aligned_posteriors", "beta_images", "beta_input", "calibrated_decoders",
+        "conditioning", "disentanglement", "example_data", "examples", "factors", "frechet", "kl_decomposition",
+        "kl_parts", "latent_autoencoder", "learned_vs_fixed_sigma", "likelihoods", "linear", "mmd", "objective_slices",
+        "phase_diagram", "quadrature", "rd_curve", "rd_curve_runs", "sparse_representation", "sweep",
     ),
     "the benchmark and the GPU check": (
         "bench", "gpu_check", "gpu_pages", "gpu_pool", "gpu_sections", "gpu_tools", "results",

@@ -45,14 +45,14 @@ def channel_rows(posterior: Posterior) -> list[dict[str, float]]:
 def draw(path: Path, shown: Sequence[Posterior], rows: Sequence[dict[str, Any]], *, title: str) -> None:
     """Left the first latents, by their own numbers, of each family in a line; right all of `rows`."""
     families = list(dict.fromkeys(posterior.family for posterior in shown))
-    reach = _reach(shown)
+    limit = reach(shown)
     figure = plt.figure(figsize=(15, 3.9 * len(families)), layout="constrained")
     grid = figure.add_gridspec(len(families), SHOWN + 2, width_ratios=[1] * SHOWN + [0.9, 0.9])
     for i, family in enumerate(families):
         line = sorted((posterior for posterior in shown if posterior.family == family), key=lambda p: -p.beta)
         for k in range(min(SHOWN, line[0].mu.shape[1])):
             axis = figure.add_subplot(grid[i, k])
-            _ridges(axis, line, k, reach)
+            ridges(axis, line, k, limit)
             axis.set_title(f"$z_{{{k + 1}}}$" if k else f"{family}: $z_1$", fontsize=11)
             if k == 0:
                 axis.set_ylabel("β")
@@ -66,13 +66,13 @@ def draw(path: Path, shown: Sequence[Posterior], rows: Sequence[dict[str, Any]],
     plt.close(figure)
 
 
-def _reach(shown: Sequence[Posterior]) -> float:
+def reach(shown: Sequence[Posterior]) -> float:
     """The |z| that holds nearly all of what is drawn."""
     rows = [row for posterior in shown for row in channel_rows(posterior)[:SHOWN]]
     return max(RANGE, *(abs(row["mean"]) + 2 * row["spread"] for row in rows))
 
 
-def _ridges(axis: Axes, line: Sequence[Posterior], k: int, reach: float) -> None:
+def ridges(axis: Axes, line: Sequence[Posterior], k: int, reach: float) -> None:
     """The largest β on top. A histogram of one sample for each image, the exact q(z_k), and dotted the prior."""
     z = torch.linspace(-reach, reach, 901, dtype=torch.float64)
     prior = torch.exp(-0.5 * z.square()) / (2 * np.pi) ** 0.5

@@ -1,39 +1,58 @@
-"""The convolutional VAE that is told β: a layer of common/conditioning.py after each of its residual blocks."""
+"""The convolutional VAE that is told β, by layers of common/conditioning.py at places of its networks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .conditioning import FiLM, RootGate, RootSigmoid, SigmoidGate
+from .conditioning import FiLM, Modulation, RootGate, RootSigmoid, SigmoidGate
 from .models import ConvVAE, ResBlock, VAEOutput
 
 Layer = Callable[[int], nn.Module]
-CONDITIONING: dict[str, tuple[Layer, Layer, str]] = {  # in the encoder, in the decoder, what they are told
-    "film": (FiLM, FiLM, "log-beta"),
-    "film-level": (FiLM, FiLM, "level"),
-    "multi-rate": (SigmoidGate, RootGate, "log-beta"),
-    "root-sigmoid": (SigmoidGate, RootSigmoid, "log-beta"),
-    "root-sigmoid-level": (SigmoidGate, RootSigmoid, "level"),
+BLOCKS = "after each residual block"
+NORMS = "after each block's second normalisation and each network's last one, and on the posterior's numbers"
+
+
+class Conditioning(NamedTuple):
+    encoder: Layer
+    decoder: Layer
+    told: str  # of beta_input.CONDITION
+    place: str
+
+
+CONDITIONING = {
+    "modulation": Conditioning(Modulation, Modulation, "log-beta", NORMS),
+    "modulation-level": Conditioning(Modulation, Modulation, "level", NORMS),
+    "film": Conditioning(FiLM, FiLM, "log-beta", BLOCKS),
+    "film-level": Conditioning(FiLM, FiLM, "level", BLOCKS),
+    "multi-rate": Conditioning(SigmoidGate, RootGate, "log-beta", BLOCKS),
+    "root-sigmoid": Conditioning(SigmoidGate, RootSigmoid, "log-beta", BLOCKS),
+    "root-sigmoid-level": Conditioning(SigmoidGate, RootSigmoid, "level", BLOCKS),
 }
 
 
 class ConditionedConvVAE(nn.Module):
     def __init__(self, shape: tuple[int, int, int], latent_dim: int, width: int, conditioning: str) -> None:
         super().__init__()
+        self.latent_dim = latent_dim
         self.vae = ConvVAE(shape, latent_dim, width)
-        encoder, decoder, _ = CONDITIONING[conditioning]
-        self.after = nn.ModuleList(encoder(channels) for channels in _channels(self.vae.encoder))
-        self.before = nn.ModuleList(decoder(channels) for channels in _channels(self.vae.decoder))
+        encoder, decoder, _, self.place = CONDITIONING[conditioning]
+        self.encoding = nn.ModuleList(encoder(channels) for channels in self._channels(self.vae.encoder))
+        self.decoding = nn.ModuleList(decoder(channels) for channels in self._channels(self.vae.decoder))
+        self.on_posterior = encoder(2 * latent_dim) if self.place == NORMS else None
 
     def encode(self, x: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
-        mu, logvar = self.vae.to_posterior(_through(self.vae.encoder, self.after, x, n)).chunk(2, dim=1)
+        parameters = self.vae.to_posterior(self._through(self.vae.encoder, self.encoding, x, n))
+        if self.on_posterior is not None:
+            parameters = self.on_posterior(parameters, n)
+        mu, logvar = parameters.chunk(2, dim=1)
         return mu, logvar
 
     def decode(self, z: Tensor, n: Tensor) -> Tensor:
-        out = _through(self.vae.decoder, self.before, z, n)
+        out = self._through(self.vae.decoder, self.decoding, z, n)
         return out[..., : self.vae.shape[1], : self.vae.shape[2]]
 
     def forward(self, x: Tensor, n: Tensor) -> VAEOutput:
@@ -41,15 +60,22 @@ class ConditionedConvVAE(nn.Module):
         z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
         return VAEOutput(self.decode(z, n), mu, logvar, None)
 
+    def _channels(self, network: nn.Sequential) -> Iterator[int]:
+        """Of each layer that tells this network, in the order of `_through`."""
+        for module in network:
+            if isinstance(module, ResBlock):
+                yield module.channels
+            elif isinstance(module, nn.GroupNorm) and self.place == NORMS:
+                yield module.num_channels
 
-def _channels(network: nn.Sequential) -> list[int]:
-    return [block.channels for block in network if isinstance(block, ResBlock)]
-
-
-def _through(network: nn.Sequential, layers: Iterable[nn.Module], h: Tensor, n: Tensor) -> Tensor:
-    following = iter(layers)
-    for module in network:
-        h = module(h)
-        if isinstance(module, ResBlock):
-            h = next(following)(h, n)
-    return h
+    def _through(self, network: nn.Sequential, layers: nn.ModuleList, h: Tensor, n: Tensor) -> Tensor:
+        following = iter(layers)
+        for module in network:
+            if isinstance(module, ResBlock) and self.place == NORMS:
+                layer = next(following)
+                h = module(h, lambda normalised, layer=layer: layer(normalised, n))
+            elif isinstance(module, ResBlock) or (isinstance(module, nn.GroupNorm) and self.place == NORMS):
+                h = next(following)(module(h), n)
+            else:
+                h = module(h)
+        return h

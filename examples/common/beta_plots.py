@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -79,10 +80,13 @@ KINDS = {
 }
 
 
-def plot_images(path: Path, rows: Sequence[dict[str, Any]], *, title: str) -> None:
-    """Left rate–distortion curves, at the σ of training; right what one model for all costs at each β, in its β-loss,
-    over the rate of the separate one, which both families have as an axis; thin lines are the seeds."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+def plot_images(path: Path, rows: Sequence[dict[str, Any]], *, title: str, note: str) -> None:
+    """Left rate–distortion curves, at the σ of training; middle what one model for all costs at each β, in its β-loss,
+    over the rate of the separate one, which both families have as an axis; right the Fréchet distance of samples from
+    the prior, where there are features for it. Thin lines are the seeds."""
+    measured = rows[0]["frechet"] is not None
+    figure, axes = plt.subplots(1, 3 if measured else 2, figsize=(17 if measured else 12, 5), layout="constrained")
+    left, middle = axes[:2]
     for (kind, family), (label, style) in KINDS.items():
         own = [row for row in rows if (row["kind"], row["family"]) == (kind, family)]
         betas = sorted({row["beta"] for row in own})
@@ -92,20 +96,29 @@ def plot_images(path: Path, rows: Sequence[dict[str, Any]], *, title: str) -> No
 
         left.plot(mean("rate"), mean("distortion"), ms=5, label=label, **style)
         if kind == "beta-input":
-            rates = mean("separate_rate")
-            right.plot(rates, mean("excess"), ms=5, label=label, **style)
-            for seed in sorted({row["seed"] for row in own}):
-                each = sorted((row["beta"], row["excess"]) for row in own if row["seed"] == seed)
-                right.plot(rates, [excess for _, excess in each], color=style["color"], lw=0.5)
+            middle.plot(mean("separate_rate"), mean("excess"), ms=5, label=label, **style)
+            _seeds(middle, own, mean("separate_rate"), "excess", style["color"])
+        if measured:
+            axes[2].plot(betas, mean("frechet"), ms=5, label=label, **style)
+            _seeds(axes[2], own, betas, "frechet", style["color"])
     left.set(xlabel="rate (nats per image)", ylabel="distortion −log p(x|z) (nats per image)")
-    right.set(xlabel="rate of the VAE of one β (nats per image)", ylabel="excess β-loss over it (nats per image)")
-    right.axhline(0, color="0.6", lw=0.8)
-    for axis in (left, right):
+    middle.set(xlabel="rate of the VAE of one β (nats per image)", ylabel="excess β-loss over it (nats per image)")
+    middle.axhline(0, color="0.6", lw=0.8)
+    if measured:
+        axes[2].set(xscale="log", yscale="log", xlabel="β", ylabel="Fréchet distance of samples from the prior")
+        axes[2].set_title(textwrap.fill(note, 70), fontsize=8)
+    for axis in axes:
         axis.grid(alpha=0.2)
         axis.legend(fontsize=9)
     figure.suptitle(title, fontsize=12)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _seeds(axis: Any, rows: Sequence[dict[str, Any]], at: Sequence[float], key: str, color: str) -> None:
+    for seed in sorted({row["seed"] for row in rows}):
+        each = sorted((row["beta"], row[key]) for row in rows if row["seed"] == seed)
+        axis.plot(at, [value for _, value in each], color=color, lw=0.5)
 
 
 def _points(axis: Any, rows: Sequence[dict[str, Any]], name: str, key: str, ls: str = "", label: str = "") -> None:

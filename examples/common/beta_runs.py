@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,13 @@ import torch
 from torch import Tensor
 
 from . import readings
+from .at_beta import at
 from .beta_input import BetaInputObjective, errors, measure
 from .beta_models import CONDITIONING, ConditionedConvVAE
 from .conditioning import BetaRange
 from .data import Images
 from .objective import make_objective
+from .ruler import Ruler, from_prior
 from .sweep import Run
 from .training import Trainer
 
@@ -39,7 +42,7 @@ def span(betas: Sequence[float]) -> BetaRange:
     return BetaRange(betas[0] / beyond, betas[-1] * beyond)
 
 
-def sweep(args: argparse.Namespace, images: Images, betas: dict[str, list[float]]) -> Iterator[Run]:
+def sweep(args: argparse.Namespace, images: Images, betas: dict[str, list[float]], ruler: Ruler) -> Iterator[Run]:
     names = ("data", "image_size", "grey", "epochs", "latent_dim", "width")
     settings = {name: getattr(args, name) for name in names}
     settings["data_shape"] = list(images.train.shape)  # notices a folder whose content has changed
@@ -50,21 +53,21 @@ def sweep(args: argparse.Namespace, images: Images, betas: dict[str, list[float]
                 name=f"beta-input-{family.replace(' ', '-')}-seed{seed}",
                 settings=own | {"kind": "beta-input", "conditioning": args.conditioning, "sigma": args.sigma},
                 build=functools.partial(build_beta_input, args, images),
-                measure=functools.partial(read_beta_input, images=images, betas=betas[family]),
+                measure=functools.partial(read_beta_input, images=images, betas=betas[family], ruler=ruler),
             )
             for beta in betas[family]:
                 yield Run(
                     name=f"separate-{family.replace(' ', '-')}-beta{beta:g}-seed{seed}",
                     settings=own | {"kind": "separate", "betas": [beta]},
                     build=functools.partial(build_separate, args, images),
-                    measure=functools.partial(read_separate, images=images, beta=beta),
+                    measure=functools.partial(read_separate, images=images, beta=beta, ruler=ruler),
                 )
 
 
 def build_beta_input(args: argparse.Namespace, images: Images, checkpoint: Path, settings: dict[str, Any]) -> Trainer:
     torch.manual_seed(settings["seed"])
     coupled = settings["family"] == "squared error"
-    condition = CONDITIONING[args.conditioning][2]
+    condition = CONDITIONING[args.conditioning].told
     objective = BetaInputObjective(
         ConditionedConvVAE(images.shape, args.latent_dim, args.width, args.conditioning),
         span(settings["betas"]), sigma="half" if coupled else args.sigma,
@@ -91,8 +94,8 @@ def _trainer(
     )  # fmt: skip
 
 
-def read_beta_input(trainer: Trainer, images: Images, betas: Sequence[float]) -> dict[str, Any]:
-    """At each β: σ from the training split, then rate and error of the test split."""
+def read_beta_input(trainer: Trainer, images: Images, betas: Sequence[float], ruler: Ruler) -> dict[str, Any]:
+    """At each β: σ from the training split, then rate and error of the test split, and what samples look like."""
     objective = trainer.objective
     assert isinstance(objective, BetaInputObjective)
     rows = []
@@ -101,18 +104,21 @@ def read_beta_input(trainer: Trainer, images: Images, betas: Sequence[float]) ->
             log_sigma = torch.tensor([math.log(row["sigma_error"])], device=trainer.device)
             rate, sse = errors(objective, images.test, row["beta"], log_sigma, DRAWS, 256)
             network = {key: row[key] for key in ("sigma_network", "error_network") if key in row}
-            rows.append({"beta": row["beta"], "rate": rate, "sse": sse, "sigma": row["sigma_error"], **network})
+            frechet = ruler(from_prior(at(objective, row["beta"], row["sigma_error"]), ruler.count))
+            found = {"beta": row["beta"], "rate": rate, "sse": sse, "sigma": row["sigma_error"], "frechet": frechet}
+            rows.append(found | network)
     return {"points": rows}
 
 
-def read_separate(trainer: Trainer, images: Images, beta: float) -> dict[str, Any]:
+def read_separate(trainer: Trainer, images: Images, beta: float, ruler: Ruler) -> dict[str, Any]:
     def mean(split: Tensor, draws: int) -> tuple[float, float]:
         found = readings.measure(trainer, split, draws=draws)
         return found["rate"], found["sse"]
 
     rate, sse = mean(images.test, DRAWS)
     sigma = math.sqrt(mean(images.train, 1)[1] / images.dims)
-    return {"points": [{"beta": beta, "rate": rate, "sse": sse, "sigma": sigma}]}
+    found = ruler(from_prior(at(trainer.objective, beta), ruler.count))
+    return {"points": [{"beta": beta, "rate": rate, "sse": sse, "sigma": sigma, "frechet": found}]}
 
 
 def rows_of(models: Sequence[dict[str, Any]], dims: int) -> list[dict[str, Any]]:
@@ -131,6 +137,18 @@ def rows_of(models: Sequence[dict[str, Any]], dims: int) -> list[dict[str, Any]]
         row["separate_rate"] = other["rate"]
         row["excess"] = row["loss"] - _loss(other, other, dims)
     return rows
+
+
+def spreads(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], float]:
+    """Of each kind and family with Fréchet distances: over β, the largest mean of the seeds over the smallest."""
+    found = {}
+    for kind, family in sorted({(row["kind"], row["family"]) for row in rows if row["frechet"] is not None}):
+        own = [row for row in rows if (row["kind"], row["family"]) == (kind, family)]
+        means = [
+            statistics.fmean(row["frechet"] for row in own if row["beta"] == beta) for beta in {r["beta"] for r in own}
+        ]
+        found[kind, family] = max(means) / min(means)
+    return found
 
 
 def _loss(row: dict[str, Any], other: dict[str, Any], dims: int) -> float:

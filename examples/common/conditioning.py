@@ -2,6 +2,7 @@
 h [B, C, ...] and one number n a sample, [B]: `h = layer(h, n)`. Nothing here knows of the rest of the network.
 
     FiLM           (1 + a·s(n))·h + a·t(n), with s and t two MLPs       YOTO (Dosovitskiy and Djolonga, ICLR 2020)
+    Modulation     (1 + s(n))·h + t(n), with (s, t) one MLP             as after normalisations of diffusion models
     SigmoidGate    c·sigmoid(wn + b)·h                                  Multi-Rate VAE (Bae et al., ICLR 2023), encoder
     RootGate       √relu(1 − exp(wn + b))·h                             Multi-Rate VAE, decoder
     RootSigmoid    √sigmoid(wn + b)·h                                   in place of RootGate: never closed for good
@@ -77,6 +78,25 @@ class FiLM(nn.Module):
     def forward(self, h: Tensor, n: Tensor) -> Tensor:
         scale, shift = (over_features(net(n[:, None]), h) for net in (self.scale, self.shift))
         return (1 + self.strength * scale) * h + self.strength * shift
+
+
+class Modulation(nn.Module):
+    """(1 + s(n))·h + t(n): one MLP puts out both, and starts at 0, so that the layer starts as the identity.
+
+    Its place is after a normalisation, as in "adaptive group normalisation" (Dhariwal and Nichol, NeurIPS 2021). What
+    stands before one, as FiLM at the end of a block does, has its scale divided out again.
+    """
+
+    def __init__(self, channels: int, *, hidden: int = 64) -> None:
+        super().__init__()
+        last = nn.Linear(hidden, 2 * channels)
+        self.net = nn.Sequential(nn.Linear(1, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), last)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
+    def forward(self, h: Tensor, n: Tensor) -> Tensor:
+        scale, shift = (over_features(part, h) for part in self.net(n[:, None]).chunk(2, dim=1))
+        return (1 + scale) * h + shift
 
 
 class Gate(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -38,8 +39,11 @@ class ResBlock(nn.Module):
         nn.init.zeros_(last.weight)  # each block starts as the identity
         self.body = nn.Sequential(norm(channels), nn.SiLU(), first, norm(channels), nn.SiLU(), last)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x)
+    def forward(self, x: Tensor, modulate: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """`modulate` stands after the second normalisation: it can tell the block what the image does not say."""
+        if modulate is None:
+            return x + self.body(x)
+        return x + self.body[4:](modulate(self.body[:4](x)))
 
 
 class ConvVAE(nn.Module):

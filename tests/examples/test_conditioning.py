@@ -12,11 +12,22 @@ from torch import Tensor, nn
 
 # isort: split
 from common import conditioning
-from common.conditioning import BetaRange, FiLM, RootGate, RootSigmoid, SigmoidGate
+from common.conditioning import BetaRange, FiLM, Modulation, RootGate, RootSigmoid, SigmoidGate
 
 RANGE = BetaRange(0.01, 10.0)
+
+
+def trained(layer: Modulation) -> Modulation:
+    """Its last layer starts at 0, which would say nothing."""
+    with torch.no_grad():
+        for parameter in layer.net[-1].parameters():
+            parameter.normal_(std=0.3)
+    return layer
+
+
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "FiLM": lambda: FiLM(3),
+    "Modulation": lambda: trained(Modulation(3)),
     "SigmoidGate": lambda: SigmoidGate(3),
     "RootGate": lambda: RootGate(3, open=True),
     "RootSigmoid": lambda: RootSigmoid(3),
@@ -100,6 +111,14 @@ def test_film_is_the_published_formula() -> None:
 
     torch.testing.assert_close(layer(h, n), (1 + 0.3 * net(layer.scale)) * h + 0.3 * net(layer.shift))
     assert not {id(p) for p in layer.scale.parameters()} & {id(p) for p in layer.shift.parameters()}
+
+
+def test_modulation_is_its_formula_and_starts_as_the_identity() -> None:
+    torch.manual_seed(0)
+    layer, h, n = Modulation(3, hidden=5), torch.randn(4, 3, 2, 2), torch.randn(4)
+    assert torch.equal(layer(h, n), h)
+    scale, shift = trained(layer).net(n[:, None])[..., None, None].split(3, dim=1)
+    torch.testing.assert_close(layer(h, n), h + scale * h + shift)
 
 
 def test_film_starts_near_the_identity() -> None:

@@ -71,7 +71,7 @@ def test_pictures_are_in_the_order_of_their_factors() -> None:
 
 def test_a_perfect_code_scores_one() -> None:
     found = scores(np.concatenate([one_latent_each(), np.zeros((shapes.COUNT, 3))], axis=1))
-    for name in ("mig", "disentanglement", "completeness", "informativeness", "factor_vae"):
+    for name in ("mig", "disentanglement", "completeness", "informativeness", "factor_vae", "sap_correlation"):
         assert found[name] == pytest.approx(1, abs=1e-6), name
     # A line, one class against the rest, finds a middle value of a latent no better than by chance: 0.35 is perfect.
     assert 0.3 < found["sap"] < 0.4
@@ -86,7 +86,7 @@ def test_sap_of_two_valued_factors_is_a_half_at_best() -> None:
 
 def test_noise_scores_about_nothing() -> None:
     found = scores(noise(8))
-    for name in ("mig", "disentanglement", "completeness", "sap"):
+    for name in ("mig", "disentanglement", "completeness", "sap", "sap_correlation"):
         assert 0 <= found[name] < 0.03, name
     chance = np.mean([1 / size for size in SIZES])
     assert found["informativeness"] == pytest.approx(chance, abs=0.05)
@@ -100,6 +100,7 @@ def test_a_rotated_code_knows_as_much_and_keeps_it_apart_less() -> None:
     assert found["disentanglement"] < 0.5
     assert found["completeness"] < 0.6
     assert found["sap"] < 0.15
+    assert found["sap_correlation"] < 0.5
 
 
 def test_disentangled_and_complete_are_two_things() -> None:
