@@ -26,15 +26,12 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
 
 from . import latents
-from .beta_input import BetaInputObjective
-from .beta_models import ConditionedConvVAE
 from .data import Images
-from .metrics import Features, features_of, frechet_distance
 from .mmd import mmd
-from .objective import VAEObjective
+from .ruler import Ruler
+from .training import EVAL_SEED
 
 COMPONENTS = 10
-SAMPLES = 2000  # of every row alike, and of the training images that stand beside them
 ROWS = {
     "prior": "N(0, I)",
     "mixture": f"mixture of {COMPONENTS} Gaussians",
@@ -43,34 +40,6 @@ ROWS = {
     "recursion-1": "from the largest β, re-encoded once",
     "posteriors": "training posteriors (ceiling)",
 }
-
-
-class AtBeta(nn.Module):
-    """A VAE that is told β, at one of them: it encodes and decodes as a VAE of that β does."""
-
-    n: Tensor
-
-    def __init__(self, objective: BetaInputObjective, beta: float) -> None:
-        super().__init__()
-        assert isinstance(objective.model, ConditionedConvVAE)
-        self.model, self.latent_dim = objective.model, objective.model.vae.latent_dim
-        with torch.no_grad():
-            at = torch.tensor([beta], device=next(objective.parameters()).device)
-            self.register_buffer("n", objective.told(at, objective.log_sigma(at)))
-
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.model.encode(x, self.n.expand(len(x)))
-
-    def decode(self, z: Tensor) -> tuple[Tensor, None]:
-        return self.model.decode(z, self.n.expand(len(z))), None
-
-
-def at(objective: nn.Module, beta: float) -> nn.Module:
-    """The VAE of either kind at this β, for the functions of common/latents.py."""
-    if isinstance(objective, BetaInputObjective):
-        return AtBeta(objective, beta).eval()
-    assert isinstance(objective, VAEObjective)
-    return objective.model.eval()
 
 
 def decode(model: nn.Module, z: Tensor) -> Tensor:
@@ -100,29 +69,11 @@ def recursion(
     return z
 
 
-class HeldOut:
-    """The images that no model was trained on, validation and test, as what samples are compared with.
-
-    network: of the Fréchet distance's features; without one there is no such distance. All rows have `count` images,
-    since the distance depends on how many there are.
-    """
-
-    def __init__(self, images: Images, network: Features | None) -> None:
-        self.images, self.network = torch.cat([images.val, images.test]), network
-        self.count = min(SAMPLES, len(images.train))
-        self.features = None if network is None else features_of(network, self.images)
-
-    def frechet(self, images: Tensor) -> float | None:
-        if self.network is None or self.features is None:
-            return None
-        return frechet_distance(features_of(self.network, images), self.features)
-
-    def measure(self, model: nn.Module, rows: dict[str, Tensor], seed: int = 0) -> list[dict[str, Any]]:
-        """Of each row's z: MMD² from q(z) of these images, and the distance of what the model decodes from them."""
-        q = latents.draw(*latents.encode(model, self.images), seed=seed)
-        return [
-            {"row": name, "frechet": self.frechet(decode(model, z)), "mmd": mmd(z, q)} for name, z in rows.items()
-        ]
+def measure(model: nn.Module, rows: dict[str, Tensor], images: Images, ruler: Ruler) -> list[dict[str, Any]]:
+    """Of each row's z: the Fréchet distance of what the model decodes from them, and MMD² from q(z) of the validation
+    and the test images, which no model was trained on."""
+    q = latents.draw(*latents.encode(model, torch.cat([images.val, images.test])), EVAL_SEED)
+    return [{"row": name, "frechet": ruler(decode(model, z)), "mmd": mmd(z, q)} for name, z in rows.items()]
 
 
 def name_of(row: str) -> str:

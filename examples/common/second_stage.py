@@ -28,7 +28,7 @@ from .objective import MOMENTUM
 from .training import Trainer
 
 HIDDEN = (256, 256)
-BATCH_SIZE, LR = 64, 2e-3
+BATCH_SIZE, LR = 128, 2e-3
 
 
 class SecondStageVAE(nn.Module):
@@ -56,6 +56,7 @@ class SecondStage(nn.Module):
     warmup: steps until β of the second stage's own rate is 1.
     """
 
+    told: Tensor  # [J]
     steps: Tensor
 
     def __init__(self, latent_dim: int, betas: Sequence[float], span: BetaRange, warmup: int) -> None:
