@@ -66,7 +66,7 @@ class Experiment:
         own = first.settings | {name: getattr(self.args, name) for name in ("stage_epochs", "warmup")}
         each = {f"beta{beta:g}": own | {"betas": [beta]} for beta in first.settings["betas"]}
         if first.settings["kind"] == "beta-input":
-            recursion = {"steps": self.args.steps, "top": self.betas[-1]}
+            recursion = {"steps": self.args.steps, "top": self.args.top or self.betas[-1]}
             each = {name: settings | recursion for name, settings in each.items()} | {"told": own | {"told": TOLD}}
         return [
             Run(
@@ -189,8 +189,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     group.add_argument(
         "--steps", type=cli.positive_int, nargs="+", default=[1, 4, 16], metavar="T",
-        help="of the recursions from the largest beta (default: 1 4 16)",
+        help="of the recursions (default: 1 4 16)",
     )  # fmt: skip
+    group.add_argument(
+        "--top", type=cli.number(above=0), metavar="B", help="where the recursions start (default: the largest beta)"
+    )
     cli.add_sweep_arguments(
         parser, out=Path("runs/samplers"), minutes="beta_input.py's 24 decoupled models and 45 second stages"
     )

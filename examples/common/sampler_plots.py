@@ -63,14 +63,17 @@ def plot(path: Path, rows: Sequence[dict[str, Any]], real: float | None, *, titl
     """Above the Fréchet distance, below MMD²; left the VAE that is told β, right those of one β. Dots are seeds."""
     keys = [("frechet", "Fréchet distance"), ("mmd", "MMD² of z from q(z)")]
     keys = keys if real is not None else keys[1:]
+    betas = sorted({row["beta"] for row in rows})
     figure, axes = plt.subplots(
-        len(keys), 2, figsize=(12.5, 4.6 * len(keys)), layout="constrained", squeeze=False, sharey="row"
+        len(keys), 2, figsize=(14, 4 * len(keys) + 0.5), layout="constrained", squeeze=False, sharey="row"
     )
     for line, (key, label) in zip(axes, keys, strict=True):
         for axis, (kind, name) in zip(line, KINDS.items(), strict=True):
             for row in in_order(r["row"] for r in rows if r["kind"] == kind):
                 _line(axis, rows, kind, row, key)
             axis.set(xscale="log", xlabel="β", title=name)
+            axis.set_xticks(betas, [f"{beta:g}" for beta in betas])
+            axis.minorticks_off()
             axis.grid(alpha=0.2)
             if key == "frechet":
                 assert real is not None
@@ -82,10 +85,9 @@ def plot(path: Path, rows: Sequence[dict[str, Any]], real: float | None, *, titl
             else:
                 axis.set_yscale("symlog", linthresh=1e-2)
         line[0].set_ylabel(label)
-    for axis in axes[0]:
-        axis.legend(fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
     figure.suptitle(title, fontsize=12)
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=85)
     plt.close(figure)
 
 

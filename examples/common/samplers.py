@@ -4,7 +4,7 @@
     mixture        a mixture of Gaussians with full covariances, fitted to q(z)          RAE (Ghosh et al., ICLR 2020)
     second-stage   a VAE of z, one for each β                                            common/second_stage.py
     conditioned    one VAE of z for every β, which is told β
-    recursion-1    N(0, I) at the largest β, decoded, encoded at the β in question       a model that is told β only
+    recursion-1    N(0, I) at a large β, decoded, encoded at the β in question            a model that is told β only
     recursion-T    the same in T steps, log-evenly spaced between the two β
     posteriors     z ~ q(z|x) of training images: the ceiling
 
@@ -37,7 +37,7 @@ ROWS = {
     "mixture": f"mixture of {COMPONENTS} Gaussians",
     "second-stage": "second-stage VAE",
     "conditioned": "one second stage, told β",
-    "recursion-1": "from the largest β, re-encoded once",
+    "recursion-1": "from a large β, re-encoded once",
     "posteriors": "training posteriors (ceiling)",
 }
 
