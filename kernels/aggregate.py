@@ -36,7 +36,11 @@ STEPS = 8  # of a walk that are worth a program
 JOINT = (8, THREADS, 4)  # points, components and latents of a tile: twice as many of any take 144 registers
 LEAST = 32  # components of a tile: a warp, which reduces them at once
 OWNED, OWNED_GRADS = 16, 8  # points or components of a thread, in fp32
-SHARES = 1 << 24  # of points and components at once: 64 MiB
+# Of points and components at once: 64 MiB, and two launches more for each chunk after the first. A walk could form them
+# for itself, by a sum over the threads of its latents where one program has them all. That was tried at 64 latents: 4.2
+# exponentials for an element, not 2.35, and 20% more instructions, counted while the PTX ran. 2²⁴ pairs are 66 billion
+# instructions of a thread as it is, to which two launches add little.
+SHARES = 1 << 24
 UNEQUAL = 8  # a bit of a plan's mask beside the gradients': the components do not weigh alike
 
 
