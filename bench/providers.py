@@ -152,7 +152,7 @@ TITLES = {
     "eager_levels": f"KL of {sum(LEVELS.values())} levels, eager",
     "keops": "total correlation by KeOps",
     "eager_aggregate": "total correlation by broadcasting",
-    "eager_aggregate_in_parts": f"the same, {losses.AT_ONCE} points at a time",
+    "eager_aggregate_in_parts": f"total correlation by broadcasting, {losses.AT_ONCE} points at a time",
     "reference": "fused_elbo's reference",
     "limit": "limit",
 }
