@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from workloads import DATASET_SIZE
+from workloads import DATASET_SIZE, OF_POSTERIORS
 
 from fused_elbo import decoupled_elbo, decoupled_elbo_backward, gaussian_kl, log_aggregate_posterior
 
 SOFTCLIP = -6.0  # where the calibrated-decoder code bends log σ
 LOG_2PI = math.log(2 * math.pi)
+AT_ONCE = 64  # points, where all would be too many to broadcast
 
 
 def wide(*tensors: Tensor) -> list[Tensor]:
@@ -112,6 +113,12 @@ def eager_aggregate(*tensors: Tensor) -> Tensor:
     return _total_correlation(*wide(*tensors))
 
 
+def eager_aggregate_in_parts(*tensors: Tensor) -> Tensor:
+    z, mu, logvar = wide(*tensors)
+    parts = enumerate(z.split(AT_ONCE))
+    return torch.stack([_total_correlation(rows, mu, logvar, AT_ONCE * i) for i, rows in parts]).sum()
+
+
 def _total_correlation(z: Tensor, mu: Tensor, logvar: Tensor, first: int = 0) -> Tensor:
     """Of rows of z that begin at `first`, with all of mu and logvar."""
     log_density = -0.5 * ((z[:, None] - mu) ** 2 / logvar.exp() + logvar + LOG_2PI)
@@ -170,7 +177,7 @@ def fused(sigma: str, *tensors: Tensor) -> Tensor:
     if sigma == "levels":
         mu, logvar, *prior = zip(*levels_of(tensors), strict=True)
         return gaussian_kl(mu, logvar, prior=list(zip(*prior, strict=True)), reduction="sum")
-    if sigma == "aggregate":
+    if sigma in OF_POSTERIORS:
         joint, marginals = log_aggregate_posterior(*tensors, dataset_size=DATASET_SIZE)
         return joint.sum() - marginals.sum()
     return decoupled_elbo(*tensors[:4], **options(sigma, tensors), reduction="sum").loss  # type: ignore[arg-type]
@@ -191,11 +198,11 @@ def exact(sigma: str, softclip: bool, *tensors: Tensor) -> Tensor:
         return torch.stack(
             [0.5 * ((m - m_p) ** 2 / l_p.exp() + (l - l_p).exp() - 1 - (l - l_p)).sum() for m, l, m_p, l_p in gaussians]
         ).sum()
-    if sigma == "aggregate":  # in parts, whose tensors are made again for their gradients
+    if sigma in OF_POSTERIORS:  # in parts, whose tensors are made again for their gradients
         z, mu, logvar = tensors
-        parts = enumerate(z.split(64))
+        parts = enumerate(z.split(AT_ONCE))
         return torch.stack(
-            [checkpoint(_total_correlation, rows, mu, logvar, 64 * i, use_reentrant=False) for i, rows in parts]
+            [checkpoint(_total_correlation, rows, mu, logvar, AT_ONCE * i, use_reentrant=False) for i, rows in parts]
         ).sum()
     recon, target, mu, logvar = tensors[:4]
     rate = 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum()

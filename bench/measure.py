@@ -24,7 +24,7 @@ from timing import CALM, PATIENCE, Ratio, Timing, interleaved, synchronise
 from torch import Tensor
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.utils._python_dispatch import TorchDispatchMode
-from workloads import Case, backward_bytes, forward_bytes, step_bytes
+from workloads import Case, backward_bytes, forward_bytes, leaves, step_bytes
 
 
 def gb_per_s(count: int, seconds: float) -> float:
@@ -159,16 +159,17 @@ def add_times(records: dict[str, dict[str, Any]], times: dict[str, Timing], tens
         found = Ratio.of_rounds(times[one], times[other]).as_dict()
         return found | {"hidden": None} if one == other else found  # 1, in any noise
 
+    evaluated = not leaves(tensors)  # without a backward
     limit, best, ours = first("limit"), first("baseline", fastest=True), first("ours")
     for name, record in records.items():
         time_, split = times[name], not record["one_call"]
         forward, backward, step = (time_.spread(part) for part in (time_.forward, time_.backward, time_.steps))
         record |= {
             "forward_s": asdict(forward) if split else None,
-            "backward_s": asdict(backward) if split else None,
+            "backward_s": asdict(backward) if split and not evaluated else None,
             "step_s": asdict(step),
             "forward_gb_s": gb_per_s(forward_bytes(tensors), forward.median) if split else None,
-            "backward_gb_s": gb_per_s(backward_bytes(tensors), backward.median) if split else None,
+            "backward_gb_s": gb_per_s(backward_bytes(tensors), backward.median) if split and not evaluated else None,
             "step_gb_s": gb_per_s(step_bytes(tensors), step.median),
             "busy": time_.calm_share < CALM,
             "calm_rounds": time_.calm_share,

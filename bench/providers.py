@@ -14,7 +14,7 @@ import limit
 import losses
 import torch
 from torch import Tensor
-from workloads import LEVELS, NO_DATA, SIGMAS, Case, leaves
+from workloads import LEVELS, NO_DATA, OF_POSTERIORS, SIGMAS, Case, leaves
 
 import fused_elbo
 from fused_elbo import backends
@@ -56,7 +56,7 @@ class Provider:
             return case.limit and case.device == "cpu" and limit.available()
         if self.needs and importlib.util.find_spec(self.needs) is None:
             return False
-        if case.sigma == "aggregate" and self.kind != "ours" and case.elements > MOST_BROADCAST:
+        if case.sigma in OF_POSTERIORS and self.kind != "ours" and case.elements > MOST_BROADCAST:
             return False
         return case.sigma in self.sigmas and (self.backend is None or self.backend in available(case.device))
 
@@ -118,8 +118,9 @@ ALL = [
         "latent_diffusion", losses.latent_diffusion, ("learned",), scale=lambda c: 2 / c.batch, left_out=half_log_2pi
     ),
     *eager("eager_levels", losses.eager_levels, ("levels",)),
-    *eager("eager_aggregate", losses.eager_aggregate, ("aggregate",)),
-    Provider("keops", ("aggregate",), "baseline", losses.keops_aggregate, needs="pykeops"),
+    *eager("eager_aggregate", losses.eager_aggregate, OF_POSTERIORS),
+    Provider("eager_aggregate_in_parts", ("evaluation",), "baseline", losses.eager_aggregate_in_parts),
+    Provider("keops", OF_POSTERIORS, "baseline", losses.keops_aggregate, needs="pykeops"),
     *eager("one_liner_laplace", losses.one_liner_laplace, ("laplace",), left_out=optimal_laplace),
     *eager(
         "latent_diffusion_l1",
@@ -151,6 +152,7 @@ TITLES = {
     "eager_levels": f"KL of {sum(LEVELS.values())} levels, eager",
     "keops": "total correlation by KeOps",
     "eager_aggregate": "total correlation by broadcasting",
+    "eager_aggregate_in_parts": f"total correlation by broadcasting, {losses.AT_ONCE} points at a time",
     "reference": "fused_elbo's reference",
     "limit": "limit",
 }
@@ -191,7 +193,7 @@ class Step:
         self.backward = self.take_gradients if provider.calls_backward else self.differentiate
 
     def differentiate(self, loss: Tensor) -> list[Tensor]:
-        return list(torch.autograd.grad(loss, self.leaves))
+        return list(torch.autograd.grad(loss, self.leaves)) if self.leaves else []
 
     def take_gradients(self, loss: Tensor) -> list[Tensor | None]:
         gradients = [t.grad for t in self.leaves]
@@ -219,7 +221,8 @@ def truth(case: Case, softclip: bool) -> tuple[float, list[Tensor]]:
     """The formula's sum and gradients in fp64, at the case's rounded tensors."""
     tensors = [t.detach().double().requires_grad_(t.requires_grad) for t in case.tensors()]  # mask and bytes, too
     loss = losses.exact(case.sigma, softclip, *tensors)
-    return loss.item(), list(torch.autograd.grad(loss, leaves(tensors)))
+    wanted = leaves(tensors)
+    return loss.item(), list(torch.autograd.grad(loss, wanted)) if wanted else []
 
 
 def check(step: Step, case: Case) -> None:

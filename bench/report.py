@@ -34,7 +34,11 @@ KEPT, PAGE, README = BENCH / "results", BENCH / "RESULTS.md", BENCH.parent / "RE
 TEMPLATE = BENCH / "RESULTS.template.md"
 HOST_RUN = "host.json"
 # Runs of nothing but what has these σ stand beside the others.
-OF_SOME = {"trainers.json": workloads.OF_TRAINERS, "aggregate.json": ("aggregate",)}
+OF_SOME = {
+    "trainers.json": workloads.OF_TRAINERS,
+    "aggregate.json": ("aggregate",),
+    "evaluation.json": ("evaluation",),
+}
 START, END = "<!-- bench: written by make bench-docs -->\n", "<!-- /bench -->\n"
 
 

@@ -22,24 +22,26 @@ SIGMAS = {
     "pixel": "log σ for every element",
     "levels": "no data: the KL of a hierarchy of latents, each with its prior",
     "aggregate": "no data: the total correlation of posteriors, by log_aggregate_posterior; [B, K] of z, mu and logvar",
+    "evaluation": "no data: the total correlation of posteriors, without gradients; [B, K] of z, mu and logvar",
     "laplace": "Laplace, its scale the mean absolute error of the batch",
     "laplace-learned": "Laplace, log of its scale one parameter",
     "mask": "σ² = MSE of the batch's pixels that a mask selects, for all channels",
     "decoder": "σ² = MSE of the batch; recon is what a sigmoid follows, the target is of bytes",
 }
-NO_DATA = ("levels", "aggregate")
+OF_POSTERIORS = ("aggregate", "evaluation")
+NO_DATA = ("levels", *OF_POSTERIORS)
 OF_TRAINERS = ("laplace", "laplace-learned", "mask", "decoder")
 # The 43 stochastic layers of VDVAE's decoder for CIFAR-10 (Child, arXiv 2011.10650): how many at which resolution.
 LEVELS = {1: 1, 4: 3, 8: 6, 16: 11, 32: 22}
 LEVEL_CHANNELS = 16
-DATASET_SIZE = 50_000  # that a batch of "aggregate" stands for
+DATASET_SIZE = 50_000  # that the posteriors stand for
 NOISE = 0.1  # of recon about target
 LOG_SIGMA = math.log(0.15)  # learned; at log NOISE the gradient of log σ would be a difference of equal numbers
 
 
 @dataclass(frozen=True)
 class Case:
-    shape: tuple[int, ...]  # [B, *data]; with "levels" [B], with "aggregate" [B, K]
+    shape: tuple[int, ...]  # [B, *data]; with "levels" [B], of posteriors [B, K]
     latent: tuple[int, ...] = (128,)
     dtype: str = "fp32"
     sigma: str = "batch"
@@ -65,9 +67,9 @@ class Case:
 
     @property
     def elements(self) -> int:
-        """The number of elements of recon, or of all latents where there are no data; with "aggregate" of what eager
-        code broadcasts to."""
-        if self.sigma == "aggregate":
+        """The number of elements of recon, or of all latents where there are no data; of posteriors of what eager code
+        broadcasts to."""
+        if self.sigma in OF_POSTERIORS:
             return self.batch * math.prod(self.shape)
         if self.sigma == "levels":
             return self.batch * sum(math.prod(level) for level in levels())
@@ -75,13 +77,14 @@ class Case:
 
     def tensors(self) -> list[Tensor]:
         """(recon, target, mu, logvar), then log σ if it is learned, or the mask; of "levels" (mu, logvar, prior_mu,
-        prior_logvar) of each; of "aggregate" (z, mu, logvar). All but target and mask require gradients."""
+        prior_logvar) of each; of posteriors (z, mu, logvar). All but target and mask require gradients, of "evaluation"
+        none."""
         generator = torch.Generator().manual_seed(0)
         made: list[Tensor] = []
         if self.sigma == "levels":
             for level in levels():
                 made += torch.randn(4, self.batch, *level, generator=generator).mul_(0.5).unbind(0)
-        elif self.sigma == "aggregate":
+        elif self.sigma in OF_POSTERIORS:
             mu, logvar, noise = torch.randn(3, *self.shape, generator=generator).unbind(0)
             made += [mu + (0.5 * logvar - 1).exp() * noise, mu, logvar - 2]
         else:
@@ -97,7 +100,7 @@ class Case:
         if self.sigma == "pixel":
             made.append(LOG_SIGMA + 0.1 * torch.randn(self.shape, generator=generator))
         fixed = None if self.sigma in NO_DATA else 1
-        return [self._leaf(t, i != fixed) for i, t in enumerate(made)]
+        return [self._leaf(t, i != fixed and self.sigma != "evaluation") for i, t in enumerate(made)]
 
     def _leaf(self, t: Tensor, requires_grad: bool) -> Tensor:
         if not t.is_floating_point():
@@ -126,8 +129,9 @@ def forward_bytes(tensors: list[Tensor]) -> int:
 
 
 def backward_bytes(tensors: list[Tensor]) -> int:
-    """What its gradients have to move at least: every input once more, and every gradient."""
-    return size(tensors) + size(leaves(tensors))
+    """What its gradients have to move at least: every input once more, and every gradient, if there are any."""
+    gradients = size(leaves(tensors))
+    return size(tensors) + gradients if gradients else 0
 
 
 def step_bytes(tensors: list[Tensor]) -> int:
@@ -138,9 +142,9 @@ def step_bytes(tensors: list[Tensor]) -> int:
 # --------------------------------------------------------------------------------------------------------- the registry
 
 AGGREGATE = tuple(
-    Case(shape, (), sigma="aggregate", limit=False)
-    for shape in ((64, 10), (256, 32), (512, 64), (4000, 16), (2048, 128))
+    Case(shape, (), sigma="aggregate", limit=False) for shape in ((64, 10), (256, 32), (512, 64), (2048, 128))
 )
+EVALUATION = Case((4000, 16), (), sigma="evaluation", limit=False)
 TINY = Case((1, 1), (1,), limit=False)
 SHAPES = (
     Case((64, 1, 28, 28)),
@@ -160,6 +164,7 @@ PEAKS = (
     "16x3x256x256-pixel",
     "8x43-levels",
     "2048x128-aggregate",
+    "4000x16-evaluation",
 )  # whose peak memory is measured
 
 
@@ -184,6 +189,7 @@ def registry(device: str = "cpu") -> dict[str, Case]:
         *(replace(case, sigma=sigma) for sigma in OTHER_SIGMAS for case in (SHAPES[0], SHAPES[1], SHAPES[3])),
         Case((8,), (), sigma="levels"),
         *AGGREGATE,
+        EVALUATION,
         *(replace(case, sigma=sigma) for sigma in ("laplace", "laplace-learned") for case in (SHAPES[1], SHAPES[4])),
         # Their tensors are of several dtypes, which the limit's loops do not read side by side.
         *(replace(case, sigma=sigma, limit=False) for sigma in ("mask", "decoder") for case in (SHAPES[1], SHAPES[4])),

@@ -8,17 +8,16 @@ import torch
 from torch import Tensor
 
 from . import autograd, backends, checks, distributed, tracing
-from .call import compute_dtype
+from .call import GradLogSums, LogSums, Mixture, compute_dtype
 from .dispatch import aggregate_implementation, check_served
 from .operators import registry
-from .operators.aggregate import Mixture, Sums
+from .operators.aggregate import MIXTURE
 from .reference import aggregate as reference
 from .reference.math import log_normal, reduction_weight
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_MIXTURE = len(Mixture._fields)
 _operator = registry.find("log_aggregate")
 
 
@@ -38,7 +37,7 @@ def log_aggregate_posterior(
     dataset_size: int | None = None,
     own: bool = True,
     process_group: ProcessGroup | None = None,
-) -> Sums:
+) -> tuple[Tensor, Tensor]:
     """log q̂(z) and log q̂(z_k) in nats, q̂ being a mixture of the posteriors N(μ_j, exp l_j), j < M.
 
         joint_i       = log Σ_j w_ij Π_k N(z_ik; μ_jk, exp l_jk)
@@ -160,24 +159,23 @@ def _mixture(
 
 class _Aggregate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Sums:
-        mixture, backend = Mixture._make(args[:_MIXTURE]), args[_MIXTURE]
-        joint, marginals = _without_gradients(*args)
-        ctx.save_for_backward(*mixture[:3], joint, marginals)
-        ctx.own, ctx.dataset_size, ctx.backend = *mixture[3:], backend
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        sums = _without_gradients(*args)
+        ctx.save_for_backward(*args[:3], *sums)
+        ctx.weights, ctx.backend = args[3:MIXTURE], args[MIXTURE]
         ctx.set_materialize_grads(False)
-        return joint, marginals
+        return sums
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        z, mu, logvar, joint, marginals = ctx.saved_tensors
-        call, needs = (z, mu, logvar, ctx.own, ctx.dataset_size), ctx.needs_input_grad
+        z, mu, logvar, *sums = ctx.saved_tensors
+        mixture, needs = Mixture(z, mu, logvar, *ctx.weights), ctx.needs_input_grad
         mask = sum(1 << i for i in range(3) if needs[i])
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a backward that is itself differentiated
-            by, (joint, marginals) = reference, reference.aggregate(*call)
+            by, sums = reference, reference.aggregate(mixture)
         else:
-            by = _served(ctx.backend, z)
-        return autograd.for_inputs(by.aggregate_grads(*call, joint, marginals, *grad_outputs, mask), needs)
+            by, sums = _served(ctx.backend, z), LogSums._make(sums)
+        return autograd.for_inputs(by.aggregate_grads(mixture, sums, GradLogSums(*grad_outputs), mask), needs)
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Any:
@@ -189,23 +187,23 @@ def _served(backend: str | None, z: Tensor) -> Any:
     return reference if tracing.known(z.shape[0] == 0) else aggregate_implementation(backend, z)
 
 
-def _log_aggregate(mixture: Mixture) -> Sums:
+def _log_aggregate(mixture: Mixture) -> tuple[Tensor, Tensor]:
     """As the operator, differentiable."""
     if autograd.plain() or torch._C._are_functorch_transforms_active():  # no operator of ours is differentiable there
-        return reference.aggregate(*mixture)
+        return reference.aggregate(mixture)
     if torch.compiler.is_compiling():
         return _operator(*mixture, backends.forced)
     return cast(Any, _Aggregate).apply(*mixture, backends.forced)
 
 
-def _differentiable(*args: Any) -> Sums:
+def _differentiable(*args: Any) -> tuple[Tensor, ...]:
     if torch._C._are_functorch_transforms_active():
-        return reference.aggregate(*args[:_MIXTURE])
+        return reference.aggregate(Mixture._make(args[:MIXTURE]))
     return cast(Any, _Aggregate).apply(*args)
 
 
-def _without_gradients(*args: Any) -> Sums:
-    return _served(args[_MIXTURE], args[0]).aggregate(*args[:_MIXTURE])
+def _without_gradients(*args: Any) -> tuple[Tensor, ...]:
+    return _served(args[MIXTURE], args[0]).aggregate(Mixture._make(args[:MIXTURE]))
 
 
 registry.implement("log_aggregate", _differentiable, "Autograd")

@@ -2,6 +2,7 @@
 
 Schemas, fakes, autograd, the reference and every backend take the names and the order from these structures. A new
 option is a field of `Options`, a new tensor a field of `Tensors`; csrc/elbo.h and kernels/structs.py have the same.
+What begins with `Mixture` belongs to the aggregate posterior; csrc/aggregate.h has the same.
 """
 
 from __future__ import annotations
@@ -99,6 +100,38 @@ class Gradients(NamedTuple):
     extra_error: Any
 
 
+class Mixture(NamedTuple):
+    """A mixture's components, mu and logvar, and the points z where its densities are asked for."""
+
+    z: Tensor
+    mu: Tensor
+    logvar: Tensor
+    own: int  # the component that z[0] was drawn from, z[1] from the next one, and so on; or negative
+    dataset_size: int | None
+
+
+class LogSums(NamedTuple):
+    """What `aggregate` gives; both have the compute dtype."""
+
+    joint: Tensor  # [B]
+    marginals: Tensor  # [B, K]
+
+
+class GradLogSums(NamedTuple):
+    """The gradients that come in; None where an output was not used."""
+
+    joint: Tensor | None
+    marginals: Tensor | None
+
+
+class MixtureGradients(NamedTuple):
+    """The gradients that go out, as `Gradients` are: bit i of a mask asks for the i-th."""
+
+    z: Any
+    mu: Any
+    logvar: Any
+
+
 def first(tensors: Tensors) -> Tensor:
     """recon, or mu where there are no data: the tensor that tells batch size and device."""
     x = tensors.recon if tensors.recon is not None else tensors.mu
@@ -133,9 +166,22 @@ def masked(values: Gradients, mask: int, make: Callable[[Any], Tensor], device_o
     )
 
 
-_IN_SCHEMA = {Tensor | None: "Tensor?", int: "int", bool: "bool", float: "float", float | None: "float?"}
+_IN_SCHEMA = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    int: "int",
+    int | None: "int?",
+    bool: "bool",
+    float: "float",
+    float | None: "float?",
+}
 
 
 def schema(structure: type, prefix: str = "") -> str:
     """A structure's fields as the arguments of an operator's schema: "Tensor? recon, Tensor? target, …"."""
     return ", ".join(f"{_IN_SCHEMA[kind]} {prefix}{name}" for name, kind in get_type_hints(structure).items())
+
+
+def returns(count: int) -> str:
+    """What an operator's schema says that it returns, where that is so many tensors."""
+    return f"({', '.join(['Tensor'] * count)})"

@@ -135,9 +135,7 @@ def _flat(args: Iterable[Any]) -> Iterator[Any]:
         yield from value if isinstance(value, (list, tuple)) else [value]
 
 
-for _name, _kernel in elbo.kernels_of(reference).items():
+for _name, _kernel in (elbo.kernels_of(reference) | aggregate.kernels_of(reference.aggregate)).items():
     _serve(_name, _kernel)
 _serve("levels", OneByOne(reference).levels)
 _serve("levels_grads", OneByOne(reference).levels_grads)
-_serve("aggregate", reference.aggregate.aggregate)
-_serve("aggregate_grads", reference.aggregate.aggregate_grads)

@@ -14,12 +14,12 @@ from .structs import Number
 THREADS = 128  # of a program: each holds a latent of some points, or components, and meets the others one by one
 
 
-class Points(NamedTuple):
-    """Or their gradients, where one that is not wanted is None."""
+class Pointers(NamedTuple):
+    """Of the tensors of a `call.Mixture`."""
 
-    z: Tensor | None
-    mu: Tensor | None
-    logvar: Tensor | None
+    z: Tensor
+    mu: Tensor
+    logvar: Tensor
 
 
 class Weights(NamedTuple):
@@ -54,7 +54,7 @@ class TensorStrides(NamedTuple):
 class Call(NamedTuple):
     """`strides` and `sizes` are what a plan keeps. Integers are as `structs.whole` makes them."""
 
-    tensors: Points
+    tensors: Pointers
     weights: Weights
     strides: TensorStrides
     sizes: Sizes

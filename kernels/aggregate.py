@@ -3,18 +3,18 @@ of operators.py."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from fused_elbo.call import Options, Tensors, compute_dtype
-from fused_elbo.operators.aggregate import Mixture, asked
-from fused_elbo.operators.aggregate import Sums as Outputs
+from fused_elbo.call import GradLogSums, LogSums, Mixture, MixtureGradients, Options, Tensors, compute_dtype
 from fused_elbo.reference.math import mixture_log_weights
 
 from . import _layout
 from ._layout import cdiv, power_of_2
-from ._mixture import THREADS, Call, JointCut, Points, Sizes, Strides, TensorStrides, Walk, Weights, launch_options
+from ._mixture import THREADS, Call, JointCut, Pointers, Sizes, Strides, TensorStrides, Walk, Weights, launch_options
 from ._plan import AnyLaunch, Key, at_most, cached, device_guard, empty, key_of, on_meta
 from .aggregate_grads import (
     TOGETHER,
@@ -28,7 +28,7 @@ from .aggregate_grads import (
     aggregate_grads_totals_kernel,
     aggregate_shares_kernel,
 )
-from .aggregate_sums import BLOCK, Sums, SumsCut, SumsTotalsCut, aggregate_sums_kernel, aggregate_totals_kernel
+from .aggregate_sums import BLOCK, SumsCut, SumsTotalsCut, aggregate_sums_kernel, aggregate_totals_kernel
 from .structs import constant, number, whole
 
 FILL = 1024  # programs that keep any GPU busy: past that, none shares its walk with others
@@ -36,8 +36,20 @@ STEPS = 8  # of a walk that are worth a program
 JOINT = (8, THREADS, 4)  # points, components and latents of a tile: twice as many of any take 144 registers
 LEAST = 32  # components of a tile: a warp, which reduces them at once
 OWNED, OWNED_GRADS = 16, 8  # points or components of a thread, in fp32
-SHARES = 1 << 24  # of points and components at once: 64 MiB
+# Of points and components at once: 64 MiB, and two launches more for each chunk after the first. A walk could form them
+# for itself, by a sum over the threads of its latents where one program has them all. That was tried at 64 latents: 4.2
+# exponentials for an element, not 2.35, and 20% more instructions, counted while the PTX ran. 2²⁴ pairs are 66 billion
+# instructions of a thread as it is, to which two launches add little.
+SHARES = 1 << 24
 UNEQUAL = 8  # a bit of a plan's mask beside the gradients': the components do not weigh alike
+
+
+class Shared(NamedTuple):
+    """A walk, with what the host has to know of it."""
+
+    walk: Walk
+    splits: int
+    programs: int
 
 
 class Plan:
@@ -60,7 +72,7 @@ class Plan:
     def call(self, mixture: Mixture) -> Call:
         own, others = mixture_log_weights(self.components, mixture.own >= 0, mixture.dataset_size)
         shift, more = whole(mixture.own) if self.unequal else None, number(own - others, self.dtype)
-        return Call(Points(*mixture[:3]), Weights(number(others, self.dtype), more, shift), *self.layout)
+        return Call(Pointers(*mixture[:3]), Weights(number(others, self.dtype), more, shift), *self.layout)
 
     def joint(self) -> JointCut:
         counts = (self.points, max(self.components, LEAST), self.latents)
@@ -72,11 +84,14 @@ class Plan:
         registers = {} if self.is_double else at_most(128)
         return AnyLaunch(kernel, programs, **launch_options(), **registers, enable_fp_fusion=False)
 
-    def joint_programs(self, points: int, cut: JointCut) -> int:
-        return cdiv(points, cut.ROWS.value) * cdiv(self.components, cut.COMPONENTS.value)
+    def joint_blocks(self, cut: JointCut) -> int:
+        return cdiv(self.components, cut.COMPONENTS.value)
 
-    def walk(self, owned: int, met: int, most: int) -> tuple[Walk, int]:
-        """With its programs. `most`: that a thread owns."""
+    def joint_programs(self, points: int, cut: JointCut) -> int:
+        return cdiv(points, cut.ROWS.value) * self.joint_blocks(cut)
+
+    def walk(self, owned: int, met: int, most: int) -> Shared:
+        """`most`: that a thread owns."""
         widths = [n for n in (128, 64, 32, 16) if n <= power_of_2(self.latents)] or [power_of_2(self.latents)]
         latents = min(widths, key=lambda n: cdiv(self.latents, n) * n)
         each = min(most // 2 if self.is_double else most, power_of_2(owned))
@@ -84,7 +99,8 @@ class Plan:
         owners, steps = cdiv(owned, each) * blocks, cdiv(met, at_once)
         per_split = cdiv(steps, max(1, min(cdiv(FILL, owners), steps // STEPS)))
         splits = cdiv(steps, per_split)
-        return Walk(*map(whole, (blocks, splits, per_split)), *map(constant, (each, latents, at_once))), owners * splits
+        walk = Walk(*map(whole, (blocks, splits, per_split)), *map(constant, (each, latents, at_once)))
+        return Shared(walk, splits, owners * splits)
 
 
 def end_of(t: Tensor) -> int:
@@ -99,18 +115,13 @@ def strides_of(t: Tensor) -> Strides:
     return Strides(*map(stride_of, t.stride()))
 
 
-def parts_of(n: int) -> int:
-    """What `structs.whole` was given."""
-    return (n - 3) // 2
-
-
 @cached
 class Forward(Plan):
     def __init__(self, key: Key) -> None:
         super().__init__(key)
-        walk, programs = self.walk(self.points, self.components, OWNED)
+        walk, splits, programs = self.walk(self.points, self.components, OWNED)
         joint, size = self.joint(), self.points * self.latents
-        splits, blocks = parts_of(walk.splits), parts_of(joint.blocks)
+        blocks = self.joint_blocks(joint)
         self.layout = self.layout_with(splits * size, blocks * self.points)
         self.cut = SumsCut(whole(programs), walk, joint)
         self.sums = self.launch(aggregate_sums_kernel, programs + self.joint_programs(self.points, joint))
@@ -127,14 +138,14 @@ class Forward(Plan):
         )
         self.totals = self.launch(aggregate_totals_kernel, of_marginals + of_joint) if any(self.parts) else None
 
-    def __call__(self, mixture: Mixture) -> Outputs:
-        outputs = Sums(*[new() for new in self.outputs])
-        parts = Sums(*[out if new is None else new() for new, out in zip(self.parts, outputs, strict=True)])
+    def __call__(self, mixture: Mixture) -> LogSums:
+        outputs = LogSums(*[new() for new in self.outputs])
+        parts = LogSums(*[out if new is None else new() for new, out in zip(self.parts, outputs, strict=True)])
         with device_guard(self.device):
             self.sums(self.call(mixture), parts, self.cut)
             if self.totals is not None:
                 self.totals(parts, outputs, self.totals_cut)
-        return outputs.joint, outputs.marginals
+        return outputs
 
 
 @cached
@@ -148,10 +159,10 @@ class Gradients(Plan):
         at_once = self.points if grad_joint is None else max(1, min(self.points, SHARES // self.components))
         at_once = cdiv(self.points, cdiv(self.points, at_once))  # chunks of the same size, so that one walk serves all
         chunks = [(first, min(first + at_once, self.points)) for first in range(0, self.points, at_once)]
-        of_points, point_programs = self.walk(at_once, self.components, OWNED_GRADS)
-        of_components, component_programs = self.walk(self.components, at_once, OWNED_GRADS)
+        of_points = self.walk(at_once, self.components, OWNED_GRADS)
+        of_components = self.walk(self.components, at_once, OWNED_GRADS)
         sizes = [self.points * self.latents, *2 * [self.components * self.latents]]
-        counts = [parts_of(of_points.splits), *2 * [parts_of(of_components.splits)]]
+        counts = [of_points.splits, *2 * [of_components.splits]]
         # What is written once is the result. What chunks add to is rounded at the end.
         in_parts = [counts[0] > 1, *2 * [counts[1] > 1 or len(chunks) > 1]]
         self.layout = self.layout_with(*sizes, *[end_of(t) for t in self.more if t is not None])
@@ -159,15 +170,15 @@ class Gradients(Plan):
         results = [torch.empty_like(t) for t in self.given]
         dense = Strides(whole(self.latents), None)
         written = [dense if parts else strides_of(t) for parts, t in zip(in_parts, results, strict=True)]
-        programs = point_programs if 0 in self.wanted else 0
+        programs = of_points.programs if 0 in self.wanted else 0
         self.cut = GradsCut(
             strides_of(marginals), strides_of(marginals if grad_marginals is None else grad_marginals), *written,
-            whole(sizes[0]), whole(sizes[1]), whole(programs), of_points, of_components,
+            whole(sizes[0]), whole(sizes[1]), whole(programs), of_points.walk, of_components.walk,
         )  # fmt: skip
         self.joint_cut, together = self.joint(), TOGETHER.value
-        room = parts_of(self.joint_cut.blocks) * self.joint_cut.COMPONENTS.value
+        room = self.joint_blocks(self.joint_cut) * self.joint_cut.COMPONENTS.value
         self.chunks = [Chunk(whole(first), whole(last), whole(room)) for first, last in chunks]
-        all_programs = programs + (component_programs if self.wanted[-1] > 0 else 0)
+        all_programs = programs + (of_components.programs if self.wanted[-1] > 0 else 0)
         self.grads_launch = self.launch(aggregate_grads_kernel, all_programs)
 
         self.shares = None
@@ -187,30 +198,22 @@ class Gradients(Plan):
         self.totals_cut = TotalsCut(*each, whole(self.latents), constant(BLOCK), self.layout[1].WIDE)
         self.totals = self.launch(aggregate_grads_totals_kernel, sum(blocks)) if any(self.parts) else None
 
-    def __call__(
-        self,
-        mixture: Mixture,
-        joint: Tensor,
-        marginals: Tensor,
-        grad_joint: Tensor | None,
-        grad_marginals: Tensor | None,
-    ) -> dict[int, Tensor]:
-        """By their places."""
-        results = {i: torch.empty_like(mixture[i]) for i in self.wanted}
-        parts = [None if new is None else new() for new in self.parts]
-        first = Points._make(results.get(i) if part is None else part for i, part in enumerate(parts))
+    def __call__(self, mixture: Mixture, sums: LogSums, grad_sums: GradLogSums) -> MixtureGradients:
+        results = MixtureGradients(*[torch.empty_like(mixture[i]) if i in self.wanted else None for i in range(3)])
+        parts = MixtureGradients(*[None if new is None else new() for new in self.parts])
+        first = MixtureGradients(*[r if part is None else part for r, part in zip(results, parts, strict=True)])
         shares = None if self.shares is None else self.shares()
-        incoming = Incoming(shares, None if grad_marginals is None else marginals, grad_marginals)
+        incoming = Incoming(shares, None if grad_sums.marginals is None else sums.marginals, grad_sums.marginals)
         call = self.call(mixture)
         with device_guard(self.device):
             for chunk in self.chunks:
                 if shares is not None:
-                    of_joint = Joint(joint, grad_joint, *self.joint_strides)
+                    of_joint = Joint(sums.joint, grad_sums.joint, *self.joint_strides)
                     self.shares_launch(call, of_joint, chunk, shares, self.joint_cut)
                 self.grads_launch(call, incoming, chunk, first, self.cut)
             if self.totals is not None:
-                last = Points._make(None if part is None else results[i] for i, part in enumerate(parts))
-                self.totals(Points._make(parts), last, self.totals_cut)
+                last = MixtureGradients(*[None if p is None else r for r, p in zip(results, parts, strict=True)])
+                self.totals(parts, last, self.totals_cut)
         return results
 
 
@@ -220,25 +223,11 @@ def _key(mixture: Mixture, mask: int, *more: Tensor | None) -> tuple[object, ...
     return key_of(Tensors(mu=mixture.mu), Options(), mask | (UNEQUAL if unequal else 0), *mixture[:3], *more)
 
 
-def aggregate(z: Tensor, mu: Tensor, logvar: Tensor, own: int, dataset_size: int | None) -> Outputs:
-    mixture = Mixture(z, mu, logvar, own, dataset_size)
+def aggregate(mixture: Mixture) -> LogSums:
     return Forward(_key(mixture, 0))(mixture)
 
 
-def aggregate_grads(
-    z: Tensor,
-    mu: Tensor,
-    logvar: Tensor,
-    own: int,
-    dataset_size: int | None,
-    joint: Tensor,
-    marginals: Tensor,
-    grad_joint: Tensor | None,
-    grad_marginals: Tensor | None,
-    mask: int,
-) -> tuple[Tensor, ...]:
-    mixture, sums = Mixture(z, mu, logvar, own, dataset_size), (joint, marginals, grad_joint, grad_marginals)
-    if not mask or (grad_joint is None and grad_marginals is None):
-        return asked(mask, z, lambda i: torch.zeros_like(mixture[i]))
-    found = Gradients(_key(mixture, mask, *sums))(mixture, *sums)
-    return asked(mask, z, lambda i: found[i])
+def aggregate_grads(mixture: Mixture, sums: LogSums, grad_sums: GradLogSums, mask: int) -> MixtureGradients:
+    if not mask or not any(t is not None for t in grad_sums):
+        return MixtureGradients(*[torch.zeros_like(t) if mask >> i & 1 else None for i, t in enumerate(mixture[:3])])
+    return Gradients(_key(mixture, mask, *sums, *grad_sums))(mixture, sums, grad_sums)

@@ -1,7 +1,7 @@
 """log q̂ of a mixture at many points: its joint density, and that of each latent.
 
 Programs that share the components of a point write the logarithm of what theirs sum up to, and the logarithms are then
-added up as densities are.
+added up as densities are. So the `call.LogSums` of a launch are [B] and [B, K], or [blocks, B] and [splits, B, K].
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ._math import add_exp, log_normal, merged_exp, no_exp, sum_exp, whole
 from ._mixture import (
@@ -29,13 +28,6 @@ from ._mixture import (
 )
 
 BLOCK = 256  # sums that a program finishes
-
-
-class Sums(NamedTuple):
-    """[B] and [B, K]; or [blocks, B] and [splits, B, K] of them."""
-
-    joint: Tensor
-    marginals: Tensor
 
 
 class SumsCut(NamedTuple):

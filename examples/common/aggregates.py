@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.gridspec import GridSpec
 from torch import Tensor
 
 from . import latents
@@ -44,18 +46,7 @@ def channel_rows(posterior: Posterior) -> list[dict[str, float]]:
 
 def draw(path: Path, shown: Sequence[Posterior], rows: Sequence[dict[str, Any]], *, title: str) -> None:
     """Left the first latents, by their own numbers, of each family in a line; right all of `rows`."""
-    families = list(dict.fromkeys(posterior.family for posterior in shown))
-    limit = reach(shown)
-    figure = plt.figure(figsize=(15, 3.9 * len(families)), layout="constrained")
-    grid = figure.add_gridspec(len(families), SHOWN + 2, width_ratios=[1] * SHOWN + [0.9, 0.9])
-    for i, family in enumerate(families):
-        line = sorted((posterior for posterior in shown if posterior.family == family), key=lambda p: -p.beta)
-        for k in range(min(SHOWN, line[0].mu.shape[1])):
-            axis = figure.add_subplot(grid[i, k])
-            ridges(axis, line, k, limit)
-            axis.set_title(f"$z_{{{k + 1}}}$" if k else f"{family}: $z_1$", fontsize=11)
-            if k == 0:
-                axis.set_ylabel("β")
+    figure, grid, families = draw_latents(shown)
     by_beta, by_rate = (
         figure.add_subplot(part) for part in (grid[: (len(families) + 1) // 2, SHOWN:], grid[-1, SHOWN:])
     )
@@ -66,13 +57,31 @@ def draw(path: Path, shown: Sequence[Posterior], rows: Sequence[dict[str, Any]],
     plt.close(figure)
 
 
-def reach(shown: Sequence[Posterior]) -> float:
+def draw_latents(shown: Sequence[Posterior], right: Sequence[float] = (0.9, 0.9)) -> tuple[Figure, GridSpec, list[str]]:
+    """A figure with q(z_k) of the first latents over β, a line for each family; its last columns, of the widths `right`
+    in units of the others', are free. And the families."""
+    families = list(dict.fromkeys(posterior.family for posterior in shown))
+    limit = _reach(shown)
+    figure = plt.figure(figsize=(15, 3.9 * len(families)), layout="constrained")
+    grid = figure.add_gridspec(len(families), SHOWN + len(right), width_ratios=[*[1] * SHOWN, *right])
+    for i, family in enumerate(families):
+        line = sorted((posterior for posterior in shown if posterior.family == family), key=lambda p: -p.beta)
+        for k in range(min(SHOWN, line[0].mu.shape[1])):
+            axis = figure.add_subplot(grid[i, k])
+            _ridges(axis, line, k, limit)
+            axis.set_title(f"$z_{{{k + 1}}}$" if k else f"{family}: $z_1$", fontsize=11)
+            if k == 0:
+                axis.set_ylabel("β")
+    return figure, grid, families
+
+
+def _reach(shown: Sequence[Posterior]) -> float:
     """The |z| that holds nearly all of what is drawn."""
     rows = [row for posterior in shown for row in channel_rows(posterior)[:SHOWN]]
     return max(RANGE, *(abs(row["mean"]) + 2 * row["spread"] for row in rows))
 
 
-def ridges(axis: Axes, line: Sequence[Posterior], k: int, reach: float) -> None:
+def _ridges(axis: Axes, line: Sequence[Posterior], k: int, reach: float) -> None:
     """The largest β on top. A histogram of one sample for each image, the exact q(z_k), and dotted the prior."""
     z = torch.linspace(-reach, reach, 901, dtype=torch.float64)
     prior = torch.exp(-0.5 * z.square()) / (2 * np.pi) ** 0.5

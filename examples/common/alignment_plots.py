@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from .aggregates import SHOWN, Posterior, reach, ridges
+from .aggregates import SHOWN, Posterior, draw_latents
 from .beta_plots import KINDS
 from .plots import plt  # pyplot, once it draws to files
 
@@ -18,18 +18,7 @@ from .plots import plt  # pyplot, once it draws to files
 def draw(path: Path, shown: Sequence[Posterior], rows: Sequence[dict[str, Any]], *, title: str) -> None:
     """Left q(z_k) over the prior at each β, a line for each kind of model; right how well latents agree between two β,
     and what decoding at another β costs, over how far apart the two are."""
-    labels = list(dict.fromkeys(posterior.family for posterior in shown))
-    limit = reach(shown)
-    figure = plt.figure(figsize=(16, 3.9 * len(labels)), layout="constrained")
-    grid = figure.add_gridspec(len(labels), SHOWN + 2, width_ratios=[1] * SHOWN + [1.2, 0.9])
-    for i, label in enumerate(labels):
-        line = sorted((posterior for posterior in shown if posterior.family == label), key=lambda p: -p.beta)
-        for k in range(min(SHOWN, line[0].mu.shape[1])):
-            axis = figure.add_subplot(grid[i, k])
-            ridges(axis, line, k, limit)
-            axis.set_title(f"latent {k + 1}" if k else f"{label}: latent 1", fontsize=11)
-            if k == 0:
-                axis.set_ylabel("β")
+    figure, grid, _ = draw_latents(shown, right=(1.2, 0.9))
     above, below = (figure.add_subplot(part) for part in (grid[0, SHOWN:], grid[1, SHOWN:]))
     _over_ratio(above, rows, "agreement", directed=False)
     above.set(ylabel="|correlation| of matched latents", ylim=(0, 1.02), xlabel="larger β / smaller β")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .beta_input import BetaInputObjective
-from .beta_models import ConditionedConvVAE
+from .beta_models import ConditionedVAE
 from .objective import VAEObjective
 
 
@@ -23,7 +23,7 @@ class AtBeta(nn.Module):
 
     def __init__(self, objective: BetaInputObjective, beta: float, sigma: float | None = None) -> None:
         super().__init__()
-        assert isinstance(objective.model, ConditionedConvVAE)
+        assert isinstance(objective.model, ConditionedVAE)
         self.model, self.latent_dim = objective.model, objective.model.latent_dim
         device = next(objective.parameters()).device
         with torch.no_grad():

@@ -112,6 +112,9 @@ def sigma_elbo(
 ) -> ELBO:
     """The loss of a batch whose samples have β of their own, [B], in one of the modes SIGMA."""
     if mode == "network":
+        assert log_sigma is not None
+        # A bare [B] could be one for each feature where there are as many of them.
+        log_sigma = log_sigma.reshape(-1, *[1] * (recon.ndim - 1))
         return decoupled_elbo(recon, x, mu, logvar, beta=beta, log_sigma=log_sigma)
     kinds: dict[str, str | float] = {"image": "optimal-per-image", "half": HALF}
     return decoupled_elbo(recon, x, mu, logvar, beta=beta, sigma=kinds.get(mode, "optimal"))

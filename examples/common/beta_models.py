@@ -1,14 +1,15 @@
-"""The convolutional VAE that is told β, by layers of common/conditioning.py at places of its networks."""
+"""VAEs that are told β, by layers of common/conditioning.py at places of their networks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .conditioning import FiLM, Modulation, RootGate, RootSigmoid, SigmoidGate
+from .mlp import MLPVAE
 from .models import ConvVAE, ResBlock, VAEOutput
 
 Layer = Callable[[int], nn.Module]
@@ -34,7 +35,52 @@ CONDITIONING = {
 }
 
 
-class ConditionedConvVAE(nn.Module):
+class ConditionedVAE(nn.Module):
+    """encode(x, n), decode(z, n): n [B] tells the networks which β."""
+
+    latent_dim: int
+
+    def encode(self, x: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def decode(self, z: Tensor, n: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, n: Tensor) -> VAEOutput:
+        mu, logvar = self.encode(x, n)
+        z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
+        return VAEOutput(self.decode(z, n), mu, logvar, None)
+
+
+class ConditionedMLPVAE(ConditionedVAE):
+    """Modulated after each activation, and on the posterior's numbers."""
+
+    def __init__(self, dims: int, latent_dim: int, hidden: Sequence[int]) -> None:
+        super().__init__()
+        self.latent_dim = latent_dim
+        self.vae = MLPVAE(dims, latent_dim, hidden)
+        self.encoding = nn.ModuleList(Modulation(width) for width in (*hidden, 2 * latent_dim))
+        self.decoding = nn.ModuleList(Modulation(width) for width in reversed(hidden))
+
+    def encode(self, x: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+        parameters = self.encoding[-1](_activated(self.vae.encoder, self.encoding, x, n), n)
+        mu, logvar = parameters.chunk(2, dim=1)
+        return mu, logvar
+
+    def decode(self, z: Tensor, n: Tensor) -> Tensor:
+        return _activated(self.vae.decoder, self.decoding, z, n)
+
+
+def _activated(network: nn.Sequential, layers: nn.ModuleList, h: Tensor, n: Tensor) -> Tensor:
+    following = iter(layers)
+    for module in network:
+        h = module(h)
+        if isinstance(module, nn.SiLU):
+            h = next(following)(h, n)
+    return h
+
+
+class ConditionedConvVAE(ConditionedVAE):
     def __init__(self, shape: tuple[int, int, int], latent_dim: int, width: int, conditioning: str) -> None:
         super().__init__()
         self.latent_dim = latent_dim
@@ -54,11 +100,6 @@ class ConditionedConvVAE(nn.Module):
     def decode(self, z: Tensor, n: Tensor) -> Tensor:
         out = self._through(self.vae.decoder, self.decoding, z, n)
         return out[..., : self.vae.shape[1], : self.vae.shape[2]]
-
-    def forward(self, x: Tensor, n: Tensor) -> VAEOutput:
-        mu, logvar = self.encode(x, n)
-        z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
-        return VAEOutput(self.decode(z, n), mu, logvar, None)
 
     def _channels(self, network: nn.Sequential) -> Iterator[int]:
         """Of each layer that tells this network, in the order of `_through`."""

@@ -7,7 +7,7 @@ whole rate; tc: the batch's optimal σ and β on the total correlation alone (β
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from fused_elbo import ELBO, kl_decomposition
 
+from .beta_input import BetaInputObjective
+from .beta_models import ConditionedMLPVAE
+from .conditioning import BetaRange
 from .data import Images, Splits
 from .mlp import MLPVAE
 from .objective import VAEObjective, make_criterion
@@ -64,28 +67,41 @@ def make_objective(family: str, beta: float, data: Splits, latent_dim: int) -> V
     return VAEObjective(model, make_criterion(sigma, beta, channels=1))
 
 
+def make_told(betas: Sequence[float], images: Images, data: Splits, latent_dim: int) -> BetaInputObjective:
+    """One model for all these β, as the decoupled ones but that it is told β and that σ is a network's."""
+    model = ConditionedMLPVAE(data.dims, latent_dim, HIDDEN)
+    return BetaInputObjective(model, BetaRange(betas[0] / 2, 2 * betas[-1]), log_std=images.log_std)
+
+
 def make_run(
     args: argparse.Namespace,
     name: str,
     images: Images,
     family: str,
-    beta: float,
+    beta: float | Sequence[float],
     seed: int,
     epochs: int,
     measure: Callable[[Trainer], dict[str, Any]],
 ) -> Run:
-    """One model of the flattened images. `args` has latent_dim and device; `name` is that of the data."""
+    """One model of the flattened images: of one β and a family of FAMILIES, or told one of several. `args` has
+    latent_dim and device; `name` is that of the data."""
     data = Splits(*(part.flatten(1) for part in (images.train, images.val, images.test)))
     settings = {
-        "data": name, "data_shape": [len(images.train), *images.shape], "family": family, "beta": beta, "seed": seed,
-        "latent_dim": args.latent_dim, "epochs": epochs,
+        "data": name, "data_shape": [len(images.train), *images.shape], "family": family,
+        "beta": beta if isinstance(beta, int | float) else list(beta), "seed": seed, "latent_dim": args.latent_dim,
+        "epochs": epochs,
     }  # fmt: skip
 
     def build(checkpoint: Path, settings: dict[str, Any]) -> Trainer:
         torch.manual_seed(seed)
+        if isinstance(beta, int | float):
+            objective: nn.Module = make_objective(family, beta, data, args.latent_dim)
+        else:
+            objective = make_told(beta, images, data, args.latent_dim)
         return Trainer(
-            make_objective(family, beta, data, args.latent_dim), data, epochs=epochs,
-            batch_size=BATCH_SIZE, lr=LR, seed=seed, device=args.device, checkpoint=checkpoint, settings=settings,
+            objective, data, epochs=epochs, batch_size=BATCH_SIZE, lr=LR, seed=seed, device=args.device,
+            checkpoint=checkpoint, settings=settings,
         )  # fmt: skip
 
-    return Run(f"{name}-{family}-beta{beta:g}-seed{seed}", settings, build, measure)
+    which = f"beta{beta:g}" if isinstance(beta, int | float) else "told"
+    return Run(f"{name}-{family}-{which}-seed{seed}", settings, build, measure)

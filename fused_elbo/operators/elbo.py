@@ -32,6 +32,7 @@ from ..call import (
     compute_dtype,
     first,
     masked,
+    returns,
     schema,
     stats_rows,
 )
@@ -41,10 +42,6 @@ from .registry import Operator
 
 _TENSORS, _CALL = len(Tensors._fields), len(Tensors._fields) + len(Options._fields)
 _CALL_SCHEMA = f"{schema(Tensors)}, {schema(Options)}"
-
-
-def _returns(count: int) -> str:
-    return f"({', '.join(['Tensor'] * count)})"
 
 
 class Implementation(Protocol):
@@ -102,19 +99,19 @@ def _elbo_fake(*args: Any) -> tuple[Tensor, ...]:
 _OUTPUTS, _GRADIENTS = len(Outputs._fields), len(Gradients._fields)
 OPERATORS = (
     Operator("stats", f"({_CALL_SCHEMA}) -> Tensor", _stats_fake),
-    Operator("forward", f"({_CALL_SCHEMA}) -> {_returns(_OUTPUTS)}", _forward_fake),
+    Operator("forward", f"({_CALL_SCHEMA}) -> {returns(_OUTPUTS)}", _forward_fake),
     Operator(
         "grads",
-        f"({_CALL_SCHEMA}, Tensor stats, {schema(GradOutputs, 'grad_')}, int mask) -> {_returns(_GRADIENTS)}",
+        f"({_CALL_SCHEMA}, Tensor stats, {schema(GradOutputs, 'grad_')}, int mask) -> {returns(_GRADIENTS)}",
         _grads_fake,
     ),
     Operator(
         "step",
-        f"({_CALL_SCHEMA}, Tensor? grad_scale, float grad_scale_value, int mask) -> {_returns(4 + _GRADIENTS)}",
+        f"({_CALL_SCHEMA}, Tensor? grad_scale, float grad_scale_value, int mask) -> {returns(4 + _GRADIENTS)}",
         _step_fake,
     ),
 )
-AUTOGRAD = Operator("elbo", f"({_CALL_SCHEMA}, str? backend) -> {_returns(4)}", _elbo_fake)
+AUTOGRAD = Operator("elbo", f"({_CALL_SCHEMA}, str? backend) -> {returns(4)}", _elbo_fake)
 NAMES = tuple(operator.name for operator in OPERATORS)
 
 registry.define((*OPERATORS, AUTOGRAD))

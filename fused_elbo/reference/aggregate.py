@@ -16,60 +16,52 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..call import compute_dtype
-from ..operators.aggregate import Sums, asked
+from ..call import GradLogSums, LogSums, Mixture, MixtureGradients, compute_dtype
 from .math import log_normal, log_normal_grad, mixture_weights
 
 _AT_ONCE = 1 << 21  # elements of B·M·K
 
 
-def aggregate(z: Tensor, mu: Tensor, logvar: Tensor, own: int, dataset_size: int | None) -> Sums:
-    z, mu, logvar = _computed(z, mu, logvar)
+def aggregate(mixture: Mixture) -> LogSums:
+    mixture = _computed(mixture)
+    _, mu, logvar, *_ = mixture
     joints, marginals = [], []
-    for first, rows in _chunks(z, mu):
-        weights = _weights(first, rows, mu, own, dataset_size)
+    for first, rows in _chunks(mixture):
+        weights = _weights(first, rows, mixture)
         a = log_normal(rows[:, None], mu, logvar)
         joints.append(torch.logsumexp(a.sum(2) + weights, 1))
         marginals.append(torch.logsumexp(a + weights[:, :, None], 1))
-    return torch.cat(joints), torch.cat(marginals)
+    return LogSums(torch.cat(joints), torch.cat(marginals))
 
 
-def aggregate_grads(
-    z: Tensor,
-    mu: Tensor,
-    logvar: Tensor,
-    own: int,
-    dataset_size: int | None,
-    joint: Tensor,
-    marginals: Tensor,
-    grad_joint: Tensor | None,
-    grad_marginals: Tensor | None,
-    mask: int,
-) -> tuple[Tensor, ...]:
-    given, (z, mu, logvar) = (z, mu, logvar), _computed(z, mu, logvar)
+def aggregate_grads(mixture: Mixture, sums: LogSums, grad_sums: GradLogSums, mask: int) -> MixtureGradients:
+    given, mixture = mixture, _computed(mixture)
+    _, mu, logvar, *_ = mixture
     of_z, of_mu, of_logvar = [], torch.zeros_like(mu), torch.zeros_like(logvar)
-    for first, rows in _chunks(z, mu):
+    for first, rows in _chunks(mixture):
         at = slice(first, first + rows.shape[0])
-        weights = _weights(first, rows, mu, own, dataset_size)
+        weights = _weights(first, rows, mixture)
         a = log_normal(rows[:, None], mu, logvar)
         factors = torch.zeros_like(a)
-        if grad_joint is not None:
-            p = (a.sum(2) + weights - joint[at, None]).exp()
-            factors = factors + (grad_joint[at, None] * p)[:, :, None]
-        if grad_marginals is not None:
-            r = (a + weights[:, :, None] - marginals[at, None]).exp()
-            factors = factors + grad_marginals[at, None] * r
+        if grad_sums.joint is not None:
+            p = (a.sum(2) + weights - sums.joint[at, None]).exp()
+            factors = factors + (grad_sums.joint[at, None] * p)[:, :, None]
+        if grad_sums.marginals is not None:
+            r = (a + weights[:, :, None] - sums.marginals[at, None]).exp()
+            factors = factors + grad_sums.marginals[at, None] * r
         slopes = log_normal_grad(rows[:, None], mu, logvar)
         of_z.append((factors * slopes.z).sum(1))
         of_mu = of_mu + (factors * slopes.mu).sum(0)
         of_logvar = of_logvar + (factors * slopes.logvar).sum(0)
     found = (torch.cat(of_z), of_mu, of_logvar)
-    return asked(mask, given[0], lambda i: _like(given[i], found[i]))
+    pairs = zip(given[:3], found, strict=True)
+    return MixtureGradients(*[_like(*pair) if mask >> i & 1 else None for i, pair in enumerate(pairs)])
 
 
-def _computed(*tensors: Tensor) -> list[Tensor]:
-    dtype = compute_dtype(*tensors)
-    return [t.to(dtype) for t in tensors]
+def _computed(mixture: Mixture) -> Mixture:
+    dtype = compute_dtype(*mixture[:3])
+    z, mu, logvar, own, dataset_size = mixture
+    return Mixture(z.to(dtype), mu.to(dtype), logvar.to(dtype), own, dataset_size)
 
 
 def _like(given: Tensor, gradient: Tensor) -> Tensor:
@@ -78,18 +70,20 @@ def _like(given: Tensor, gradient: Tensor) -> Tensor:
     return gradient if gradient.stride() == wanted.stride() else wanted.copy_(gradient)
 
 
-def _chunks(z: Tensor, mu: Tensor) -> Iterator[tuple[int, Tensor]]:
+def _chunks(mixture: Mixture) -> Iterator[tuple[int, Tensor]]:
     """The first row of each, and its rows."""
+    z = mixture.z
     if torch.compiler.is_compiling() or isinstance(z.shape[0], torch.SymInt):  # of a size that is open
         yield 0, z
         return
-    rows = max(1, _AT_ONCE // max(1, mu.numel()))
+    rows = max(1, _AT_ONCE // max(1, mixture.mu.numel()))
     for first in range(0, max(1, z.shape[0]), rows):
         yield first, z[first : first + rows]
 
 
-def _weights(first: int, rows: Tensor, mu: Tensor, own: int, dataset_size: int | None) -> Tensor:
+def _weights(first: int, rows: Tensor, mixture: Mixture) -> Tensor:
     """log w_ij of some rows, [rows, M]."""
+    mu, own, dataset_size = mixture.mu, mixture.own, mixture.dataset_size
     components = mu.shape[0]
     of_own, of_others = mixture_weights(components, own >= 0, dataset_size)
     i = torch.arange(rows.shape[0], device=mu.device)[:, None] + (first + own)

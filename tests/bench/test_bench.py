@@ -80,6 +80,22 @@ def test_every_provider_of_the_aggregate_agrees_with_fp64(batch: int) -> None:
         providers.check(step(provider.name, case), case)
 
 
+def test_an_evaluation_has_no_backward() -> None:
+    """And its baseline in parts agrees too, where there are several."""
+    case = dataclasses.replace(workloads.EVALUATION, shape=(70, 5))
+    serving = [p for p in providers.chosen(None, case) if not p.compiled]
+    assert {"eager_aggregate", "eager_aggregate_in_parts", "reference"} < {p.name for p in serving}
+    records, faults = measure.measure(case, serving, 1, 0.0)
+    assert not faults
+    assert [own["provider"] for own in records] == [p.name for p in serving]
+    for own in records:
+        assert own["backward_s"] is None
+        assert own["forward_s"]["median"] <= own["step_s"]["median"]
+        assert own["saved_bytes"] == 0
+    tensors = case.tensors()
+    assert workloads.step_bytes(tensors) == workloads.size(tensors) == 3 * 70 * 5 * 4
+
+
 def test_what_is_too_large_to_broadcast_is_not() -> None:
     (case,) = workloads.chosen(["2048x128-aggregate"])
     assert {p.kind for p in providers.chosen(None, case)} == {"ours"}

@@ -15,6 +15,7 @@ from test_cuda_ptx import ARCHITECTURES, DTYPES, SOURCE, THREADS, bits, compiled
 from test_cuda_ptx import pytestmark as pytestmark
 from torch import Tensor
 
+from fused_elbo.call import GradLogSums, Mixture
 from fused_elbo.reference import aggregate as reference
 from fused_elbo.reference.math import mixture_log_weights
 
@@ -97,13 +98,13 @@ class Run:
 def test_the_aggregate_posterior(name: str, kernels: dict[str, Any]) -> None:
     run = Run(kernels, name, (35, 41, 10), own=3, size=90)
     sums = run.forward()
-    wide = [t.double() for t in run.inputs]
-    true = reference.aggregate(*wide, *run.weights)
+    wide = Mixture(*[t.double() for t in run.inputs], *run.weights)
+    true = reference.aggregate(wide)
     for got, wanted in zip(sums, true, strict=True):
         torch.testing.assert_close(torch.from_numpy(got).double(), wanted, rtol=2e-6, atol=3e-6)
     grads = [torch.randn(t.shape) for t in true]
     found = run.backward(sums, grads)
-    wanted = reference.aggregate_grads(*wide, *run.weights, *true, *(g.double() for g in grads), 7)
+    wanted = reference.aggregate_grads(wide, true, GradLogSums(*[g.double() for g in grads]), 7)
     tolerance = 2e-6 if name == "fp32" else 2.0**-8
     for got, exact in zip(found, wanted, strict=True):
         largest = exact.abs().max().item()

@@ -5,18 +5,22 @@ them again and writes the gradients of recon, mu and logvar: 5N + 6L; both in on
 comes on top and must fit in the 2%: elbo_stats writes four bytes for each partial sum, and its last program reads them
 and writes the outputs, which is checked exactly; every warp of elbo_grads reads grad_loss and the sum of squares for
 its samples: 0.1 to 0.3% of what that kernel moves.
+
+The aggregate's kernels meet every point with every component, so they read tensors again and again, a known number of
+times. `Met` says how often, and their bytes are exactly that.
 """
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
+from typing import NamedTuple
 
 import pytest
 import torch
 
 import fused_elbo
-from fused_elbo import decoupled_elbo, decoupled_elbo_backward
+from fused_elbo import decoupled_elbo, decoupled_elbo_backward, log_aggregate_posterior
 
 pytest.importorskip("triton", reason="Triton is not installed (it is for Linux)")
 
@@ -162,3 +166,138 @@ def test_programs_that_hold_all_that_they_can(
     _, grid, warps, _ = step_in_one_launch(5, 12288, "optimal", dtype, log)
     _plan.forget()
     assert (grid[0], warps) == (2, 32)
+
+
+# ---------------------------------------------------------------------------------------------- the aggregate posterior
+
+WARPS, LANES = 4, 32  # of a program
+ROWS, COMPONENTS = 8, 128  # of a tile for the joint density: each warp has a quarter of the components, and all rows
+OWNED, OWNED_GRADS = 16, 8  # points, or components, of a thread that walks what they meet
+BLOCK = 256  # sums that a program adds up
+
+
+def blocks(count: int, size: int) -> int:
+    return -(-count // size)
+
+
+class Met(NamedTuple):
+    """Sizes, and how a plan splits them up; z, mu and logvar have elements of `size` bytes, sums of four.
+
+    A thread of a walk owns some points for one latent, and meets one component after the other, or the other way round.
+    So what is met is read once for each block of owners, and what is owned once in every program by each warp that has
+    its latents. A point's share in a component is one number for all latents: whatever the latents of a warp, it reads
+    it once.
+    """
+
+    points: int
+    components: int
+    latents: int
+    width: int  # latents of a program
+    forward_splits: int  # programs that share a walk along components
+    point_splits: int  # the same backward
+    component_splits: int  # along points
+    size: int = 4
+
+    @property
+    def z(self) -> int:
+        """Bytes, as those that follow."""
+        return self.points * self.latents * self.size
+
+    @property
+    def mu_and_logvar(self) -> int:
+        return 2 * self.components * self.latents * self.size
+
+    @property
+    def marginals(self) -> int:
+        return 4 * self.points * self.latents
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """For the joint density: of points, of components."""
+        return blocks(self.points, ROWS), blocks(self.components, COMPONENTS)
+
+    @property
+    def warps(self) -> int:
+        """Of a program, that have the same latents."""
+        return WARPS * LANES // max(LANES, self.width)
+
+    def joint(self) -> int:
+        """All components for each tile of points. A tile's points, the last one in the place of those that are not
+        there, for each tile of components by every warp."""
+        rows, columns = self.tiles
+        return rows * self.mu_and_logvar + columns * WARPS * rows * ROWS * self.latents * self.size
+
+    def forward(self) -> list[tuple[str, int, int, int]]:
+        """Of each launch: its kernel, programs, bytes read, bytes written."""
+        rows, columns = self.tiles
+        owners = blocks(self.points, OWNED)
+        programs = owners * blocks(self.latents, self.width) * self.forward_splits + rows * columns
+        read = owners * self.mu_and_logvar + self.forward_splits * self.warps * self.z + self.joint()
+        joint = 4 * self.points
+        parts = self.forward_splits * self.marginals + columns * joint
+        totals = blocks(self.marginals // 4, BLOCK) + blocks(self.points, BLOCK)
+        return [
+            ("aggregate_sums_kernel", programs, read, parts),
+            ("aggregate_totals_kernel", totals, parts, self.marginals + joint),
+        ]
+
+    def backward(self) -> list[tuple[str, int, int, int]]:
+        rows, columns = self.tiles
+        point_owners, component_owners = blocks(self.points, OWNED_GRADS), blocks(self.components, OWNED_GRADS)
+        # log q̂, and the gradient that comes in, of a tile's points.
+        of_joint = columns * WARPS * 2 * 4 * self.points
+        of_points = self.z + 2 * self.marginals
+        by_points = point_owners * self.mu_and_logvar + self.point_splits * self.warps * of_points
+        by_components = component_owners * of_points + self.component_splits * self.warps * self.mu_and_logvar
+        # Those that fill up the last block of owners have room for their shares, and read them, too.
+        shares = 4 * OWNED_GRADS * (point_owners * self.components + component_owners * self.points)
+        shares *= blocks(self.latents, min(self.width, LANES))
+        programs = point_owners * self.point_splits + component_owners * self.component_splits
+        gradients = [(self.z, self.point_splits), *2 * [(self.mu_and_logvar // 2, self.component_splits)]]
+        parts = [4 * (n // self.size) * splits for n, splits in gradients if splits > 1]
+        whole = [n for n, splits in gradients if splits == 1]
+        totals = [n for n, splits in gradients if splits > 1]
+        return [
+            (
+                "aggregate_shares_kernel",
+                rows * columns,
+                self.joint() + of_joint,
+                4 * rows * ROWS * columns * COMPONENTS,
+            ),
+            (
+                "aggregate_grads_kernel",
+                programs * blocks(self.latents, self.width),
+                by_points + by_components + shares,
+                sum(parts + whole),
+            ),
+            (
+                "aggregate_grads_totals_kernel",
+                sum(blocks(n // self.size, BLOCK) for n in totals),
+                sum(parts),
+                sum(totals),
+            ),
+        ]
+
+
+@pytest.mark.parametrize(
+    "met",
+    [
+        Met(40, 300, 20, 32, 9, 9, 1),
+        Met(17, 140, 40, 16, 2, 2, 1),
+        Met(34, 130, 64, 64, 8, 8, 2),
+        Met(20, 150, 32, 32, 4, 4, 1, size=2),
+    ],
+    ids=lambda met: "x".join(map(str, met[:3])),
+)
+def test_the_aggregate_reads_as_often_as_points_and_components_meet(met: Met, log: list[Launch]) -> None:
+    mu, logvar = torch.randn(2, met.components, met.latents).unbind()
+    z = mu[: met.points] + 0.3 * torch.randn(met.points, met.latents)
+    dtype = torch.float32 if met.size == 4 else torch.bfloat16
+    tensors = [t.to(dtype).requires_grad_() for t in (z, mu, logvar)]
+    before = len(log)
+    with fused_elbo.backend("triton"):
+        sums = log_aggregate_posterior(*tensors, dataset_size=1000)
+        torch.autograd.grad(sums, tensors, [torch.randn_like(t) for t in sums])
+    found = [(name, grid[0], c["read_bytes"], c["written_bytes"]) for name, grid, _, c in log[before:]]
+    print(*found, sep="\n")  # with pytest -s
+    assert found == [*met.forward(), *met.backward()]

@@ -17,7 +17,7 @@ import torch
 from kernel_check import GuardedAllocations, compare, guarded
 
 from fused_elbo import backends
-from fused_elbo.operators.aggregate import Mixture
+from fused_elbo.call import GradLogSums, LogSums, Mixture
 from fused_elbo.reference import aggregate as reference
 
 pytest.importorskip("triton", reason="Triton is not installed (it is for Linux)")
@@ -68,23 +68,23 @@ class AggregateCase:
         z, mu, logvar = (guarded(t.to(dtype)) for t in (z, mu, logvar))
         self.mixture, self.settings = Mixture(z, mu, logvar, own, dataset_size), settings
         wide = Mixture(z.double(), mu.double(), logvar.double(), own, dataset_size)
-        self.sums = joint, marginals = reference.aggregate(*wide)
+        self.sums = reference.aggregate(wide)
         kind = torch.float64 if dtype == torch.float64 else torch.float32
-        g, h = (guarded(torch.randn_like(t).to(kind)) for t in (joint, marginals))
-        self.weights = g, h
-        self.gradients = reference.aggregate_grads(*wide, *self.sums, g.double(), h.double(), 7)
+        self.weights = GradLogSums(*[guarded(torch.randn_like(t).to(kind)) for t in self.sums])
+        exact = GradLogSums(*[t.double() for t in self.weights])
+        self.gradients = reference.aggregate_grads(wide, self.sums, exact, 7)
 
     def check(self, operators: Any) -> None:
         """Raises AssertionError at the first fault."""
         with cut(operators, **self.settings):
             with GuardedAllocations() as allocations:
-                sums = operators.aggregate(*self.mixture)
+                sums = operators.aggregate(self.mixture)
             allocations.verify()
             for name, value, true in zip(("joint", "marginals"), sums, self.sums, strict=True):
                 compare(name, value, true)
-            own = [guarded(t) for t in sums]
+            own = LogSums(*[guarded(t) for t in sums])
             with GuardedAllocations() as allocations:
-                gradients = operators.aggregate_grads(*self.mixture, *own, *self.weights, 7)
+                gradients = operators.aggregate_grads(self.mixture, own, self.weights, 7)
             allocations.verify()
         for name, value, true in zip(("z", "mu", "logvar"), gradients, self.gradients, strict=True):
             if value.dtype in (torch.float64, torch.float32):
@@ -125,13 +125,13 @@ def test_64_bit_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
     from fused_elbo.kernels import _layout
 
     case = AggregateCase((19, 21, 5), torch.float32)
-    expected = kernels.aggregate(*case.mixture)
-    gradients = kernels.aggregate_grads(*case.mixture, *expected, *case.weights, 7)
+    expected = kernels.aggregate(case.mixture)
+    gradients = kernels.aggregate_grads(case.mixture, expected, case.weights, 7)
     monkeypatch.setattr(_layout, "FORCE_WIDE", True)
-    found = kernels.aggregate(*case.mixture)
+    found = kernels.aggregate(case.mixture)
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
-    for a, b in zip(kernels.aggregate_grads(*case.mixture, *found, *case.weights, 7), gradients, strict=True):
+    for a, b in zip(kernels.aggregate_grads(case.mixture, found, case.weights, 7), gradients, strict=True):
         assert torch.equal(a, b)
 
 
@@ -158,10 +158,10 @@ def test_one_exponential_for_each_element(monkeypatch: pytest.MonkeyPatch) -> No
         mixture, elements = Mixture(z, mu, mu - 1, 0, 1000), points * components * latents
         counts.clear()
         with cut(kernels, FILL=1):
-            sums = kernels.aggregate(*mixture)
+            sums = kernels.aggregate(mixture)
             forward = counts.pop("exponentials") / elements
-            g, h = (torch.ones_like(t) if wanted else None for t, wanted in zip(sums, given, strict=True))
-            kernels.aggregate_grads(*mixture, *sums, g, h, 7)
+            ones = GradLogSums(*[torch.ones_like(t) if wanted else None for t, wanted in zip(sums, given, strict=True)])
+            kernels.aggregate_grads(mixture, sums, ones, 7)
         return [forward, counts["exponentials"] / elements]
 
     forward, backward = counted(64, 128, 64)
@@ -175,10 +175,10 @@ def test_one_exponential_for_each_element(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_same_bits_whatever_ran_before() -> None:
     case = AggregateCase((19, 41, 5), torch.float32, **SMALL)
     with cut(kernels, **SMALL):
-        first = kernels.aggregate(*case.mixture)
-        gradients = kernels.aggregate_grads(*case.mixture, *first, *case.weights, 7)
+        first = kernels.aggregate(case.mixture)
+        gradients = kernels.aggregate_grads(case.mixture, first, case.weights, 7)
         _plan.forget()
-        for a, b in zip(first, kernels.aggregate(*case.mixture), strict=True):
+        for a, b in zip(first, kernels.aggregate(case.mixture), strict=True):
             assert torch.equal(a, b)
-        for a, b in zip(gradients, kernels.aggregate_grads(*case.mixture, *first, *case.weights, 7), strict=True):
+        for a, b in zip(gradients, kernels.aggregate_grads(case.mixture, first, case.weights, 7), strict=True):
             assert torch.equal(a, b)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from fused_elbo import backends, decoupled_elbo, dispatch, kl_decomposition, log_aggregate_posterior
+from fused_elbo.call import GradLogSums, LogSums, Mixture
 from fused_elbo.reference import aggregate as reference
 
 F64 = torch.float64
@@ -163,21 +164,20 @@ def test_the_operators_of_a_backend() -> None:
     """Against the reference: each output's gradient alone, each input's alone, strides of all kinds."""
     z, mu, logvar = (t.detach() for t in inputs(18, 21, 11, torch.float32))
     z, logvar = z.t().contiguous().t(), torch.randn(21, 22)[:, ::2] - 1
-    by, own, size = dispatch.aggregate_implementation(backends.forced, z), 2, 70
-    joint, marginals = by.aggregate(z, mu, logvar, own, size)
-    assert joint.is_contiguous()
-    assert marginals.is_contiguous()
-    torch.testing.assert_close((joint, marginals), reference.aggregate(z, mu, logvar, own, size), rtol=2e-6, atol=2e-6)
+    by, mixture = dispatch.aggregate_implementation(backends.forced, z), Mixture(z, mu, logvar, 2, 70)
+    sums = LogSums(*by.aggregate(mixture))
+    assert all(t.is_contiguous() for t in sums)
+    torch.testing.assert_close(tuple(sums), tuple(reference.aggregate(mixture)), rtol=2e-6, atol=2e-6)
     g, h = torch.randn(18), torch.randn(11, 18).t()
     for given in ((g, h), (g, None), (None, h), (torch.ones(1).expand(18), torch.ones(1, 1).expand(18, 11))):
         for mask in (7, 1, 2, 4) if given[1] is h else (7,):
-            call = (z, mu, logvar, own, size, joint, marginals, *given, mask)
+            call = (mixture, sums, GradLogSums(*given), mask)
             for i, (a, b) in enumerate(zip(by.aggregate_grads(*call), reference.aggregate_grads(*call), strict=True)):
                 if mask >> i & 1:
                     torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)
-                    assert a.stride() == torch.empty_like((z, mu, logvar)[i]).stride()
+                    assert a.stride() == torch.empty_like(mixture[i]).stride()
                 else:
-                    assert a.shape == (0,)
+                    assert a is None or a.shape == (0,)
 
 
 @pytest.mark.usefixtures("backend")

@@ -18,7 +18,17 @@ from fused_elbo import (
     gaussian_kl,
     options,
 )
-from fused_elbo.call import Gradients, GradOutputs, Options, Outputs, Tensors
+from fused_elbo.call import (
+    Gradients,
+    GradLogSums,
+    GradOutputs,
+    LogSums,
+    Mixture,
+    MixtureGradients,
+    Options,
+    Outputs,
+    Tensors,
+)
 from fused_elbo.operators import elbo, registry
 
 
@@ -35,10 +45,24 @@ def test_gradients_are_of_the_first_tensors_in_their_order() -> None:
         assert call.mask_of(k == i for k in range(len(Tensors._fields))) == (1 << i) % (1 << len(Gradients._fields))
 
 
+def test_the_aggregates_operators_take_its_structures() -> None:
+    taken = {
+        name: [argument.name for argument in registry.find(name)._schema.arguments]
+        for name in ("aggregate", "aggregate_grads", "log_aggregate")
+    }
+    grads = [f"grad_{name}" for name in GradLogSums._fields]
+    assert taken["aggregate"] == [*Mixture._fields]
+    assert taken["aggregate_grads"] == [*Mixture._fields, *LogSums._fields, *grads, "mask"]
+    assert taken["log_aggregate"] == [*Mixture._fields, "backend"]
+    assert LogSums._fields == GradLogSums._fields
+    assert Mixture._fields[: len(MixtureGradients._fields)] == MixtureGradients._fields
+
+
 def test_a_schema_has_each_fields_type() -> None:
     assert call.schema(GradOutputs, "grad_") == "Tensor? grad_loss, Tensor? grad_distortion, Tensor? grad_rate"
     assert call.schema(Options).startswith("int exponent, int activation, bool constant, float target_low")
     assert "float? logvar_min" in call.schema(Options)
+    assert call.schema(Mixture) == "Tensor z, Tensor mu, Tensor logvar, int own, int? dataset_size"
 
 
 def test_the_options_that_are_numbers_are_fields_of_a_call() -> None:
