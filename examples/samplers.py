@@ -194,9 +194,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument(
         "--top", type=cli.number(above=0), metavar="B", help="where the recursions start (default: the largest beta)"
     )
-    cli.add_sweep_arguments(
-        parser, out=Path("runs/samplers"), minutes="beta_input.py's 24 decoupled models and 45 second stages"
-    )
+    cli.add_sweep_arguments(parser, out=Path("runs/samplers"), minutes="about 35 minutes of one")
     args = parser.parse_args(argv)
     cli.settle(args, full=FULL, quick=QUICK)
     args.sigma = "network"

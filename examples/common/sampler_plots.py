@@ -120,5 +120,5 @@ def plot_samples(path: Path, pictures: Sequence[dict[str, Any]], *, title: str) 
     for axis, beta in zip(axes[0, 1:], betas, strict=True):
         axis.set_title(f"β = {beta:g}", fontsize=10)
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=75)
     plt.close(figure)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,8 @@ def test_second_stages_resume_on_the_models_of_beta_input(
 ) -> None:
     out, options = tmp_path / "cut", ["--quick", *TINY]
     assert beta_input.main([*options, "--device", "cpu", "--out", str(out)]) == 0
-    whole = run(tmp_path / "whole", *options, *SECOND)
+    shutil.copytree(out, tmp_path / "whole")
+    whole = run(tmp_path / "whole", *options, *SECOND, "--resume")
     with monkeypatch.context() as patch:
         interrupt_in_step(patch, 11 + 5)  # of 11 a second stage, the first stages being there: in the second one
         run(out, *options, *SECOND, "--resume", code=130)
@@ -199,9 +201,9 @@ def claims(found: list[dict[str, Any]]) -> None:
 
 
 def test_what_fits_the_posteriors_samples_better(tmp_path: Path) -> None:
-    claims(run(tmp_path, "--quick", "--points", "3"))
+    claims(run(tmp_path, "--quick", "--points", "3", "--steps", "16"))
 
 
 @pytest.mark.release("another seed of the claims")
 def test_claims_with_another_seed(tmp_path: Path) -> None:
-    claims(run(tmp_path, "--quick", "--points", "3", "--seed", "1"))
+    claims(run(tmp_path, "--quick", "--points", "3", "--steps", "16", "--seed", "1"))
