@@ -28,7 +28,7 @@ CHECK = {
         "aggregated_posterior", "aligned_posteriors", "beta_images", "beta_input", "calibrated_decoders",
         "conditioning", "disentanglement", "example_data", "examples", "factors", "frechet", "kl_decomposition",
         "kl_parts", "latent_autoencoder", "learned_vs_fixed_sigma", "likelihoods", "linear", "mmd", "objective_slices",
-        "phase_diagram", "quadrature", "rd_curve", "rd_curve_runs", "sparse_representation", "sweep",
+        "phase_diagram", "quadrature", "rd_curve", "rd_curve_runs", "samplers", "sparse_representation", "sweep",
     ),
     "the benchmark and the GPU check": (
         "bench", "gpu_check", "gpu_pages", "gpu_pool", "gpu_sections", "gpu_tools", "results",
