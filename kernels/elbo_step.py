@@ -125,7 +125,7 @@ class How(NamedTuple):
 
     WAITS: tl.constexpr
     TILES: tl.constexpr  # of the data, in a program: two or three where it waits, else one
-    AHEAD: tl.constexpr  # all of them are asked for before the first is added up, where threads wait for one another
+    AHEAD: tl.constexpr  # all of them are asked for before anything is added up, where threads wait for one another
     COUNTED: tl.constexpr  # whether the sum of the batch's weights is needed for a gradient
     SAMPLES: tl.constexpr  # that scalar_gradients takes at a time
     PROGRAMS: tl.constexpr  # the least power of 2 that is no less
@@ -143,17 +143,18 @@ def elbo_step_kernel(
     how,
 ):  # fmt: skip
     pid, programs = tl.program_id(0), tl.num_programs(0)
-    # The latents from the last program on: those past the data have nothing else to do.
     clamped_total, total, elements = tl.zeros((), call.batch.ACC), tl.zeros((), call.batch.ACC), elements_of(call)
-    for lpid in range(programs - 1 - pid, whole(call.latents.tiles.programs), programs):
-        clamped_total += latent_sums(lpid, call, workspace.partials)
-
     first = pid * how.TILES
-    e, dx_dy, m = errors_of(first, call)
     if how.AHEAD:
+        e, dx_dy, m = errors_of(first, call)
         e1, dx_dy1, m1 = errors_of(first + 1, call)
         if how.TILES == 3:
             e2, dx_dy2, m2 = errors_of(first + 2, call)
+    # The latents from the last program on: those past the data have nothing else to do.
+    for lpid in range(programs - 1 - pid, whole(call.latents.tiles.programs), programs):
+        clamped_total += latent_sums(lpid, call, workspace.partials)
+    if not how.AHEAD:
+        e, dx_dy, m = errors_of(first, call)
     u, a, weights = sums_of_rows(first, e, dx_dy, m, call, workspace.partials)
     if how.WAITS:
         if not how.AHEAD:

@@ -21,6 +21,9 @@ def test_all_providers_are_timed(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads((tmp_path / "host.json").read_text(encoding="utf-8"))
     names = [own["provider"] for own in found["results"]]
-    assert names == ["triton", "single_pass", "one_liner", "one_liner_compiled", "stock", "stock_compiled"]
+    assert names == [
+        "triton", "single_pass", "cuda", "cuda_single_pass",
+        "one_liner", "one_liner_compiled", "stock", "stock_compiled",
+    ]  # fmt: skip
     assert [line.split()[0] for line in done.stdout.splitlines()] == names
     assert all(own["step_s"]["median"] > 0 for own in found["results"])

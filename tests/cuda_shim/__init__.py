@@ -107,6 +107,10 @@ class Shim:
         name, _, seed = schedule.partition(":")
         self._functions.shim_schedule(SCHEDULES.index(name), int(seed or 0))
 
+    def idle(self, on: bool = True) -> None:
+        """Whether launches do nothing from now on: what is left is the host's side of a step."""
+        self._functions.shim_idle(on)
+
     def mutant(self, number: int) -> None:
         """Which of the faults runs that mutants.with_switches has put into the code; 0: none."""
         self._functions.shim_mutant(number)
