@@ -1,6 +1,6 @@
 """Does a VAE give each factor of the pictures a latent of its own? Four metrics, against beta and against the rate.
 
-    python examples/disentanglement.py --quick     # four models
+    python examples/disentanglement.py --quick     # five models
     python examples/disentanglement.py             # thirteen, of three seeds
 
 The pictures are the 6144 of common/shapes.py, halved to 16x16: a shape, its scale, angle, and place. Three
