@@ -25,7 +25,7 @@ from common.second_stage import SecondStage
 
 SPAN = BetaRange(0.5, 8.0)
 TINY = ["--points", "3", "--epochs", "1", "--repeats", "1", "--width", "8", "--latent-dim", "4"]
-SECOND = ["--stage-epochs", "1", "--steps", "1", "3"]
+SECOND = ["--stage-epochs", "1", "--steps", "1", "2"]
 
 
 def run(out: Path, *options: str, code: int = 0) -> list[dict[str, Any]]:
@@ -140,12 +140,12 @@ def test_second_stages_resume_on_the_models_of_beta_input(
         run(out, *options, *SECOND, "--resume", code=130)
     torch.manual_seed(12345)
     assert run(out, *options, *SECOND, "--resume") == whole
-    run(out, *options, *SECOND[:2], "--steps", "2", "--resume", code=2)
-    assert "--steps (was [1, 3], now [2])" in capsys.readouterr().err
+    run(out, *options, *SECOND[:2], "--steps", "4", "--resume", code=2)
+    assert "--steps (was [1, 2], now [4])" in capsys.readouterr().err
     both = ("prior", "mixture", "second-stage", "posteriors")
     assert {(row["kind"], row["row"]) for row in whole} == {
         *((kind, row) for kind in ("beta-input", "separate") for row in both),
-        *(("beta-input", row) for row in ("conditioned", "recursion-1", "recursion-3")),
+        *(("beta-input", row) for row in ("conditioned", "recursion-1", "recursion-2")),
         ("images", "training images"),
     }  # fmt: skip
     measured = read_csv(out / "beta_input.csv")
@@ -201,9 +201,9 @@ def claims(found: list[dict[str, Any]]) -> None:
 
 
 def test_what_fits_the_posteriors_samples_better(tmp_path: Path) -> None:
-    claims(run(tmp_path, "--quick", "--points", "3", "--steps", "16"))
+    claims(run(tmp_path, "--quick", "--points", "3", "--stage-epochs", "40", "--steps", "16"))
 
 
 @pytest.mark.release("another seed of the claims")
 def test_claims_with_another_seed(tmp_path: Path) -> None:
-    claims(run(tmp_path, "--quick", "--points", "3", "--steps", "16", "--seed", "1"))
+    claims(run(tmp_path, "--quick", "--points", "3", "--stage-epochs", "40", "--steps", "16", "--seed", "1"))
