@@ -213,6 +213,8 @@ def test_the_reference_takes_points_in_chunks(at_once: int, monkeypatch: pytest.
     """One point at a time, or two, or five, the last chunk being smaller."""
     monkeypatch.setattr(reference, "_AT_ONCE", at_once)
     leaves = inputs(7, 9, 5)
+    chunks = reference._chunks(Mixture(*leaves, 0, 40))
+    assert next(chunks)[1].shape[0] == {1: 1, 100: 2, 230: 5}[at_once]
     with fused_elbo.backend("reference"):
         got = log_aggregate_posterior(*leaves, dataset_size=40)
         gradients = grads_of(got, leaves)
@@ -423,6 +425,7 @@ def test_the_size_of_the_data_set() -> None:
             function(*(t[:1] for t in leaves), dataset_size=True)
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("narrow", range(3))
 def test_mixed_dtypes_take_the_widest(narrow: int) -> None:
     leaves = inputs(5, 5, 4, torch.float32)
