@@ -113,6 +113,38 @@ def the_kl_in_parts(rank: Rank) -> None:
         assert "the 7 components of all ranks, got 5" in str(error)  # noqa: PT017
 
 
+def the_kl_in_parts_of_half_precision(rank: Rank) -> None:
+    """Gradients are added up over the ranks before they are rounded, once."""
+    narrow = [torch.randn(BATCH, 6).bfloat16().requires_grad_() for _ in range(3)]
+    exact = [t.detach().double().requires_grad_() for t in narrow]
+    part = kl_decomposition(*map(rank.shard, narrow), process_group=dist.group.WORLD).total_correlation
+    whole = kl_decomposition(*exact).total_correlation
+    for got, expected in zip(torch.autograd.grad(part, narrow), torch.autograd.grad(whole, exact), strict=True):
+        error, rounding = (rank.average(got.double()) - expected).abs(), torch.finfo(torch.bfloat16).eps / 2
+        most = rounding * expected.abs() + 1e-5 * expected.abs().max()
+        rank.close("half precision: rounded once", (error > most).any(), torch.tensor(False))
+
+
+def a_group_of_each(rank: Rank) -> None:
+    """The mixture is that of the group, not of all processes."""
+    group = [dist.new_group([i]) for i in range(rank.ranks)][rank.rank]
+    rows = 2 + rank.rank
+    leaves = [torch.randn(rows, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    part, whole = (kl_decomposition(*leaves, dataset_size=50, process_group=g) for g in (group, None))
+    for field, a, b in zip(whole._fields, part, whole, strict=True):
+        rank.close(f"own group: {field}", a, b)
+    gradients = (torch.autograd.grad(terms.total_correlation, leaves, retain_graph=True) for terms in (part, whole))
+    for got, expected in zip(*gradients, strict=True):
+        rank.close("own group: gradient", got, expected)
+    rank.refused(
+        "own group: second derivatives", "process_group: no second derivatives",
+        lambda: torch.autograd.grad(part.total_correlation, leaves, create_graph=True),
+    )  # fmt: skip
+    for shape in ((0,), (0, 3)):  # of no points, densities are asked for where there are components
+        none = log_aggregate_posterior(torch.zeros(0, 3), *leaves[1:], own=False, process_group=group)[len(shape) - 1]
+        rank.close("own group: no points", torch.tensor(none.shape), torch.tensor(shape))
+
+
 def images_of_two_sizes(rank: Rank) -> None:
     """σ² is the mean over elements, and "mean" is per element, whatever size each rank's images have."""
     size = 6 if rank.rank else 3
@@ -239,6 +271,8 @@ CHECKS = (
     every_mode,
     halves_of_the_loss,
     the_kl_in_parts,
+    the_kl_in_parts_of_half_precision,
+    a_group_of_each,
     images_of_two_sizes,
     collectives,
     sub_group,

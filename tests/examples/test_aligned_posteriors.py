@@ -58,6 +58,15 @@ def test_a_constant_latent_agrees_with_none() -> None:
     assert math.isnan(alignment.agreement(c, alignment.by_number(c), torch.zeros(5, dtype=torch.bool)))
 
 
+def test_rounding_is_no_correlation() -> None:
+    """What an unused latent's mean does over the images is the same for both encoders, and tiny."""
+    a = latents()
+    a[:, 2] *= 1e-7
+    c = alignment.correlation(a, a)
+    assert torch.equal(c[2], torch.zeros(5).double())
+    torch.testing.assert_close(c.diagonal()[[0, 1, 3, 4]], torch.ones(4).double())
+
+
 def test_resumed_equals_uninterrupted_and_takes_the_models_of_beta_input(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -166,6 +166,11 @@ def test_no_other_gate_starts_closed(make: Callable[[int], conditioning.Gate]) -
     assert not closed_for_every_beta(make(2000), 2000).any()
 
 
+def test_an_open_root_gate_is_open_from_end_to_end() -> None:
+    ends = RootGate(5, open=True)(torch.ones(2, 5), torch.tensor([-math.sqrt(3), math.sqrt(3)]))
+    assert (ends > 0.4).all()
+
+
 def test_a_gate_at_its_edge_has_no_nan() -> None:
     gate = RootGate(3)
     with torch.no_grad():

@@ -122,6 +122,32 @@ def test_disentangled_and_complete_are_two_things() -> None:
     assert found["disentanglement"] < found["completeness"] - 0.1
 
 
+def test_a_latent_counts_whatever_its_scale_is() -> None:
+    """From a standard deviation of 0.05 on. Variances are compared with the latent's own over all pictures."""
+    codes = one_latent_each() * np.array([0.06, 0.1, 1.0, 10.0, 100.0])
+    rng = np.random.default_rng(0)
+    assert factor_metrics.factor_vae(codes, SIZES, votes=500, rng=rng) == 1
+    assert factor_metrics.sap_correlation(codes, shapes.factors().numpy()) == pytest.approx(1, abs=1e-6)
+
+
+def test_information_is_in_units_of_the_factors_entropy() -> None:
+    """Of a factor with values that are not alike often; a latent has 20 bins."""
+    rng = np.random.default_rng(0)
+    factor = np.minimum(rng.integers(10, size=(4000, 1)), 2)
+    codes = np.concatenate([factor, rng.standard_normal((4000, 1))], axis=1)
+    assert factor_metrics.mig(codes, factor) == pytest.approx(1, abs=0.02)
+    fine = np.arange(4000)[:, None] % 40
+    found = factor_metrics.mig(np.concatenate([fine, np.zeros_like(fine)], axis=1).astype(float), fine)
+    assert found == pytest.approx(math.log(20) / math.log(40), abs=1e-9)
+
+
+def test_importances_are_weighed_by_their_share() -> None:
+    """Two latents of three in four and one in four of the whole; the second one is for both factors alike."""
+    importances = np.array([[3.0, 0.0, 0.0], [0.5, 0.5, 0.0]])
+    expected = 0.75 + 0.25 * (1 - math.log(2) / math.log(3))
+    assert factor_metrics._one_each(importances) == pytest.approx(expected, abs=1e-6)
+
+
 def test_a_collapsed_code_has_no_active_latent() -> None:
     rng = np.random.default_rng(0)
     assert factor_metrics.factor_vae(0.01 * noise(4), SIZES, votes=100, rng=rng) == 0

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import implied, to
 from torch import Tensor
 from torch.distributions import Normal
 
-from fused_elbo import backends, decoupled_elbo, dispatch, kl_decomposition, log_aggregate_posterior
+import fused_elbo
+from fused_elbo import aggregate, backends, decoupled_elbo, dispatch, kl_decomposition, log_aggregate_posterior
 from fused_elbo.call import GradLogSums, LogSums, Mixture
 from fused_elbo.reference import aggregate as reference
 
@@ -206,6 +208,51 @@ def test_first_and_second_derivatives(weights: dict[str, Any]) -> None:
     assert torch.autograd.gradgradcheck(densities, leaves, fast_mode=fast)
 
 
+@pytest.mark.parametrize("at_once", [1, 100, 230])
+def test_the_reference_takes_points_in_chunks(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One point at a time, or two, or five, the last chunk being smaller."""
+    monkeypatch.setattr(reference, "_AT_ONCE", at_once)
+    leaves = inputs(7, 9, 5)
+    chunks = reference._chunks(Mixture(*leaves, 0, 40))
+    assert next(chunks)[1].shape[0] == {1: 1, 100: 2, 230: 5}[at_once]
+    with fused_elbo.backend("reference"):
+        got = log_aggregate_posterior(*leaves, dataset_size=40)
+        gradients = grads_of(got, leaves)
+    expected = literal(*leaves, 40)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients, grads_of(expected, leaves), rtol=1e-10, atol=1e-11)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """The names of the backends that calls go to, as they come."""
+    names, real = [], aggregate.aggregate_implementation
+
+    def implementation(backend: str | None, z: Tensor) -> Any:
+        names.append(backend)
+        return real(backend, z)
+
+    monkeypatch.setattr(aggregate, "aggregate_implementation", implementation)
+    return names
+
+
+def test_the_backend_that_was_asked_for_serves(asked: list[str | None]) -> None:
+    """Backward too, which may run when it is no longer asked for."""
+    with fused_elbo.backend("reference"):
+        joint, _ = log_aggregate_posterior(*inputs(4, 6, 3))
+    joint.sum().backward()
+    assert asked == ["reference", "reference"]
+
+
+@pytest.mark.usefixtures("cpp")
+def test_it_serves_compiled_code_too(asked: list[str | None]) -> None:
+    torch._dynamo.reset()
+    joint, _ = torch.compile(log_aggregate_posterior, fullgraph=True, backend="eager")(*inputs(4, 6, 3))
+    joint.sum().backward()
+    assert len(asked) > 1
+    assert set(asked) == {"cpp"}
+
+
 # ------------------------------------------------------------------------------------------------------- the KL's parts
 
 
@@ -228,6 +275,29 @@ def test_a_collapsed_posterior_has_no_parts() -> None:
     mu = torch.zeros(64, 10)
     for term in kl_decomposition(torch.randn(64, 10), mu, mu, dataset_size=2000):
         assert abs(term.item()) < 1e-5
+
+
+def test_each_part_is_that_of_its_name() -> None:
+    z, mu, logvar = inputs(6, 6, 4)
+    joint, marginals = literal(z, mu, logvar, 50)
+    own = Normal(mu, (0.5 * logvar).exp()).log_prob(z).sum(1)
+    expected = (own - joint, joint - marginals.sum(1), marginals.sum(1) - Normal(0, 1).log_prob(z).sum(1))
+    leaves = [z, mu, logvar]
+    for got, part in zip(kl_decomposition(z, mu, logvar, dataset_size=50, reduction="sum"), expected, strict=True):
+        torch.testing.assert_close(got, part.sum(), rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(
+            *(torch.autograd.grad(t, leaves, retain_graph=True) for t in (got, part.sum())), rtol=1e-10, atol=1e-11
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_parts_of_half_precision_are_in_fp32(dtype: torch.dtype) -> None:
+    """Nothing is rounded but the inputs."""
+    leaves = [t.detach() for t in inputs(12, 12, 6, dtype)]
+    exact = kl_decomposition(*(t.double() for t in leaves), dataset_size=100, reduction="none")
+    for got, expected in zip(kl_decomposition(*leaves, dataset_size=100, reduction="none"), exact, strict=True):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.double(), expected, rtol=2e-6, atol=2e-5)
 
 
 def test_information_saturates_at_log_n() -> None:
@@ -337,10 +407,30 @@ def test_kl_decomposition_needs_a_sample_of_each() -> None:
         kl_decomposition(torch.zeros(6, 3), torch.zeros(6, 3), torch.zeros(6, 3), reduction="avg")
 
 
-def test_mixed_dtypes_take_the_widest() -> None:
-    z, mu, logvar = inputs(5, 5, 4, torch.float32)
-    half = to(z, torch.bfloat16)
-    joint, _ = log_aggregate_posterior(half, mu, logvar)
-    torch.testing.assert_close(joint, log_aggregate_posterior(half.float(), mu, logvar)[0], rtol=0, atol=0)
+def test_a_device_is_refused_by_the_name_of_its_argument() -> None:
+    mu = torch.zeros(6, 3)
+    with pytest.raises(ValueError, match="mu: on cpu, but z is on meta"):
+        log_aggregate_posterior(torch.zeros(4, 3, device="meta"), mu, mu)
+
+
+def test_the_size_of_the_data_set() -> None:
+    """N = M is no size at all, and any whole number but a bool will do; both functions refuse a smaller one."""
+    leaves = [t.detach() for t in inputs(5, 5, 3)]
+    for function in (log_aggregate_posterior, kl_decomposition):
+        for size in (5, np.int64(5)):
+            torch.testing.assert_close(function(*leaves, dataset_size=size), function(*leaves))
+        with pytest.raises(ValueError, match="dataset_size: expected at least as many as the 5 components, got 4"):
+            function(*leaves, dataset_size=4)
+        with pytest.raises(TypeError, match="dataset_size: expected None or a whole number, got True"):
+            function(*(t[:1] for t in leaves), dataset_size=True)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("narrow", range(3))
+def test_mixed_dtypes_take_the_widest(narrow: int) -> None:
+    leaves = inputs(5, 5, 4, torch.float32)
+    leaves[narrow] = half = to(leaves[narrow], torch.bfloat16)
+    joint, _ = log_aggregate_posterior(*leaves)
+    torch.testing.assert_close(joint, log_aggregate_posterior(*(t.float() for t in leaves))[0], rtol=0, atol=0)
     (gradient,) = torch.autograd.grad(joint.sum(), half)
     assert gradient.dtype == torch.bfloat16
