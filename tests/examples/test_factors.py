@@ -124,10 +124,10 @@ def test_disentangled_and_complete_are_two_things() -> None:
 
 def test_a_latent_counts_whatever_its_scale_is() -> None:
     """From a standard deviation of 0.05 on. Variances are compared with the latent's own over all pictures."""
-    codes = one_latent_each() * np.array([0.06, 0.1, 1.0, 10.0, 100.0])
+    codes = (one_latent_each() + 0.03 * noise(5)) * np.array([0.06, 0.1, 1.0, 10.0, 100.0])
     rng = np.random.default_rng(0)
     assert factor_metrics.factor_vae(codes, SIZES, votes=500, rng=rng) == 1
-    assert factor_metrics.sap_correlation(codes, shapes.factors().numpy()) == pytest.approx(1, abs=1e-6)
+    assert factor_metrics.sap_correlation(codes, shapes.factors().numpy()) == pytest.approx(1, abs=0.01)
 
 
 def test_information_is_in_units_of_the_factors_entropy() -> None:
