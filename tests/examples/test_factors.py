@@ -141,6 +141,15 @@ def test_information_is_in_units_of_the_factors_entropy() -> None:
     assert found == pytest.approx(math.log(20) / math.log(40), abs=1e-9)
 
 
+def test_sap_is_of_test_points_and_squared_correlations() -> None:
+    rng = np.random.default_rng(0)
+    values, other = rng.integers(2, size=(2, 2000, 2))
+    codes = 2.0 * values - 1
+    assert abs(factor_metrics.sap(codes, values, codes, other)) < 0.05  # nothing is right but by chance
+    half = codes + rng.standard_normal(codes.shape)
+    assert factor_metrics.sap_correlation(half, values) == pytest.approx(0.5, abs=0.04)
+
+
 def test_importances_are_weighed_by_their_share() -> None:
     """Two latents of three in four and one in four of the whole; the second one is for both factors alike."""
     importances = np.array([[3.0, 0.0, 0.0], [0.5, 0.5, 0.0]])
