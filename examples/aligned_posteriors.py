@@ -36,7 +36,7 @@ from common.data import Images, load, to_unit
 from common.files import write_csv
 from common.grids import grids
 from common.ruler import Ruler
-from common.sweep import MODELS, load_finished, train_all
+from common.sweep import MODELS, check_begun, load_finished, train_all
 from torch import Tensor, nn
 
 OUT = Path("runs/aligned_posteriors")
@@ -134,6 +134,7 @@ def report(rows: Sequence[dict[str, Any]]) -> None:
 def run(args: argparse.Namespace) -> None:
     images = load(args.data, image_size=args.image_size, grey=args.grey)
     betas = grids(images, args.latent_dim, args.points)
+    check_begun(args.out, resume=args.resume)
     args.out.mkdir(parents=True, exist_ok=True)
     ruler = Ruler(args.data, images, cache=args.out / "classifier.pt", resume=args.resume)
     runs = list(beta_runs.sweep(args, images, betas, ruler))
@@ -167,10 +168,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         )  # fmt: skip
     cli.add_sweep_arguments(parser, out=OUT, minutes="beta_input.py's 48 models")
     args = parser.parse_args(argv)
+    args.sigma = "network"
     cli.settle(args, full=FULL, quick=QUICK)
     if args.points < 2:
         parser.error(f"--points: at least 2 betas, to compare latents between them, got {args.points}")
-    args.sigma = "network"
     return args
 
 

@@ -38,11 +38,12 @@ from common.data import Splits, load
 from common.files import write_csv
 from common.grids import grids
 from common.ruler import Ruler
-from common.sweep import MODELS, Run, train_all
+from common.sweep import MODELS, Run, check_begun, train_all
 from common.training import Trainer
 
-FULL = {"data": "mnist", "points": 7, "repeats": 3, "epochs": 16, "latent_dim": 16, "width": 8}
-QUICK = {"data": "digits", "points": 5, "repeats": 1, "epochs": 15, "latent_dim": 8, "width": 16}
+TOLD = {"conditioning": "modulation", "sigma": "network"}
+FULL = {"data": "mnist", "points": 7, "repeats": 3, "epochs": 16, "latent_dim": 16, "width": 8, **TOLD}
+QUICK = {"data": "digits", "points": 5, "repeats": 1, "epochs": 15, "latent_dim": 8, "width": 16, **TOLD}
 LINEAR = {"repeats": 3, "epochs": 400}
 QUICK_LINEAR = {"repeats": 1, "epochs": 200}
 EIGENVALUES = 80 * 0.5 ** torch.arange(12, dtype=torch.float64)  # of the Gaussian data
@@ -76,13 +77,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group("models")
     group.add_argument("--linear", action="store_true", help="linear VAEs on Gaussian data, beside the closed form")
     group.add_argument(
-        "--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW",
+        "--rows", nargs="+", choices=ROWS, metavar="ROW",
         help=f"--linear: which of the rows to train: {', '.join(ROWS)} (default: all)",
     )  # fmt: skip
-    group.add_argument("--conditioning", choices=CONDITIONING, default="modulation", help="(default: %(default)s)")
+    group.add_argument("--conditioning", choices=CONDITIONING, help=f"(default: {FULL['conditioning']})")
     group.add_argument(
-        "--sigma", choices=[name for name in SIGMA if name != "half"], default="network",
-        help="of the decoupled model that is told beta (default: %(default)s)",
+        "--sigma", choices=[name for name in SIGMA if name != "half"],
+        help=f"of the decoupled model that is told beta (default: {FULL['sigma']})",
     )  # fmt: skip
     for name, text in (
         ("points", "betas a family"), ("repeats", "seeds --seed, --seed + 1, ..."), ("epochs", "of each model"),
@@ -100,12 +101,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     cli.add_sweep_arguments(parser, out=OUT, minutes="48 models of about a minute; --linear: 9 minutes")
     args = parser.parse_args(argv)
     if args.linear:
-        for name in ("data", "points", "betas", "latent_dim", "width"):
-            if getattr(args, name) is not None:
-                parser.error(f"--{name.replace('_', '-')} has no effect with --linear")
+        for name in ("data", "points", "betas", "latent_dim", "width", *TOLD, "image_size", "grey"):
+            if getattr(args, name) not in (None, False):
+                parser.error(f"--{name.replace('_', '-')} has no effect with --linear, got {getattr(args, name)}")
+        args.rows = args.rows or list(ROWS)
         cli.settle(args, full=LINEAR, quick=QUICK_LINEAR)
         args.out = args.out if args.out != OUT else OUT.with_name("beta_input_linear")
     else:
+        if args.rows is not None:
+            parser.error(f"--rows has no effect without --linear, got {' '.join(args.rows)}")
         if args.betas is not None:
             if args.points is not None:
                 parser.error("--points has no effect beside --betas")
@@ -174,6 +178,7 @@ def run_images(args: argparse.Namespace) -> None:
         betas = grids(images, args.latent_dim, args.points)
     else:
         betas = dict.fromkeys(beta_runs.FAMILIES, args.betas)
+    check_begun(args.out, resume=args.resume)
     args.out.mkdir(parents=True, exist_ok=True)
     ruler = Ruler(args.data, images, cache=args.out / "classifier.pt", resume=args.resume)
     models = train_all(list(beta_runs.sweep(args, images, betas, ruler)), args.out, resume=args.resume)

@@ -36,7 +36,7 @@ from common.metrics import load_inception
 from common.objective import VAEObjective, bits_per_dim, make_objective
 from common.ruler import Ruler
 from common.script import say
-from common.sweep import MODELS, Run, load_finished, train_all
+from common.sweep import MODELS, Run, check_begun, load_finished, train_all
 from common.training import EVAL_SEED, Trainer
 from torch import Tensor
 
@@ -182,6 +182,7 @@ def shown(result: dict[str, Any], trainer: Trainer, images: Images) -> dict[str,
 def run(args: argparse.Namespace) -> None:
     images = load_8bit(args)
     inception = None if args.inception is None else load_inception(args.inception, images.shape)
+    check_begun(args.out, resume=args.resume)
     args.out.mkdir(parents=True, exist_ok=True)
     ruler = Ruler(args.data, images, cache=args.out / "classifier.pt", resume=args.resume, inception=inception)
     if ruler.network is None:

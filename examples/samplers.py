@@ -36,7 +36,7 @@ from common.grids import grids
 from common.mmd import check_enough
 from common.ruler import Ruler
 from common.second_stage import SecondStage
-from common.sweep import MODELS, Run, load_finished, train_all
+from common.sweep import MODELS, Run, check_begun, load_finished, train_all
 from common.training import EVAL_SEED, Trainer
 from torch import Tensor, nn
 
@@ -149,6 +149,7 @@ def rows_of(firsts: Sequence[dict[str, Any]], seconds: Sequence[dict[str, Any]])
 def run(args: argparse.Namespace) -> None:
     images = load(args.data, image_size=args.image_size, grey=args.grey)
     check_enough(images, args.data)
+    check_begun(args.out, resume=args.resume)
     args.out.mkdir(parents=True, exist_ok=True)
     ruler = Ruler(args.data, images, cache=args.out / "classifier.pt", resume=args.resume)
     experiment = Experiment(args, images, ruler)
@@ -196,10 +197,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     cli.add_sweep_arguments(parser, out=Path("runs/samplers"), minutes="about 35 minutes of one")
     args = parser.parse_args(argv)
-    cli.settle(args, full=FULL, quick=QUICK)
     args.sigma = "network"
+    cli.settle(args, full=FULL, quick=QUICK)
     if args.points < 3:
-        parser.error(f"--points: the pictures have three betas, got {args.points}")
+        parser.error(f"--points: at least 3, for the betas of the pictures, got {args.points}")
+    if args.warmup > 1:
+        parser.error(f"--warmup: a share of the training, from 0 to 1, got {args.warmup:g}")
     return args
 
 

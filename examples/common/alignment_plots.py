@@ -46,5 +46,5 @@ def _over_ratio(axis: Axes, rows: Sequence[dict[str, Any]], key: str, *, directe
             means = np.array([np.mean(found[steps], axis=0) for steps in sorted(found)])
             axis.plot(*means.T, ms=5, label=label, **style)
     axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_formatter(lambda ratio, _: f"{ratio:g}")
+    axis.xaxis.set_major_formatter(lambda ratio, _: f"{ratio:g}" if ratio >= 1 else f"1/{1 / ratio:g}")
     axis.grid(alpha=0.2)

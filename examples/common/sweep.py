@@ -39,10 +39,9 @@ def train_all(runs: Sequence[Run], out: Path, *, resume: bool) -> list[dict[str,
     all of them before any is trained, and one that was interrupted goes on to the numbers that it would have had.
     """
     models = out / MODELS
+    check_begun(out, resume=resume)
     if not resume:
         _set_aside(models)
-    elif not models.exists():
-        raise CheckpointError(f"--resume: there are no models in {out}")
     finished = {run.name: _read(models / run.name / RESULT, run) for run in runs}
     results = []
     for i, run in enumerate(runs):
@@ -53,6 +52,12 @@ def train_all(runs: Sequence[Run], out: Path, *, resume: bool) -> list[dict[str,
                 write_json(models / run.name / RESULT, found)
         results.append({**found["settings"], **found["metrics"], "seconds": found["seconds"]})
     return results
+
+
+def check_begun(out: Path, *, resume: bool) -> None:
+    """For scripts that have something to do before `train_all`."""
+    if resume and not (out / MODELS).exists():
+        raise CheckpointError(f"--resume: there are no models in {out}; start without --resume, or name another --out")
 
 
 def _read(result: Path, run: Run) -> dict[str, Any] | None:

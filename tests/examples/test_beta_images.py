@@ -61,7 +61,13 @@ def test_every_conditioning_tells_every_place(name: str) -> None:
     [
         (["--linear", "--data", "digits"], "--data has no effect with --linear"),
         (["--linear", "--width", "3"], "--width has no effect with --linear"),
+        (["--linear", "--sigma", "batch"], "--sigma has no effect with --linear, got batch"),
+        (["--linear", "--grey"], "--grey has no effect with --linear"),
+        (["--rows", "film"], "--rows has no effect without --linear, got film"),
         (["--points", "1"], "at least 2"),
+        (["--betas", "1"], "--betas: at least 2 and all different, got 1"),
+        (["--betas", "1", "3", "1"], "at least 2 and all different, got 1 3 1"),
+        (["--betas", "1", "3", "--points", "2"], "--points has no effect beside --betas"),
     ],
 )
 def test_bad_options_are_refused(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -169,11 +169,23 @@ def test_without_labels_there_are_latents_only(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_bad_options_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    for options, message in ((["--points", "2"], "three betas"), (["--steps", "0"], "at least 1")):
+    refused = {
+        "--points: at least 3": ["--points", "2"],
+        "at least 1": ["--steps", "0"],
+        "--warmup: a share of the training, from 0 to 1, got 2": ["--warmup", "2"],
+    }
+    for message, options in refused.items():
         with pytest.raises(SystemExit, match="2"):
             samplers.main(options)
         assert message in capsys.readouterr().err
     assert three([1, 2, 4, 8]) == [1, 2, 8]
+
+
+def test_nothing_to_resume_is_told_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "typo"
+    assert samplers.main(["--quick", "--resume", "--device", "cpu", "--out", str(out)]) == 2
+    assert f"there are no models in {out}" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def claims(found: list[dict[str, Any]]) -> None:
