@@ -37,6 +37,11 @@ from common.training import Trainer
 
 FULL = {"data": "mnist", "points": 5, "repeats": 2, "steps": 3000}
 QUICK = {"data": "digits", "points": 4, "repeats": 1, "steps": 1500}
+COUNTS = {
+    "points": "betas a family",
+    "repeats": "models a beta, of seeds --seed, --seed + 1, ...; the first one's are drawn",
+    "steps": "of each training, rounded up to whole epochs",
+}
 SIGMA = {"squared error": repr(HALF), "decoupled": "optimal"}  # of each family
 LATENTS, HIDDEN, BATCH_SIZE, LR = 8, (256,), 64, 3e-3
 
@@ -120,13 +125,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_data_arguments(parser, quick=QUICK["data"])
     group = parser.add_argument_group("models")
-    for name, what in (
-        ("points", "betas a family"),
-        ("repeats", "models a beta, of seeds --seed, --seed + 1, ...; the first one's are drawn"),
-        ("steps", "of each training, rounded up to whole epochs"),
-    ):
-        group.add_argument(f"--{name}", type=cli.positive_int, metavar="N",
-                           help=f"{what} (default: {FULL[name]}; --quick: {QUICK[name]})")  # fmt: skip
+    cli.add_counts(group, COUNTS, full=FULL, quick=QUICK)
     cli.add_sweep_arguments(parser, out=Path("runs/aggregated_posterior"), minutes="about six minutes on one")
     args = parser.parse_args(argv)
     cli.settle(args, full=FULL, quick=QUICK)

@@ -40,6 +40,10 @@ from common.sweep import MODELS, check_begun, load_finished, train_all
 from torch import Tensor, nn
 
 OUT = Path("runs/aligned_posteriors")
+COUNTS = {
+    "points": "betas a family", "repeats": "seeds --seed, --seed + 1, ...; the first one's are drawn",
+    "epochs": "of each model", "latent_dim": "size of z", "width": "channels at half resolution",
+}  # fmt: skip
 
 
 class Reading(NamedTuple):
@@ -52,6 +56,8 @@ class Reading(NamedTuple):
     model: nn.Module
     mu: Tensor  # of the training images, [N, K]
     logvar: Tensor
+    z: Tensor  # one of q(z|x) for each test image
+    error: float  # squared error of an image that is decoded from its z
 
     @property
     def used(self) -> Tensor:
@@ -64,8 +70,11 @@ def read(runs: Sequence[beta_runs.Run], images: Images, out: Path, results: Sequ
         objective = load_finished(run, out).objective
         for point in result["points"]:
             model = at(objective, point["beta"], point["sigma"])
-            mu, logvar = latents.encode(model, images.train)
-            found.append(Reading(result["kind"], result["family"], result["seed"], point["beta"], model, mu, logvar))
+            z = latents.draw(*latents.encode(model, images.test))
+            found.append(Reading(
+                result["kind"], result["family"], result["seed"], point["beta"], model,
+                *latents.encode(model, images.train), z, squared_error(model, z, images.test),
+            ))  # fmt: skip
     return found
 
 
@@ -78,21 +87,18 @@ def compare(a: Reading, b: Reading, images: Tensor) -> dict[str, Any]:
     c = alignment.correlation(a.mu, b.mu)
     match = match_of(a, c)
     used = a.used if a.beta > b.beta else b.used[match.order]
-    own, other = _error(a, a, None, images), _error(a, b, match, images)
+    error = squared_error(b.model, alignment.renumbered(a.z, match), images)
     return {
         "kind": a.kind, "family": a.family, "seed": a.seed, "beta": a.beta, "beta_of_decoder": b.beta,
         "latents": int(used.sum()), "agreement": alignment.agreement(c, match, used) if used.any() else None,
         "best_agreement": alignment.agreement(c, alignment.best(c), used) if used.any() else None,
-        "error": other / own,
+        "error": error / a.error,
     }  # fmt: skip
 
 
-def _error(a: Reading, decoder: Reading, match: alignment.Match | None, images: Tensor) -> float:
-    """Squared error per image of z ~ q(z|x) of a, under the other's decoder."""
-    z = latents.draw(*latents.encode(a.model, images))
-    if match is not None:
-        z = alignment.renumbered(z, match)
-    return float((latents.decode(decoder.model, z) - to_unit(images)).square().flatten(1).sum(1).mean())
+def squared_error(model: nn.Module, z: Tensor, images: Tensor) -> float:
+    """Of an image, decoded from its z."""
+    return float((latents.decode(model, z) - to_unit(images)).square().flatten(1).sum(1).mean())
 
 
 def pairs(readings: Sequence[Reading], images: Tensor) -> list[dict[str, Any]]:
@@ -155,20 +161,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_data_arguments(parser, quick=QUICK["data"])
     group = parser.add_argument_group("models, as beta_input.py has them")
-    group.add_argument(
-        "--conditioning", choices=CONDITIONING, default="modulation", help="(default: %(default)s)"
-    )  # fmt: skip
-    for name, what in (
-        ("points", "betas a family"), ("repeats", "seeds --seed, --seed + 1, ...; the first one's are drawn"),
-        ("epochs", "of each model"), ("latent_dim", "size of z"), ("width", "channels at half resolution"),
-    ):  # fmt: skip
-        group.add_argument(
-            f"--{name.replace('_', '-')}", type=cli.positive_int, metavar="N",
-            help=f"{what} (default: {FULL[name]}; --quick: {QUICK[name]})",
-        )  # fmt: skip
+    group.add_argument("--conditioning", choices=CONDITIONING, help=f"(default: {FULL['conditioning']})")
+    cli.add_counts(group, COUNTS, full=FULL, quick=QUICK)
     cli.add_sweep_arguments(parser, out=OUT, minutes="beta_input.py's 48 models")
     args = parser.parse_args(argv)
-    args.sigma = "network"
+    args.sigma = None  # beta_input.py's
     cli.settle(args, full=FULL, quick=QUICK)
     if args.points < 2:
         parser.error(f"--points: at least 2 betas, to compare latents between them, got {args.points}")

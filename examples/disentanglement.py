@@ -42,7 +42,7 @@ from common.tc_runs import (
     SHAPES_BETAS,
     SHAPES_EPOCHS,
     make_run,
-)  # fmt: skip
+)
 from common.training import Trainer
 from torch import Tensor, nn
 

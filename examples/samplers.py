@@ -42,6 +42,10 @@ from torch import Tensor, nn
 
 FULL: dict[str, Any] = beta_input.FULL | {"stage_epochs": 60}
 QUICK: dict[str, Any] = beta_input.QUICK | {"stage_epochs": 60}
+COUNTS = {
+    "points": "betas, and so separate VAEs", "repeats": "seeds --seed, --seed + 1, ...", "epochs": "of each VAE",
+    "latent_dim": "size of z", "width": "channels at half resolution", "stage_epochs": "of each second stage",
+}  # fmt: skip
 TOLD = 16  # β at which a second stage that is told β sees z
 SHOWN = 8  # samples of a row at each of three β
 STAGES = ("second-stage", "conditioned")  # the rows that a second stage draws
@@ -130,7 +134,7 @@ class Experiment:
             if beta in second.settings["betas"]:
                 model, _, rows = self.draw(first, trainer, beta, SHOWN)
                 for row, z in rows.items():
-                    found.append({"kind": kind, "beta": beta, "row": row, "samples": samplers.decode(model, z)})
+                    found.append({"kind": kind, "beta": beta, "row": row, "samples": latents.images_of(model, z)})
         return found
 
 
@@ -174,16 +178,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_data_arguments(parser, quick=QUICK["data"])
     group = parser.add_argument_group("models, the first stages as beta_input.py has them")
-    group.add_argument("--conditioning", choices=CONDITIONING, default="modulation", help="(default: %(default)s)")
-    for name, text in (
-        ("points", "betas, and so separate VAEs"), ("repeats", "seeds --seed, --seed + 1, ..."),
-        ("epochs", "of each VAE"), ("latent_dim", "size of z"), ("width", "channels at half resolution"),
-        ("stage_epochs", "of each second stage"),
-    ):  # fmt: skip
-        group.add_argument(
-            f"--{name.replace('_', '-')}", type=cli.positive_int, metavar="N",
-            help=f"{text} (default: {FULL[name]}; --quick: {QUICK[name]})",
-        )  # fmt: skip
+    group.add_argument("--conditioning", choices=CONDITIONING, help=f"(default: {FULL['conditioning']})")
+    cli.add_counts(group, COUNTS, full=FULL, quick=QUICK)
     group.add_argument(
         "--warmup", type=cli.number(at_least=0), default=0.0, metavar="SHARE",
         help="of a second stage's training, until beta of its rate is 1 (default: %(default)s)",
@@ -197,7 +193,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     cli.add_sweep_arguments(parser, out=Path("runs/samplers"), minutes="about 35 minutes of one")
     args = parser.parse_args(argv)
-    args.sigma = "network"
+    args.sigma = None  # beta_input.py's
     cli.settle(args, full=FULL, quick=QUICK)
     if args.points < 3:
         parser.error(f"--points: at least 3, for the betas of the pictures, got {args.points}")

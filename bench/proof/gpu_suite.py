@@ -23,8 +23,8 @@ FILES = tuple(
     f"tests/{name}.py"
     for name in (
         "loss/test_facts", "loss/test_elbo", "loss/test_step", "loss/test_elements", "loss/test_levels",
-        "loss/test_per_level", "loss/test_aggregate", "loss/test_modules", "loss/test_module_state",
-        "loss/test_memory", "loss/test_corners",
+        "loss/test_per_level", "loss/test_aggregate", "loss/test_aggregate_calls", "loss/test_modules",
+        "loss/test_module_state", "loss/test_memory", "loss/test_corners",
         "loss/test_layout", "operators/test_autograd", "operators/test_ops", "loss/test_step_graph",
         "operators/test_compile", "loss/test_properties",
     )

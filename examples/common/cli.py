@@ -106,6 +106,17 @@ def add_sweep_arguments(parser: argparse.ArgumentParser, *, out: Path, minutes: 
     add_run_arguments(parser, group, out=out)
 
 
+def add_counts(
+    group: argparse._ArgumentGroup, texts: dict[str, str], *, full: dict[str, Any], quick: dict[str, Any]
+) -> None:
+    """Options that are positive integers, with what each counts; `settle` gives them their value where it is left."""
+    for name, text in texts.items():
+        group.add_argument(
+            f"--{name.replace('_', '-')}", type=positive_int, metavar="N",
+            help=f"{text} (default: {full[name]}; --quick: {quick[name]})",
+        )  # fmt: skip
+
+
 def settle(args: argparse.Namespace, *, full: dict[str, Any], quick: dict[str, Any]) -> None:
     """Give the options that were left at None what the full or the quick version of the experiment has."""
     for name, value in (quick if args.quick else full).items():

@@ -29,6 +29,11 @@ def decode(model: nn.Module, z: Tensor) -> Tensor:
     return torch.cat([model.decode(chunk.to(_device(model)))[0].cpu() for chunk in z.split(CHUNK)])
 
 
+def images_of(model: nn.Module, z: Tensor) -> Tensor:
+    """E[x|z], clipped to [0, 1]."""
+    return decode(model, z).clamp(0, 1)
+
+
 def draw(mu: Tensor, logvar: Tensor, seed: int = 0) -> Tensor:
     """One z ~ q(z|x) for each x: a sample of the aggregate posterior q(z)."""
     return mu + torch.exp(0.5 * logvar) * prior(len(mu), mu.shape[1], seed)

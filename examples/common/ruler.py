@@ -48,4 +48,4 @@ class Ruler:
 
 def from_prior(model: nn.Module, count: int) -> Tensor:
     """E[x|z] at z ~ N(0, I), the same z for every model of so many latents; clipped, on the CPU."""
-    return latents.decode(model, latents.prior(count, model.latent_dim, EVAL_SEED)).clamp(0, 1)
+    return latents.images_of(model, latents.prior(count, model.latent_dim, EVAL_SEED))

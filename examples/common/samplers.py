@@ -42,10 +42,6 @@ ROWS = {
 }
 
 
-def decode(model: nn.Module, z: Tensor) -> Tensor:
-    return latents.decode(model, z).clamp(0, 1)
-
-
 def mixture(z: Tensor, count: int, seed: int = 0) -> Tensor:
     """`count` samples of a mixture of COMPONENTS Gaussians with full covariances that is fitted to z."""
     fitted = GaussianMixture(min(COMPONENTS, len(z)), random_state=seed)
@@ -64,7 +60,7 @@ def recursion(
     z = latents.prior(count, latent_dim, seed)
     path = np.geomspace(start, end, steps + 1).tolist()
     for step, (here, there) in enumerate(itertools.pairwise(path)):
-        images = decode(model_at(here), z)
+        images = latents.images_of(model_at(here), z)
         z = latents.draw(*latents.encode(model_at(there), images), seed=seed + 1 + step)
     return z
 
@@ -73,7 +69,7 @@ def measure(model: nn.Module, rows: dict[str, Tensor], images: Images, ruler: Ru
     """Of each row's z: the Fréchet distance of what the model decodes from them, and MMD² from q(z) of the validation
     and the test images, which no model was trained on."""
     q = latents.draw(*latents.encode(model, torch.cat([images.val, images.test])), EVAL_SEED)
-    return [{"row": name, "frechet": ruler(decode(model, z)), "mmd": mmd(z, q)} for name, z in rows.items()]
+    return [{"row": name, "frechet": ruler(latents.images_of(model, z)), "mmd": mmd(z, q)} for name, z in rows.items()]
 
 
 def name_of(row: str) -> str:

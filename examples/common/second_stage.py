@@ -4,7 +4,8 @@ Its data are the posteriors q(z|x) of the training images, a z being drawn anew 
 form of the batch. Told β, one second stage serves all β of a first stage that is told β. Then one σ for a batch would
 be that of a mixture, so σ comes from a small network of β instead (common/beta_input.py says why).
 
-β of its rate grows from 0 to 1 in the first part of training. Without that it may end where u says nothing of z.
+β of its rate may grow from 0 to 1 in the first part of training, which others report as the cure where u ends up saying
+nothing of z. It did not happen here, and a warm-up did harm (examples/README.md has the numbers).
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_elbo import ELBO, DecoupledELBO, decoupled_elbo
+from fused_elbo import ELBO, DecoupledELBO
 
 from . import latents
-from .beta_input import LogSigma
+from .beta_input import LogSigma, sigma_elbo
 from .conditioning import BetaRange
 from .data import Splits
 from .mlp import mlp
@@ -83,7 +84,7 @@ class SecondStage(nn.Module):
             self.criterion.beta = beta
             return self.criterion(recon, z, mu, logvar)
         assert self.log_sigma_of is not None
-        elbo = decoupled_elbo(recon, z, mu, logvar, beta=beta, log_sigma=self.log_sigma_of(n))
+        elbo = sigma_elbo("network", recon, z, mu, logvar, torch.full_like(n, beta), self.log_sigma_of(n))
         assert elbo.sigma is not None
         return elbo._replace(sigma=elbo.sigma.log().mean().exp())
 
