@@ -17,13 +17,12 @@ model of its own, so that small differences say nothing. The columns, in µs, fo
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from l2 import HERE, ITEMSIZE, LINE, SMS, Cuda, Triton, from_memory, up
+from l2 import ITEMSIZE, LINE, SMS, Cuda, Triton, from_memory, up
 
 from fused_elbo import call, sigma
 from fused_elbo.kernels import structs
@@ -124,16 +123,13 @@ def rows() -> Iterator[tuple[str, ...]]:
 
 
 def page() -> str:
-    run = json.loads((HERE.parent / "results" / "host.json").read_text(encoding="utf-8"))
-    host = {result["provider"]: f"{1e6 * result['step_s']['median']:.0f}" for result in run["results"]}
     head = (
         "Written by `python bench/proof/estimates.py`, which says what is counted and what is assumed. **Nothing here "
         "was measured on a GPU.** µs of a step on an H100; in brackets, an earlier desk check's."
     )
     tail = (
-        "As eager code launches it, a step takes the longer of this and of Python's part. That was timed without a "
-        f"GPU, on {run['machine']['processor']}: T2 {host['triton']} µs, T1 {host['single_pass']}, and "
-        f"{host['one_liner']} of the eager one-liner with its CPU kernels. CUDA's was not timed."
+        "As eager code launches it, a step takes the longer of this and of Python's part, which "
+        "[RESULTS.md](../RESULTS.md#the-hosts-side-of-a-step-on-a-gpu) has."
     )
     names = ("shape", "dtype", "ideal", "stats", "finalize", "grads", "T2", "T1", "C2", "C1")
     lines = [names, ["---"] * 2 + ["--:"] * (len(names) - 2), *rows()]
