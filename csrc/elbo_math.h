@@ -1,8 +1,8 @@
 // The formulas, once, for every C++ target: scalars on host and device, vectors of lanes on the host.
 //
-// V is float, double, or a GCC/Clang vector of them; Lanes<V> says what its scalar is and how it takes exp. Written
-// without branches, so that one text serves a lane, a thread and a vector. Compile with -ffp-contract=off: then every
-// instruction set gives the same bits.
+// V is float, double, a GCC/Clang vector of them, or several vectors; Lanes<V> says what its scalar is and how it takes
+// exp. Written without branches, so that one text serves a lane, a thread and a vector. Compile with -ffp-contract=off:
+// then every instruction set gives the same bits.
 #pragma once
 
 #include <cmath>
@@ -39,6 +39,12 @@ struct Lanes<double> {
 
 template <class V>
 using Scalar = typename Lanes<V>::Scalar;
+
+// Lane by lane `a` where the condition holds, else `b`.
+template <class Condition, class V>
+ELBO_INLINE V select(Condition condition, V a, V b) {
+  return condition ? a : b;
+}
 
 // ------------------------------------------------------------------------------------------------------- the rate
 
@@ -130,14 +136,14 @@ ELBO_INLINE KlGrad<V> kl_grad(V b, V mu, V logvar, V prior_mu, V prior_logvar) {
 // l within [least, most]. NaN passes.
 template <class V>
 ELBO_INLINE V clamped(V logvar, Scalar<V> least, Scalar<V> most) {
-  const V above = logvar < least ? V{} + least : logvar;
-  return above > most ? V{} + most : above;
+  const V above = select(logvar < least, V{} + least, logvar);
+  return select(above > most, V{} + most, above);
 }
 
 // The gradient of l, from that of the clamped one: 0 outside, and NaN where l is NaN.
 template <class V>
 ELBO_INLINE V clamped_grad(V of_logvar, V logvar, Scalar<V> least, Scalar<V> most) {
-  return (logvar < least) | (logvar > most) ? V{} : of_logvar;
+  return select((logvar < least) | (logvar > most), V{}, of_logvar);
 }
 
 // ------------------------------------------------------------------------------------------- errors, σ inside a sample
@@ -152,7 +158,7 @@ ELBO_INLINE V difference(V recon, V target) {
 
 template <class V>
 ELBO_INLINE V magnitude(V x) {
-  return x < Scalar<V>(0) ? -x : x;
+  return select(x < Scalar<V>(0), -x, x);
 }
 
 // |e|^q
@@ -172,8 +178,8 @@ ELBO_INLINE V slope(V e) {
   if constexpr (Q == 2) {
     return e;
   } else {
-    const V not_above = e < A(0) ? V{} - A(1) : e;
-    return e > A(0) ? V{} + A(1) : not_above;
+    const V not_above = select(e < A(0), V{} - A(1), e);
+    return select(e > A(0), V{} + A(1), not_above);
   }
 }
 
@@ -193,7 +199,7 @@ template <class V>
 ELBO_INLINE Activated<V> sigmoid(V y) {
   using A = Scalar<V>;
   const V z = Lanes<V>::exp(-magnitude(y)), s = A(1) / (A(1) + z);
-  return {y < A(0) ? z * s : s, z * s * s};
+  return {select(y < A(0), z * s, s), z * s * s};
 }
 
 template <class V>
@@ -201,7 +207,7 @@ ELBO_INLINE Activated<V> hyperbolic_tangent(V y) {
   using A = Scalar<V>;
   const V w = expm1(A(-2) * magnitude(y)), s = A(1) / (w + A(2));
   const V t = w * s;
-  return {y < A(0) ? t : -t, A(4) * (w + A(1)) * s * s};
+  return {select(y < A(0), t, -t), A(4) * (w + A(1)) * s * s};
 }
 
 // What a byte of the target stands for.
@@ -213,7 +219,7 @@ ELBO_INLINE V scaled_byte(V byte, Scalar<V> step, Scalar<V> low) {
 // m f: 0 where the weight m is 0, whatever f is. NaN passes from m.
 template <class V>
 ELBO_INLINE V weighted(V m, V f) {
-  return m == Scalar<V>(0) ? V{} : m * f;
+  return select(m == Scalar<V>(0), V{}, m * f);
 }
 
 // |e|^q/σ^q + q log σ: q times the distortion of one element, less the constant

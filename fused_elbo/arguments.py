@@ -74,14 +74,20 @@ def levels(
 ) -> list[Sequence[Tensor | None]]:
     """mu, logvar, prior_mu, prior_logvar of each level of a hierarchy."""
     checks.levels(mu, logvar, prior)
-    priors = [None] * len(mu) if prior is None else prior
-    for i, (m, l, p) in enumerate(zip(mu, logvar, priors, strict=True)):
+    given = list(zip(mu, logvar, [None] * len(mu) if prior is None else prior, strict=True))
+    usual = [checks.usual_level(mu[0], *level) for level in given]
+    for i, (m, l, p) in enumerate(given):
+        if usual[i]:
+            continue
         checks.pair(f"mu[{i}]", m, f"logvar[{i}]", l, may_be_empty)
         checks.same_batch(mu[0], m, "mu[0]", f"mu[{i}]")
         if p is not None:
             checks.prior(p, m, f"prior[{i}]", f"mu[{i}]")
     dispatch.check_served(mu[0])
-    return [_widened(*each) for each in zip(mu, logvar, priors, strict=True)]
+    return [
+        (m, l, *(p or (None, None))) if is_usual else _widened(m, l, p)
+        for (m, l, p), is_usual in zip(given, usual, strict=True)
+    ]
 
 
 def resolve_sigma(inputs: tuple[Tensor, ...], options: Mapping[str, Any]) -> Sigma:

@@ -12,9 +12,9 @@ namespace elbo {
 template <class A, class F>
 inline void for_activated(int64_t activation, const A* y, int64_t n, F f) {
   if (activation == kSigmoid) {
-    for_lanes<A>(n, [&](int64_t i, auto lanes) { f(i, lanes, sigmoid<Vector<A>>(load(y + i, lanes))); });
+    for_lanes<A, kAbreast<A>>(n, [&](int64_t i, auto lanes) { f(i, lanes, sigmoid(load(y + i, lanes))); });
   } else {
-    for_lanes<A>(n, [&](int64_t i, auto lanes) { f(i, lanes, hyperbolic_tangent<Vector<A>>(load(y + i, lanes))); });
+    for_lanes<A, kAbreast<A>>(n, [&](int64_t i, auto lanes) { f(i, lanes, hyperbolic_tangent(load(y + i, lanes))); });
   }
 }
 
@@ -70,7 +70,7 @@ struct DataBlock {
   DataBlock(const DataBlock&) = delete;
 
   template <class N>
-  ELBO_INLINE Vector<A> error(int64_t i, N lanes) const {
+  ELBO_INLINE auto error(int64_t i, N lanes) const {
     return difference(load(recon + i, lanes), load(target + i, lanes));
   }
 };
@@ -88,15 +88,15 @@ struct BlockSums {
 template <class A, int Q>
 inline BlockSums block_sums(const DataBlock<A>& block, int64_t n) {
   const auto of = [&](int64_t i, auto lanes) {
-    const Vector<A> e = block.error(i, lanes);
+    const auto e = block.error(i, lanes);
     return block.log_sigma ? scaled_error<Q>(e, load(block.log_sigma + i, lanes)) : power<Q>(e);
   };
   BlockSums sums;
   if (block.weight == nullptr) {
-    sums.a = sum_lanes<A>(n, of);
+    sums.a = sum_lanes<A, kAbreast<A>>(n, of);
   } else {
-    sums.a = sum_lanes<A>(
-        n, [&](int64_t i, auto lanes) { return weighted<Vector<A>>(load(block.weight + i, lanes), of(i, lanes)); });
+    sums.a = sum_lanes<A, kAbreast<A>>(
+        n, [&](int64_t i, auto lanes) { return weighted(load(block.weight + i, lanes), of(i, lanes)); });
     sums.weights = sum_lanes<A>(n, [&](int64_t i, auto lanes) { return load(block.weight + i, lanes); });
   }
   return sums;
@@ -120,20 +120,21 @@ inline void block_gradient(
   const Span* const wanted[] = {&out.recon, &out.target, &out.element_log_sigma};
   A results[3][kBlock];
   const V factor = V{} + a;
-  const auto lie =
-      write_block(wanted, results, sample, first, n, out.past_caches, [&](int64_t i, auto lanes, auto places) {
-        const V e = block.error(i, lanes);
-        DistortionGrad<V> g;
+  const auto lie = write_block<kAbreast<A>>(
+      wanted, results, sample, first, n, out.past_caches, [&](int64_t i, auto lanes, auto places) {
+        const auto e = block.error(i, lanes);
+        const auto factors = repeated(factor, lanes);
+        DistortionGrad<std::decay_t<decltype(e)>> g;
         if constexpr (Own) {
-          g = distortion_grad<Q>(factor, e, load(block.log_sigma + i, lanes));
+          g = distortion_grad<Q>(factors, e, load(block.log_sigma + i, lanes));
         } else {
-          g.recon = scaled_slope<Q>(factor, e);
+          g.recon = scaled_slope<Q>(factors, e);
         }
-        V y = g.recon;
+        auto y = g.recon;
         if constexpr (Factors) {
-          if (block.slope) y *= load(block.slope + i, lanes);
+          if (block.slope) y = y * load(block.slope + i, lanes);
           if (block.weight) {
-            const V m = load(block.weight + i, lanes);
+            const auto m = load(block.weight + i, lanes);
             y = weighted(m, y);
             g.recon = weighted(m, g.recon);
             if constexpr (Own) g.log_sigma = weighted(m, g.log_sigma);

@@ -22,8 +22,8 @@ struct LatentBlock {
         most(static_cast<A>(latents.logvar_max)) {}
 
   template <class N>
-  ELBO_INLINE Vector<A> logvar_at(int64_t i, N lanes) const {
-    const Vector<A> l = load(logvar + i, lanes);
+  ELBO_INLINE auto logvar_at(int64_t i, N lanes) const {
+    const auto l = load(logvar + i, lanes);
     if constexpr (Range) {
       return clamped(l, least, most);
     } else {
@@ -32,23 +32,23 @@ struct LatentBlock {
   }
 
   template <class N>
-  ELBO_INLINE Vector<A> nats(int64_t i, N lanes) const {
-    const Vector<A> m = load(mu + i, lanes), l = logvar_at(i, lanes);
+  ELBO_INLINE auto nats(int64_t i, N lanes) const {
+    const auto m = load(mu + i, lanes), l = logvar_at(i, lanes);
     if constexpr (Prior) {
-      return kl<Vector<A>>(m, l, load(prior_mu + i, lanes), load(prior_logvar + i, lanes));
+      return kl(m, l, load(prior_mu + i, lanes), load(prior_logvar + i, lanes));
     } else {
-      return kl<Vector<A>>(m, l);
+      return kl(m, l);
     }
   }
 
-  template <class N>
-  ELBO_INLINE KlGrad<Vector<A>> gradient(Vector<A> b, int64_t i, N lanes) const {
-    const Vector<A> m = load(mu + i, lanes), l = logvar_at(i, lanes);
-    KlGrad<Vector<A>> g;
+  template <class V, class N>
+  ELBO_INLINE KlGrad<V> gradient(V b, int64_t i, N lanes) const {
+    const auto m = load(mu + i, lanes), l = logvar_at(i, lanes);
+    KlGrad<V> g;
     if constexpr (Prior) {
-      g = kl_grad<Vector<A>>(b, m, l, load(prior_mu + i, lanes), load(prior_logvar + i, lanes));
+      g = kl_grad<V>(b, m, l, load(prior_mu + i, lanes), load(prior_logvar + i, lanes));
     } else {
-      g = kl_grad<Vector<A>>(b, m, l);
+      g = kl_grad<V>(b, m, l);
     }
     if constexpr (Range) g.logvar = clamped_grad(g.logvar, load(logvar + i, lanes), least, most);
     return g;
@@ -62,15 +62,15 @@ inline void rates(const Latents& latents, int64_t sample, int64_t chunk, double&
   for_blocks(chunk, latents.dims, [&](int64_t first, int64_t n) {
     A scratch[4][kBlock];
     const LatentBlock<A, Prior, Range> block(latents, sample, first, n, scratch);
-    const double sum = sum_lanes<A>(n, [&](int64_t i, auto lanes) { return block.nats(i, lanes); });
+    const double sum = sum_lanes<A, kAbreast<A>>(n, [&](int64_t i, auto lanes) { return block.nats(i, lanes); });
     rate += sum;
     if (!latents.has_free_bits) {
       clamped += sum;
     } else {  // the block is in the cache, and free bits are rare: a second pass keeps the first one simple
       const A free_bits = static_cast<A>(latents.free_bits);
-      clamped += sum_lanes<A>(n, [&](int64_t i, auto lanes) {
-        const Vector<A> v = block.nats(i, lanes);
-        return v < free_bits ? Vector<A>{} + free_bits : v;  // NaN passes
+      clamped += sum_lanes<A, kAbreast<A>>(n, [&](int64_t i, auto lanes) {
+        const auto v = block.nats(i, lanes);
+        return select(v < free_bits, repeated(Vector<A>{} + free_bits, lanes), v);  // NaN passes
       });
     }
   });
@@ -94,20 +94,22 @@ inline void latent_gradient(
     const V factor = V{} + (grad_kl_clamped + grad_kl);
     if (differ) {  // a pass of its own, as above
       const A free_bits = static_cast<A>(latents.free_bits);
-      for_lanes<A>(n, [&](int64_t i, auto lanes) {
-        const V masked = block.nats(i, lanes) >= free_bits ? V{} + grad_kl_clamped : V{};
-        store(factors + i, grad_kl + masked, lanes);
+      for_lanes<A, kAbreast<A>>(n, [&](int64_t i, auto lanes) {
+        const auto none = repeated(V{}, lanes);
+        store(factors + i, grad_kl + select(block.nats(i, lanes) >= free_bits, none + grad_kl_clamped, none), lanes);
       });
     }
-    write_block(wanted, results, sample, first, n, out.latents_past_caches, [&](int64_t i, auto lanes, auto places) {
-      const KlGrad<V> d = block.gradient(differ ? load(factors + i, lanes) : factor, i, lanes);
-      places.put(0, i, d.mu, lanes);
-      places.put(1, i, d.logvar, lanes);
-      if constexpr (Prior) {
-        places.put(2, i, d.prior_mu, lanes);
-        places.put(3, i, d.prior_logvar, lanes);
-      }
-    });
+    write_block<kAbreast<A>>(
+        wanted, results, sample, first, n, out.latents_past_caches, [&](int64_t i, auto lanes, auto places) {
+          const auto b = differ ? load(factors + i, lanes) : repeated(factor, lanes);
+          const auto d = block.gradient(b, i, lanes);
+          places.put(0, i, d.mu, lanes);
+          places.put(1, i, d.logvar, lanes);
+          if constexpr (Prior) {
+            places.put(2, i, d.prior_mu, lanes);
+            places.put(3, i, d.prior_logvar, lanes);
+          }
+        });
   });
 }
 

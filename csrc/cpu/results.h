@@ -17,6 +17,11 @@ struct Places {
   A* at[Count];
   bool past_caches[Count];
 
+  ELBO_INLINE void put(int k, int64_t i, const Four<Vector<A>>& v, FourVectors) const {
+    ELBO_UNROLL
+    for (int j = 0; j < 4; ++j) put(k, i + j * kLanes<A>, v.of[j], AllLanes<A>{});
+  }
+
   template <class N>
   ELBO_INLINE void put(int k, int64_t i, Vector<A> v, N lanes) const {
     if (std::is_same_v<N, AllLanes<A>> && past_caches[k]) {
@@ -29,7 +34,7 @@ struct Places {
 
 // Computes a block of n elements by f(i, lanes, places), which puts them there; and returns where they lie, if they
 // did not go past the caches.
-template <class A, int Count, class F>
+template <bool Abreast = false, class A, int Count, class F>
 ELBO_INLINE Places<A, Count> write_block(
     const Span* const (&spans)[Count], A (&scratch)[Count][kBlock], int64_t sample, int64_t first, int64_t n,
     bool past_caches, F f) {
@@ -41,7 +46,7 @@ ELBO_INLINE Places<A, Count> write_block(
     places.past_caches[k] = kSideBySide && past_caches && aligned && places.at[k] != scratch[k];
     any_past_caches |= places.past_caches[k];
   }
-  for_lanes<A>(n, [&](int64_t i, auto lanes) { f(i, lanes, places); });
+  for_lanes<A, Abreast>(n, [&](int64_t i, auto lanes) { f(i, lanes, places); });
   for (int k = 0; k < Count; ++k) {
     if (spans[k]->base) written(*spans[k], sample, first, n, places.at[k]);
   }

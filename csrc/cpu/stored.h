@@ -46,6 +46,17 @@ ELBO_INLINE void store(T* p, Vector<Computed<T>> v, int64_t lanes) {
   }
 }
 
+ELBO_INLINE Four<FloatV> load(const float* p, FourVectors) {
+  constexpr AllLanes<float> all;
+  return {load(p, all), load(p + all, all), load(p + 2 * all, all), load(p + 3 * all, all)};
+}
+
+ELBO_INLINE void store(float* p, const Four<FloatV>& v, FourVectors) {
+  constexpr AllLanes<float> all;
+  ELBO_UNROLL
+  for (int k = 0; k < 4; ++k) store(p + k * all, v.of[k], all);
+}
+
 // Stores a vector past the caches, to a multiple of its size: what is written so is not read from memory first. Others
 // are sure to see it after `streamed()`.
 template <class V>

@@ -35,6 +35,7 @@ from .tensors import (
     same_batch,
     shape,
     tensor,
+    usual_level,
 )
 
 __all__ = [
@@ -68,4 +69,5 @@ __all__ = [
     "samples_of",
     "shape",
     "tensor",
+    "usual_level",
 ]

@@ -156,6 +156,31 @@ def prior(value: object, mu: Tensor, called: str = "prior", beside: str = "mu") 
             raise ValueError(f"{name}: shape {shape(t)} does not broadcast to {beside}'s {shape(mu)}")
 
 
+_USUAL = (Tensor, torch.nn.Parameter)
+
+
+def usual_level(first: object, mu: object, logvar: object, prior: object) -> bool:
+    """Whether a level is of the kind that nearly all are of, four plain tensors of one shape, dtype and device, with
+    the batch of the first level: what `pair`, `same_batch` and `prior` have nothing against. They ask of each tensor
+    what could be wrong with it, which for the tens of levels of a hierarchy takes as long as a small one's arithmetic.
+    """
+    level = (mu, logvar, *prior) if isinstance(prior, (tuple, list)) else (mu, logvar)
+    if not (type(first) in _USUAL and type(mu) in _USUAL and (prior is None or len(level) == 4)):
+        return False
+    assert isinstance(first, Tensor) and isinstance(mu, Tensor)
+    if first.is_nested or mu.is_nested or torch.compiler.is_compiling():
+        return False
+    shape, dtype, device = mu.shape, mu.dtype, mu.device
+    for t in level:
+        if type(t) not in _USUAL or t.is_nested or t.layout is not torch.strided:
+            return False
+        if t.shape != shape or t.dtype is not dtype or t.device != device:
+            return False
+    if dtype not in DTYPES or device != first.device or len(shape) == 0 or first.dim() == 0:
+        return False
+    return shape[0] == first.shape[0] and shape.numel() > 0
+
+
 _OF_LEVELS = {"limit": 'clamp what reduction="none" returns', "logvar_range": "clamp the logvar of each level"}
 
 

@@ -138,6 +138,62 @@ void check_company() {
   }
 }
 
+// Four vectors at once give what one gives, whatever the other three are.
+void check_four() {
+  using V = Vector<float>;
+  for (float x = -86; x <= 86; x += 0.0137f) {
+    const V a = V{} + x, large = V{} + 500.0f, plain = V{} + 0.7f;
+    for (int k = 0; k < 4; ++k) {
+      for (const V& other : {plain, large}) {
+        const auto four = four_of([&](int j) { return j == k ? a : other; }), plains = repeated(plain, FourVectors{});
+        const auto expect = [x, k](const char* what, const Four<V>& got, V expected) {
+          if (!same(lane(got.of[k]), lane(expected))) differs(what, x, lane(got.of[k]), lane(expected));
+        };
+        expect("exp of four", Lanes<Four<V>>::exp(four), Lanes<V>::exp(a));
+        expect("expm1 of four", expm1(four), expm1(a));
+        expect("expm1mx of four", expm1mx(four), expm1mx(a));
+        expect("exp beside expm1 of four", exp_and_expm1(four, plains).exp, Lanes<V>::exp(a));
+        expect("expm1 of four beside exp", exp_and_expm1(plains, four).other, expm1(a));
+        expect("exp beside expm1mx of four", exp_and_expm1mx(four, plains).exp, Lanes<V>::exp(a));
+        expect("expm1mx of four beside exp", exp_and_expm1mx(plains, four).other, expm1mx(a));
+      }
+    }
+  }
+}
+
+// f(x, y) over n elements four vectors at a time: the same results, and the same sum, as a vector at a time.
+template <class F>
+void check_abreast(const char* name, F f) {
+  for (int64_t n : {1, 8, 31, 32, 33, 64, 95, 128, 129, 200, 1000}) {
+    std::vector<float> x(n), y(n), each(n), four(n);
+    for (int64_t i = 0; i < n; ++i) x[i] = (i * 37 % 101 - 50) * 0.04f, y[i] = i % 7 ? (i * 53 % 97 - 48) * 0.05f : 0;
+    for (int64_t i = 3; n == 200 && i < n; i += 29) x[i] = i % 2 ? 90 : -95;  // beyond what is plain, in every place
+    const auto at = [&](int64_t i, auto lanes) { return f(load(x.data() + i, lanes), load(y.data() + i, lanes)); };
+    for_lanes<float>(n, [&](int64_t i, auto lanes) { store(each.data() + i, at(i, lanes), lanes); });
+    for_lanes<float, true>(n, [&](int64_t i, auto lanes) { store(four.data() + i, at(i, lanes), lanes); });
+    for (int64_t i = 0; i < n; ++i) {
+      if (!same(each[i], four[i])) differs(name, x[i], four[i], each[i]);
+    }
+    const float sum = sum_lanes<float>(n, at), sum_of_fours = sum_lanes<float, true>(n, at);
+    if (!same(sum, sum_of_fours)) differs(name, n, sum_of_fours, sum);
+  }
+}
+
+void check_formulas_abreast() {
+  check_abreast("kl", [](auto x, auto y) { return kl(y, x); });
+  check_abreast("kl with prior", [](auto x, auto y) { return kl(y, x, x, y); });
+  check_abreast("clamped kl", [](auto x, auto y) { return kl(y, clamped(x, -1, 1)); });
+  check_abreast("kl_grad", [](auto x, auto y) { return kl_grad(x, y, x, y, x).prior_logvar; });
+  check_abreast("clamped_grad", [](auto x, auto y) { return clamped_grad(x, y, -1, 1); });
+  check_abreast("squares", [](auto x, auto y) { return scaled_error<2>(x, y); });
+  check_abreast("magnitudes", [](auto x, auto y) { return scaled_error<1>(x, y); });
+  check_abreast("square's gradient", [](auto x, auto y) { return distortion_grad<2>(x, y, y).log_sigma; });
+  check_abreast("magnitude's gradient", [](auto x, auto y) { return distortion_grad<1>(x, y, y).recon; });
+  check_abreast("weighted", [](auto x, auto y) { return weighted(y, x); });
+  check_abreast("sigmoid", [](auto x, auto y) { return sigmoid(x).value * sigmoid(y).slope; });
+  check_abreast("tanh", [](auto x, auto y) { return hyperbolic_tangent(x).value * hyperbolic_tangent(y).slope; });
+}
+
 // --------------------------------------------------------------------------------------------------------- the loops
 
 struct Hash {
@@ -261,6 +317,8 @@ int main() {
   check_order<Half>("fp16's order");
   check_exp();
   check_company();
+  check_four();
+  check_formulas_abreast();
   run<float>("fp32");
   run<BFloat16>("bf16");
   run<Half>("fp16");

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+import warnings
 from typing import Any
 
 import pytest
@@ -219,6 +220,9 @@ def test_vmap_of_a_backward() -> None:
 
 
 T = torch.zeros(2, 3)
+with warnings.catch_warnings():  # nested tensors of this layout are a prototype
+    warnings.simplefilter("ignore")
+    NESTED = torch.nested.nested_tensor([T[0], T[1]])
 
 
 @pytest.mark.parametrize(
@@ -234,6 +238,15 @@ T = torch.zeros(2, 3)
         (([T, 1.0], [T, T]), TypeError, r"mu\[1\]: expected a tensor, got float"),
         (([T, T.int()], [T, T]), TypeError, r"mu\[1\]: expected float32"),
         (([T[:0]], [T[:0]]), ValueError, r"mu\[0\]: an empty batch"),
+        (([T, T.int()], [T, T.int()]), TypeError, r"mu\[1\]: expected float32"),
+        (([T, T], [T, T.to_sparse()]), TypeError, r"logvar\[1\]: expected a dense tensor, got layout torch.sparse_coo"),
+        (([T, NESTED], [T, NESTED]), TypeError, r"mu\[1\]: expected a dense tensor, got a nested one"),
+        (([T, T], [T, NESTED]), TypeError, r"logvar\[1\]: expected a dense tensor, got a nested one"),
+        (([NESTED, T], [NESTED, T]), TypeError, r"mu\[0\]: expected a dense tensor, got a nested one"),
+        (([T, T], [T, T.to("meta")]), ValueError, r"logvar\[1\]: on meta"),
+        (([T, T[:, :0]], [T, T[:, :0]]), ValueError, r"mu\[1\]: no elements in a sample"),
+        (([T.sum(), T], [T.sum(), T]), ValueError, r"mu\[0\]: expected a batch dimension"),
+        (([T, T.sum()], [T, T.sum()]), ValueError, r"mu\[1\]: expected a batch dimension"),
     ],
 )
 def test_what_is_refused(arguments: tuple[Any, Any], error: type[Exception], words: str) -> None:
@@ -247,6 +260,9 @@ def test_what_is_refused(arguments: tuple[Any, Any], error: type[Exception], wor
         (T, TypeError, r"prior: expected a list with \(mu_p, logvar_p\) or None for each level, got Tensor"),
         ([None], ValueError, r"prior: expected \(mu_p, logvar_p\) or None for each of 2 levels, got 1"),
         ([None, T], TypeError, r"prior\[1\]: expected a pair"),
+        ([None, (T, T, T)], TypeError, r"prior\[1\]: expected a pair \(mu_p, logvar_p\) of tensors, got tuple of 3"),
+        ([None, (T,)], TypeError, r"prior\[1\]: expected a pair \(mu_p, logvar_p\) of tensors, got tuple of 1"),
+        ([None, (T, T.to_sparse())], TypeError, r"prior\[1\]\[1\], logvar_p: expected a dense tensor"),
         ([None, (T, T.int())], TypeError, r"prior\[1\]\[1\], logvar_p: expected float32"),
         ([None, (T[:, :2], T)], ValueError, r"prior\[1\]\[0\], mu_p: shape \(2, 2\) does not broadcast to mu\[1\]'s"),
     ],
