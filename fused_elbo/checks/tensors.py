@@ -159,7 +159,7 @@ def prior(value: object, mu: Tensor, called: str = "prior", beside: str = "mu") 
 _USUAL = (Tensor, torch.nn.Parameter)
 
 
-def usual_level(first: object, mu: object, logvar: object, prior: object) -> bool:
+def usual_level(first: Any, mu: Any, logvar: object, prior: Any) -> bool:
     """Whether a level is of the kind that nearly all are of, four plain tensors of one shape, dtype and device, with
     the batch of the first level: what `pair`, `same_batch` and `prior` have nothing against. They ask of each tensor
     what could be wrong with it, which for the tens of levels of a hierarchy takes as long as a small one's arithmetic.
@@ -167,7 +167,6 @@ def usual_level(first: object, mu: object, logvar: object, prior: object) -> boo
     level = (mu, logvar, *prior) if isinstance(prior, (tuple, list)) else (mu, logvar)
     if not (type(first) in _USUAL and type(mu) in _USUAL and (prior is None or len(level) == 4)):
         return False
-    assert isinstance(first, Tensor) and isinstance(mu, Tensor)
     if first.is_nested or mu.is_nested or torch.compiler.is_compiling():
         return False
     shape, dtype, device = mu.shape, mu.dtype, mu.device
