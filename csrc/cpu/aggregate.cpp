@@ -92,10 +92,12 @@ struct Components {
     }
   }
 
-  ELBO_INLINE Component<Vector<A>> at(int64_t k, int64_t j) const {
-    constexpr AllLanes<A> all;
+  template <class N>
+  ELBO_INLINE auto at(int64_t k, int64_t j, N lanes) const {
     const int64_t i = k * padded + j;
-    return {load(mu.data() + i, all), load(half_precision.data() + i, all), load(constant.data() + i, all)};
+    const auto m = load(mu.data() + i, lanes);
+    return Component<std::decay_t<decltype(m)>>{
+        m, load(half_precision.data() + i, lanes), load(constant.data() + i, lanes)};
   }
 
   // Calls f(first, n) for the blocks in [begin, end).
@@ -144,7 +146,8 @@ struct LogSum {
   // n values, of which these lanes hold the greatest.
   ELBO_INLINE void add(const A* values, int64_t n, Vector<A> greatest) {
     const A shift = raise(greatest);
-    sum += sum_lanes<A>(n, [&](int64_t j, auto lanes) { return exp_of_negative(load(values + j, lanes) - shift); });
+    sum += sum_lanes<A, kAbreast<A>>(
+        n, [&](int64_t j, auto lanes) { return exp_of_negative(load(values + j, lanes) - shift); });
   }
 
   // Makes `most` as great as any of these lanes, and returns what is subtracted from what is added then. Apart from the
@@ -175,7 +178,7 @@ void add_block(const Reading<A>& in, int64_t i, int64_t first, int64_t n, LogSum
     const V z = V{} + in.z[i * in.latents + k];
     V most = V{} + kMinusInfinity<A>;
     for_lanes<A>(n, [&](int64_t j, auto lanes) {
-      const V one = log_normal<V>(z, in.components.at(k, first + j)), weighted = one + load(weights + j, lanes);
+      const V one = log_normal<V>(z, in.components.at(k, first + j, lanes)), weighted = one + load(weights + j, lanes);
       store(of_all + j, load(of_all + j, lanes) + one, lanes);
       store(of_one + j, weighted, lanes);
       most = weighted > most ? weighted : most;
@@ -234,10 +237,10 @@ void add_gradients(
     for (int64_t k = 0; k < latents; ++k) {
       const V z = V{} + in.z[i * latents + k];
       for_lanes<A>(n, [&](int64_t j, auto lanes) {
-        store(factors + j, load(factors + j, lanes) + log_normal<V>(z, in.components.at(k, first + j)), lanes);
+        store(factors + j, load(factors + j, lanes) + log_normal<V>(z, in.components.at(k, first + j, lanes)), lanes);
       });
     }
-    for_lanes<A>(n, [&](int64_t j, auto lanes) {
+    for_lanes<A, kAbreast<A>>(n, [&](int64_t j, auto lanes) {
       store(factors + j, coming.grad_joint[i] * exp_of_negative(load(factors + j, lanes) - coming.joint[i]), lanes);
     });
   }
@@ -246,11 +249,13 @@ void add_gradients(
     const V z = V{} + in.z[at];
     const A log_sum = coming.marginals[at], grad = Marginals ? coming.grad_marginals[at] : A(0);
     A *const to_mu = of_mu + k * padded, *const to_logvar = of_logvar + k * padded;
-    of_z[k] -= sum_lanes<A>(n, [&](int64_t j, auto lanes) {
-      const LogNormalGrad<V> d = log_normal_grad<V>(z, in.components.at(k, first + j));
-      V factor = Joint ? load(factors + j, lanes) : V{};
-      if constexpr (Marginals) factor += grad * exp_of_negative(d.log_normal + load(weights + j, lanes) - log_sum);
-      const V half = factor * d.half_mu, of_mean = half + half;
+    of_z[k] -= sum_lanes<A, kAbreast<A>>(n, [&](int64_t j, auto lanes) {
+      const auto d = log_normal_grad(repeated(z, lanes), in.components.at(k, first + j, lanes));
+      auto factor = Joint ? load(factors + j, lanes) : repeated(V{}, lanes);
+      if constexpr (Marginals) {
+        factor = factor + grad * exp_of_negative(d.log_normal + load(weights + j, lanes) - log_sum);
+      }
+      const auto half = factor * d.half_mu, of_mean = half + half;
       store(to_mu + j, load(to_mu + j, lanes) + of_mean, lanes);
       store(to_logvar + j, load(to_logvar + j, lanes) + factor * d.logvar, lanes);
       return of_mean;

@@ -183,8 +183,9 @@ ELBO_OF_FLOATS(Four<FloatV>)
 
 // exp of numbers that are at most a rounding above 0, and mostly far below: what is below −kPlain counts as −kPlain, so
 // that there is no branch. NaN passes.
-ELBO_INLINE FloatV exp_of_negative(FloatV x) {
-  return Exp<FloatV>(x < -kPlain ? FloatV{} - kPlain : x).exp();
+template <class V>
+ELBO_INLINE V exp_of_negative(const V& x) {
+  return Exp<V>(select(x < -kPlain, V{} - kPlain, x)).exp();
 }
 
 // fp64 is for gradient checks, where libm's accuracy counts and its speed does not.

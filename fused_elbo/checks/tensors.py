@@ -159,7 +159,7 @@ def prior(value: object, mu: Tensor, called: str = "prior", beside: str = "mu") 
 _USUAL = (Tensor, torch.nn.Parameter)
 
 
-def usual_level(first: Any, mu: Any, logvar: object, prior: Any) -> bool:
+def usual_level(first: Any, mu: Any, logvar: Any, prior: Any) -> bool:
     """Whether a level is of the kind that nearly all are of, four plain tensors of one shape, dtype and device, with
     the batch of the first level: what `pair`, `same_batch` and `prior` have nothing against. They ask of each tensor
     what could be wrong with it, which for the tens of levels of a hierarchy takes as long as a small one's arithmetic.
