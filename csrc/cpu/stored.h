@@ -10,12 +10,27 @@ namespace elbo {
 template <class T>
 using Computed = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+typedef uint8_t BytesV __attribute__((vector_size(kLanes<float>)));
+
+// In one or two instructions: GCC takes __builtin_convertvector of so few bytes apart.
+ELBO_INLINE IntV widened(BytesV bytes) {
+#if defined(__AVX512F__)
+  return bits_as<IntV>(_mm512_cvtepu8_epi32(bits_as<__m128i>(bytes)));
+#elif defined(__AVX2__)
+  return bits_as<IntV>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bits_as<int64_t>(bytes))));
+#elif defined(__SSE2__)
+  const __m128i zero = _mm_setzero_si128(), four = _mm_cvtsi32_si128(bits_as<int32_t>(bytes));
+  return bits_as<IntV>(_mm_unpacklo_epi16(_mm_unpacklo_epi8(four, zero), zero));
+#else
+  return __builtin_convertvector(bytes, IntV);
+#endif
+}
+
 // Bytes are only read.
 ELBO_INLINE FloatV load(const uint8_t* p, int64_t lanes) {
-  typedef uint8_t BytesV __attribute__((vector_size(kLanes<float>)));
   BytesV bytes{};
   std::memcpy(&bytes, p, lanes);
-  return __builtin_convertvector(__builtin_convertvector(bytes, IntV), FloatV);
+  return __builtin_convertvector(widened(bytes), FloatV);
 }
 
 template <class T>

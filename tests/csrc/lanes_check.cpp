@@ -89,6 +89,19 @@ void check_order(const char* name) {
   }
 }
 
+void check_bytes() {
+  uint8_t in[256];
+  for (int k = 0; k < 256; ++k) in[k] = static_cast<uint8_t>(k);
+  for (int64_t first = 0; first < 256; ++first) {
+    const int64_t lanes = std::min(kLanes<float>, 256 - first);
+    const Vector<float> some = load(in + first, lanes);
+    for (int64_t k = 0; k < kLanes<float>; ++k) {
+      const float expected = k < lanes ? static_cast<float>(first + k) : 0;
+      if (some[k] != expected) differs("byte", first + k, some[k], expected);
+    }
+  }
+}
+
 float lane(Vector<float> v) {
   return v[kLanes<float> - 1];
 }
@@ -315,6 +328,7 @@ int main() {
   check_rounding<Half>("float to fp16");
   check_order<BFloat16>("bf16's order");
   check_order<Half>("fp16's order");
+  check_bytes();
   check_exp();
   check_company();
   check_four();
