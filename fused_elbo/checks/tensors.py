@@ -169,6 +169,8 @@ def usual_level(first: Any, mu: Any, logvar: Any, prior: Any) -> bool:
         return False
     if first.is_nested or mu.is_nested or torch.compiler.is_compiling():
         return False
+    if not isinstance(mu.numel(), int):  # traced, with sizes that stand for any: to look at them would fix them
+        return False
     shape, dtype, device = mu.shape, mu.dtype, mu.device
     for t in level:
         if type(t) not in _USUAL or t.is_nested or t.layout is not torch.strided:
@@ -177,7 +179,7 @@ def usual_level(first: Any, mu: Any, logvar: Any, prior: Any) -> bool:
             return False
     if dtype not in DTYPES or device != first.device or len(shape) == 0 or first.dim() == 0:
         return False
-    return shape[0] == first.shape[0] and shape.numel() > 0
+    return shape[0] == first.shape[0] and mu.numel() > 0
 
 
 _OF_LEVELS = {"limit": 'clamp what reduction="none" returns', "logvar_range": "clamp the logvar of each level"}
