@@ -1,4 +1,5 @@
-// Vectors of lanes (GCC/Clang vector extensions), and four of them at once.
+// Vectors of lanes (GCC/Clang vector extensions), and four of them at once. No library of vectors: users' machines
+// compile this, with the compiler that is there and no download, and elbo_math.h is one text for vectors and threads.
 //
 // A vector is as wide as the instruction set's registers. GCC splits a wider one, but takes its comparisons, selections
 // and shifts lane by lane then, which made the rate up to ten times as slow. Sums are taken by groups of 64 bytes,
