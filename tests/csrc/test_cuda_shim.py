@@ -206,13 +206,14 @@ MUTANTS = {
     ),
     # elements of more than two numbers
     "the_sign_of_0_is_1": Mutant(
-        MATH, "slope", "$E > A(0) ? $ONE : $X", "$E < A(0) ? $X : $ONE", ("ascending", "laplace, partly without error"),
+        MATH, "slope", "select($E > A(0), $ONE, $X)", "select($E < A(0), $X, $ONE)",
+        ("ascending", "laplace, partly without error"),
     ),
     "every_likelihood_is_gaussian": Mutant(
         MIXED, "with_likelihood", "$DATA.exponent == 2", "true", ("ascending", "laplace, none"),
     ),
     "nan_passes_the_mask": Mutant(
-        MATH, "weighted", "$M == $ZERO ? V{} : $M * $F", "$M * $F", ("ascending", "NaN behind the mask"),
+        MATH, "weighted", "select($M == $ZERO, V{}, $M * $F)", "$M * $F", ("ascending", "NaN behind the mask"),
     ),
     "the_first_samples_weights_for_all": Mutant(
         GRADS, "elements_of", "3 * ($N + 1) + $I", "3 * ($N + 1)", ("ascending", "tanh-mask, none"),
